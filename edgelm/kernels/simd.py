@@ -1,0 +1,292 @@
+"""Vectors as Numba values: a type whose data model is an LLVM vector, and the operations on it.
+
+All kernels are written for 16 lanes of 32 bits. LLVM splits them into what the machine has: one register of AVX-512,
+two of AVX2, four of NEON. Addresses are plain int64 values; nothing here checks bounds.
+
+Knows nothing of formats or of instruction sets beyond what LLVM's generic vectors give: see `isa`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+LANES = 16
+
+
+class Vec(types.Type):
+    """A SIMD vector: `lanes` elements of the LLVM type `element`."""
+
+    def __init__(self, name: str, element: ir.Type, lanes: int) -> None:
+        self.llvm = ir.VectorType(element, lanes)
+        self.element, self.lanes = element, lanes
+        super().__init__(name=name)
+
+    def __reduce__(self) -> Any:  # Numba's disk cache pickles signatures
+        return _vec_by_name, (self.name,)
+
+
+def _vec_by_name(name: str) -> Vec:
+    return VECS[name]
+
+
+@register_model(Vec)
+class _VecModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Vec) -> None:
+        super().__init__(dmm, fe_type, fe_type.llvm)
+
+
+f32x16 = Vec("f32x16", F32, 16)
+i32x16 = Vec("i32x16", I32, 16)
+i16x16 = Vec("i16x16", I16, 16)  # also the bits of 16 float16 or bfloat16
+i8x16 = Vec("i8x16", I8, 16)
+i8x64 = Vec("i8x64", I8, 64)
+i1x16 = Vec("i1x16", I1, 16)
+VECS = {v.name: v for v in (f32x16, i32x16, i16x16, i8x16, i8x64, i1x16)}
+
+
+# --- building blocks for code generators: plain functions over an IR builder -----------------------------------
+
+def const(vec: Vec, value: float) -> ir.Constant:
+    return ir.Constant(vec.llvm, [value] * vec.lanes)
+
+
+def splat(b: ir.IRBuilder, scalar: ir.Value, vec: Vec) -> ir.Value:
+    one = b.insert_element(ir.Constant(vec.llvm, ir.Undefined), scalar, I32(0))
+    zeros = ir.Constant(ir.VectorType(I32, vec.lanes), None)
+    return b.shuffle_vector(one, ir.Constant(vec.llvm, ir.Undefined), zeros)
+
+
+def call(b: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
+    """Calls an LLVM intrinsic or an external function by name."""
+    fn = cgutils.get_or_insert_function(b.module, ir.FunctionType(result, [a.type for a in args]), name)
+    return b.call(fn, args)
+
+
+def load_at(b: ir.IRBuilder, address: ir.Value, type_: ir.Type, align: int = 1) -> ir.Value:
+    return b.load(b.inttoptr(address, type_.as_pointer()), align=align)
+
+
+def store_at(b: ir.IRBuilder, value: ir.Value, address: ir.Value, align: int = 1) -> None:
+    b.store(value, b.inttoptr(address, value.type.as_pointer()), align=align)
+
+
+def target(context: Any) -> tuple[str, frozenset[str]]:
+    """(machine, features) that Numba compiles for; its disk cache is keyed by the same."""
+    triple, _, features = context.codegen().magic_tuple()
+    return triple.split("-")[0], frozenset(f[1:] for f in features.split(",") if f.startswith("+"))
+
+
+def widen_f16(context: Any, b: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+    """Bits of float16 (a vector of int16 or one int16) to float32, exactly, subnormals and infinities included."""
+    vector = isinstance(bits.type, ir.VectorType)
+    shape = (lambda t: ir.VectorType(t, bits.type.count)) if vector else (lambda t: t)
+    machine, features = target(context)
+    if machine == "aarch64" or "f16c" in features:
+        return b.fpext(b.bitcast(bits, shape(F16)), shape(F32))
+    # Without the instruction LLVM would call a library function that is not there.
+    k = (lambda v: ir.Constant(shape(I32), [v] * bits.type.count)) if vector else (lambda v: I32(v))
+    wide = b.zext(bits, shape(I32))
+    magnitude = b.shl(b.and_(wide, k(0x7FFF)), k(13))
+    scale = ir.Constant(shape(F32), [2.0**112] * bits.type.count if vector else 2.0**112)
+    scaled = b.bitcast(b.fmul(b.bitcast(magnitude, shape(F32)), scale), shape(I32))  # rebias the exponent
+    special = b.icmp_unsigned(">=", magnitude, k(0x1F << 23))
+    scaled = b.select(special, b.or_(magnitude, k(0xFF << 23)), scaled)
+    return b.bitcast(b.or_(scaled, b.shl(b.and_(wide, k(0x8000)), k(16))), shape(F32))
+
+
+def narrow_f16(context: Any, b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """float32 to the bits of float16, rounded to nearest even. Scalar or vector."""
+    vector = isinstance(value.type, ir.VectorType)
+    shape = (lambda t: ir.VectorType(t, value.type.count)) if vector else (lambda t: t)
+    machine, features = target(context)
+    if machine == "aarch64" or "f16c" in features:
+        return b.bitcast(b.fptrunc(value, shape(F16)), shape(I16))
+    k = (lambda v: ir.Constant(shape(I32), [v] * value.type.count)) if vector else (lambda v: I32(v))
+    bits = b.bitcast(value, shape(I32))
+    sign = b.and_(b.lshr(bits, k(16)), k(0x8000))
+    magnitude = b.and_(bits, k(0x7FFFFFFF))
+    odd = b.and_(b.lshr(magnitude, k(13)), k(1))
+    normal = b.lshr(b.add(b.sub(magnitude, k(112 << 23)), b.add(odd, k(0xFFF))), k(13))
+    half = ir.Constant(shape(F32), [0.5] * value.type.count if vector else 0.5)
+    tiny = b.sub(b.bitcast(b.fadd(b.bitcast(magnitude, shape(F32)), half), shape(I32)), k(126 << 23))
+    out = b.select(b.icmp_unsigned("<", magnitude, k(113 << 23)), tiny, normal)
+    out = b.select(b.icmp_unsigned(">=", magnitude, k(0x47800000)), k(0x7C00), out)
+    out = b.select(b.icmp_unsigned(">", magnitude, k(0x7F800000)), k(0x7E00), out)
+    return b.trunc(b.or_(out, sign), shape(I16))
+
+
+# --- the same, as functions for Numba code ----------------------------------------------------------------------
+
+def _loader(vec: Vec) -> Any:
+    @intrinsic
+    def load(typingctx, address):
+        def codegen(context, b, sig, args):
+            return load_at(b, args[0], vec.llvm)
+        return vec(types.int64), codegen
+    return load
+
+
+load_f32x16, load_i32x16, load_i16x16, load_i8x16, load_i8x64 = (
+    _loader(v) for v in (f32x16, i32x16, i16x16, i8x16, i8x64)
+)
+
+
+def _scalar_loader(numba_type: types.Type, llvm_type: ir.Type) -> Any:
+    @intrinsic
+    def load(typingctx, address):
+        def codegen(context, b, sig, args):
+            return load_at(b, args[0], llvm_type)
+        return numba_type(types.int64), codegen
+    return load
+
+
+load_i64 = _scalar_loader(types.int64, I64)
+load_i32 = _scalar_loader(types.int32, I32)
+load_i16 = _scalar_loader(types.int16, I16)
+load_i8 = _scalar_loader(types.int8, I8)
+load_u8 = _scalar_loader(types.uint8, I8)
+load_f32 = _scalar_loader(types.float32, F32)
+
+
+@intrinsic
+def load_f16(typingctx, address):
+    """The float16 at `address`, as float32."""
+    def codegen(context, b, sig, args):
+        return widen_f16(context, b, load_at(b, args[0], I16))
+    return types.float32(types.int64), codegen
+
+
+@intrinsic
+def store(typingctx, address, value):
+    """Stores a vector or a scalar of any of the types here."""
+    def codegen(context, b, sig, args):
+        store_at(b, args[1], args[0])
+        return context.get_dummy_value()
+    return types.void(types.int64, value), codegen
+
+
+@intrinsic
+def splat_f32(typingctx, x):
+    def codegen(context, b, sig, args):
+        return splat(b, args[0], f32x16)
+    return f32x16(types.float32), codegen
+
+
+@intrinsic
+def splat_i32(typingctx, x):
+    def codegen(context, b, sig, args):
+        return splat(b, args[0], i32x16)
+    return i32x16(types.int32), codegen
+
+
+def _binary(vec: Vec, emit: Any) -> Any:
+    @intrinsic
+    def operation(typingctx, x, y):
+        def codegen(context, b, sig, args):
+            return emit(b, *args)
+        return vec(vec, vec), codegen
+    return operation
+
+
+add_f32 = _binary(f32x16, lambda b, x, y: b.fadd(x, y))
+sub_f32 = _binary(f32x16, lambda b, x, y: b.fsub(x, y))
+mul_f32 = _binary(f32x16, lambda b, x, y: b.fmul(x, y))
+div_f32 = _binary(f32x16, lambda b, x, y: b.fdiv(x, y))
+max_f32 = _binary(f32x16, lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
+min_f32 = _binary(f32x16, lambda b, x, y: b.select(b.fcmp_ordered("<", x, y), x, y))
+add_i32 = _binary(i32x16, lambda b, x, y: b.add(x, y))
+sub_i32 = _binary(i32x16, lambda b, x, y: b.sub(x, y))
+
+
+@intrinsic
+def fma(typingctx, x, y, z):
+    """x * y + z, rounded once."""
+    def codegen(context, b, sig, args):
+        return call(b, "llvm.fma.v16f32", f32x16.llvm, *args)
+    return f32x16(f32x16, f32x16, f32x16), codegen
+
+
+@intrinsic
+def abs_f32(typingctx, x):
+    def codegen(context, b, sig, args):
+        return call(b, "llvm.fabs.v16f32", f32x16.llvm, *args)
+    return f32x16(f32x16), codegen
+
+
+@intrinsic
+def to_f32(typingctx, x):
+    """int32 lanes to float32 lanes."""
+    def codegen(context, b, sig, args):
+        return b.sitofp(args[0], f32x16.llvm)
+    return f32x16(i32x16), codegen
+
+
+@intrinsic
+def round_i32(typingctx, x):
+    """float32 lanes to int32 lanes, to nearest, ties to even. |x| must be below 2**22."""
+    def codegen(context, b, sig, args):
+        magic = const(f32x16, 1.5 * 2.0**23)
+        return b.sub(b.bitcast(b.fadd(args[0], magic), i32x16.llvm), b.bitcast(magic, i32x16.llvm))
+    return i32x16(f32x16), codegen
+
+
+@intrinsic
+def to_i8(typingctx, x):
+    """The low byte of each int32 lane."""
+    def codegen(context, b, sig, args):
+        return b.trunc(args[0], i8x16.llvm)
+    return i8x16(i32x16), codegen
+
+
+@intrinsic
+def f16_to_f32(typingctx, bits):
+    def codegen(context, b, sig, args):
+        return widen_f16(context, b, args[0])
+    return f32x16(i16x16), codegen
+
+
+@intrinsic
+def f32_to_f16(typingctx, x):
+    def codegen(context, b, sig, args):
+        return narrow_f16(context, b, args[0])
+    return i16x16(f32x16), codegen
+
+
+def _halving(b: ir.IRBuilder, v: ir.Value, combine: Any) -> ir.Value:
+    """Combines lanes pairwise, upper half with lower half, in an order that no option changes."""
+    n = v.type.count
+    while n > 1:
+        n //= 2
+        low, high = (ir.Constant(ir.VectorType(I32, n), list(range(at, at + n))) for at in (0, n))
+        undefined = ir.Constant(v.type, ir.Undefined)
+        v = combine(b.shuffle_vector(v, undefined, low), b.shuffle_vector(v, undefined, high))
+    return b.extract_element(v, I32(0))
+
+
+@intrinsic
+def sum_f32(typingctx, x):
+    """The sum of the lanes, always added in the same order."""
+    def codegen(context, b, sig, args):
+        return _halving(b, args[0], b.fadd)
+    return types.float32(f32x16), codegen
+
+
+@intrinsic
+def lanes_max_f32(typingctx, x):
+    def codegen(context, b, sig, args):
+        return _halving(b, args[0], lambda p, q: b.select(b.fcmp_ordered(">", p, q), p, q))
+    return types.float32(f32x16), codegen
+
+
+@intrinsic
+def sum_i32(typingctx, x):
+    def codegen(context, b, sig, args):
+        return _halving(b, args[0], b.add)
+    return types.int32(i32x16), codegen
