@@ -1,0 +1,332 @@
+"""The GGUF container: bytes <-> (metadata, named read-only weights). It knows no model and believes nothing.
+
+A model file is hostile input. Every number read from it is a Python int (which cannot wrap), every length is compared
+with the bytes that are left before anything is read or allocated, and every limit below is far above what real models
+need. What comes out is correct or a `FormatError` / `UnsupportedError`; memory stays in proportion to the header.
+
+Layout (version 3; version 2 is the same, little endian; https://github.com/ggml-org/ggml/blob/master/docs/gguf.md):
+magic, version, number of tensors, number of keys; the keys with typed values; for each tensor its name, dimensions
+(innermost first), type and offset; padding; the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import re
+import stat
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import FormatError, SourceError, UnsupportedError
+from .formats import FORMATS, QTensor
+
+MAX_KEYS = 1 << 16
+MAX_TENSORS = 1 << 16
+MAX_STRINGS = 1 << 23  # in all the arrays of a file; the largest vocabularies with their merges hold under a million
+MAX_KEY_BYTES = (1 << 16) - 1
+MAX_NAME_BYTES = 64
+MAX_STRING_BYTES = 1 << 26
+MAX_ARRAY_BYTES = 1 << 28
+MAX_DIMS = 4
+
+_STRING, _ARRAY, _BOOL, _U32 = 8, 9, 7, 4
+_SCALARS = {
+    0: struct.Struct("<B"),
+    1: struct.Struct("<b"),
+    2: struct.Struct("<H"),
+    3: struct.Struct("<h"),
+    4: struct.Struct("<I"),
+    5: struct.Struct("<i"),
+    6: struct.Struct("<f"),
+    7: struct.Struct("<B"),
+    10: struct.Struct("<Q"),
+    11: struct.Struct("<q"),
+    12: struct.Struct("<d"),
+}
+_SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class GGUF:
+    """A model file as it lies on disk.
+
+    paths: the file, or all parts of a split one in order; version: 2 or 3; n_bytes: size of all of them together.
+    metadata: bool, int, float or str; list[str] for arrays of strings; read-only arrays for arrays of numbers.
+    tensors: in file order, memory-mapped: a weight takes no memory until it is read.
+    """
+
+    paths: tuple[Path, ...]
+    version: int
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, QTensor]
+    n_bytes: int
+
+
+def read(path: str | os.PathLike[str]) -> GGUF:
+    """Read a GGUF file; of a split model (name-00001-of-0000N.gguf) any part may be named, all are read.
+
+    Raises SourceError when a file cannot be opened, FormatError when one is broken, UnsupportedError when it is a GGUF
+    file that edgelm cannot read (version 1, big endian, an unknown tensor type).
+    """
+    paths = _parts(Path(path))
+    parts = [_read_part(part) for part in paths]
+    if len(parts) > 1 or _split(parts[0], "split.count", 1) > 1:
+        return _join(parts)
+    return parts[0]
+
+
+def _parts(path: Path) -> tuple[Path, ...]:
+    match = _SPLIT_NAME.fullmatch(path.name)
+    if not match:
+        return (path,)
+    stem, count = match[1], int(match[3])
+    if not 1 <= int(match[2]) <= count:
+        raise FormatError(f"{path}: part {int(match[2])} of {count} cannot be")
+    paths = tuple(path.with_name(f"{stem}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1))
+    for part in paths:
+        if not part.exists():
+            raise SourceError(f"{part}: this part of a split model is missing; put all {count} parts into one folder")
+    return paths
+
+
+def _join(parts: list[GGUF]) -> GGUF:
+    first, tensors = parts[0], dict[str, QTensor]()
+    for number, part in enumerate(parts):
+        where, number_inside, count_inside = part.paths[0], _split(part, "split.no", 0), _split(part, "split.count", 1)
+        if (number_inside, count_inside) != (number, len(parts)):
+            raise FormatError(
+                f"{where}: the metadata says part {number_inside + 1} of {count_inside}, the name says part {number + 1} of "
+                f"{len(parts)}; parts must be called NAME-00001-of-0000N.gguf"
+            )
+        if again := tensors.keys() & part.tensors.keys():
+            raise FormatError(f"{where}: tensor {min(again)!r} is in another part, too")
+        tensors.update(part.tensors)
+    if (declared := _split(first, "split.tensors.count", len(tensors))) != len(tensors):
+        raise FormatError(f"{first.paths[0]}: {declared} tensors declared, {len(tensors)} found in all parts")
+    return GGUF(
+        tuple(part.paths[0] for part in parts),
+        first.version,
+        first.metadata,
+        MappingProxyType(tensors),
+        sum(part.n_bytes for part in parts),
+    )
+
+
+def _split(part: GGUF, key: str, default: int) -> int:
+    number = part.metadata.get(key, default)
+    if not isinstance(number, int):
+        raise FormatError(f"{part.paths[0]}: the value of {key!r} is no whole number")
+    return number
+
+
+def _map(path: Path) -> mmap.mmap:
+    try:
+        # A pipe would block and a device never ends, so look before opening.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise SourceError(f"{path}: not a file; give the path of a .gguf file")
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < 24:
+                raise FormatError(f"{path}: {os.fstat(file.fileno()).st_size} bytes are too few for a GGUF file")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path, a file emptied this very moment
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SourceError(f"{path}: cannot be opened: {reason}") from error
+
+
+def _read_part(path: Path) -> GGUF:
+    data = _map(path)
+    version = _check_magic(path, data)
+    header = _Header(path, data)
+    n_tensors, n_keys = header.scalar(10), header.scalar(10)
+    header.check(n_tensors <= MAX_TENSORS, f"{n_tensors} tensors are declared, more than any model has")
+    header.check(n_keys <= MAX_KEYS, f"{n_keys} metadata keys are declared, more than any model has")
+    metadata: dict[str, Any] = {}
+    alignment = 32
+    for _ in range(n_keys):
+        key = header.name(MAX_KEY_BYTES, "metadata key")
+        header.check(key not in metadata, f"metadata key {key!r} appears twice")
+        kind = header.scalar(_U32)
+        metadata[key] = header.value(kind, key)
+        if key == "general.alignment":
+            header.check(kind == _U32, "general.alignment is not of type uint32")
+            alignment = metadata[key]
+            header.check(
+                alignment >= 8 and not alignment & (alignment - 1),
+                f"general.alignment is {alignment}, not a power of two of at least 8",
+            )
+    infos = [_tensor_info(header) for _ in range(n_tensors)]
+    start = -(-header.offset // alignment) * alignment
+    tensors = _tensors(header, infos, start, alignment)
+    return GGUF((path,), version, MappingProxyType(metadata), MappingProxyType(tensors), len(data))
+
+
+def _check_magic(path: Path, data: mmap.mmap) -> int:
+    if data[:4] != b"GGUF":
+        if data[:11] == b"version htt":
+            raise FormatError(f"{path}: a Git LFS pointer, not the model itself; fetch it with `git lfs pull`")
+        raise FormatError(
+            f"{path}: not a GGUF file: it begins with {bytes(data[:4])!r}; convert the model to GGUF first"
+        )
+    version = int.from_bytes(data[4:8], "little")
+    if version & 0xFFFF == 0 and version:
+        raise UnsupportedError(f"{path}: a big-endian GGUF file; get the little-endian file of the same model")
+    if version == 1:
+        raise UnsupportedError(f"{path}: GGUF version 1 is obsolete; get a newer file of the same model")
+    if version == 0:
+        raise FormatError(f"{path}: GGUF version 0 does not exist")
+    if version > 3:
+        raise UnsupportedError(
+            f"{path}: GGUF version {version} is newer than this version of edgelm, which reads 2 and 3"
+        )
+    return version
+
+
+class _Header:
+    """A position in the file that only moves forward over bytes that exist."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path, self.data, self.size, self.offset, self.n_strings = path, data, len(data), 8, 0
+
+    def check(self, condition: bool, message: str) -> None:
+        if not condition:
+            raise FormatError(f"{self.path}: {message}; the file is damaged or hostile: download it again")
+
+    def take(self, n_bytes: int, what: str) -> int:
+        """Step over `n_bytes` and return where they begin."""
+        start = self.offset
+        if n_bytes > self.size - start:
+            left = self.size - start
+            self.check(False, f"the file ends inside {what}: {n_bytes} bytes needed at offset {start}, {left} left")
+        self.offset = start + n_bytes
+        return start
+
+    def scalar(self, kind: int, what: str = "the header") -> Any:
+        packed = _SCALARS[kind]
+        return packed.unpack_from(self.data, self.take(packed.size, what))[0]
+
+    def string(self, limit: int, what: str) -> str:
+        n_bytes = self.scalar(10, what)
+        self.check(n_bytes <= limit, f"{what} is {n_bytes} bytes long, more than {limit}")
+        start = self.take(n_bytes, what)
+        try:
+            return self.data[start : start + n_bytes].decode()
+        except UnicodeDecodeError:
+            raise FormatError(f"{self.path}: {what} at offset {start} is not valid UTF-8") from None
+
+    def name(self, limit: int, what: str) -> str:
+        name = self.string(limit, what)
+        self.check(name.isprintable() and name != "", f"{what} at offset {self.offset} is empty or unprintable")
+        return name
+
+    def value(self, kind: int, key: str) -> Any:
+        what = f"the value of {key!r:.100}"
+        if kind == _STRING:
+            return self.string(MAX_STRING_BYTES, what)
+        if kind == _ARRAY:
+            item_kind, n_items = self.scalar(_U32, what), self.scalar(10, what)
+            if item_kind == _STRING:
+                return self.strings(n_items, what)
+            return self.numbers(item_kind, n_items, what)
+        self.check(kind in _SCALARS, f"{what} is of the unknown type {kind}")
+        value = self.scalar(kind, what)
+        if kind == _BOOL:
+            self.check(value <= 1, f"{what} is a truth value of {value}")
+            return bool(value)
+        return value
+
+    def numbers(self, kind: int, n_items: int, what: str) -> NDArray[Any]:
+        if kind == _ARRAY:
+            raise UnsupportedError(f"{self.path}: {what} is an array of arrays")
+        self.check(kind in _SCALARS, f"{what} is an array of the unknown type {kind}")
+        dtype = np.dtype(_SCALARS[kind].format)
+        n_bytes = n_items * dtype.itemsize
+        self.check(n_bytes <= MAX_ARRAY_BYTES, f"{what} is {n_bytes} bytes long, more than {MAX_ARRAY_BYTES}")
+        start = self.take(n_bytes, what)
+        values = np.frombuffer(self.data[start : start + n_bytes], dtype)
+        if kind == _BOOL:
+            self.check(n_items == 0 or int(values.max()) <= 1, f"{what} holds truth values that are neither 0 nor 1")
+            values = values.view(np.bool_)
+        return values
+
+    def strings(self, n_items: int, what: str) -> list[str]:
+        """The vocabulary and its merges: 300,000 strings are the hot loop of opening a file."""
+        self.check(
+            8 * n_items <= self.size - self.offset, f"{what} declares {n_items} strings, more than the file can hold"
+        )
+        self.n_strings += n_items
+        self.check(self.n_strings <= MAX_STRINGS, f"more than {MAX_STRINGS} strings, more than any model has")
+        data, size, offset, length_at = self.data, self.size, self.offset, _SCALARS[10].unpack_from
+        items: list[str] = []
+        append = items.append
+        try:
+            for _ in range(n_items):
+                start = offset + 8
+                offset = start + length_at(data, offset)[0]
+                if offset > size or offset - start > MAX_STRING_BYTES:
+                    self.check(False, f"a string in {what} at offset {start} is {offset - start} bytes long")
+                append(data[start:offset].decode())
+        except struct.error:
+            self.check(False, f"the file ends inside {what}")
+        except UnicodeDecodeError:
+            raise FormatError(f"{self.path}: {what} holds a string at offset {start} that is not valid UTF-8") from None
+        self.offset = offset
+        return items
+
+
+@dataclass(frozen=True)
+class _TensorInfo:
+    name: str
+    dims: tuple[int, ...]  # innermost first, as in the file
+    type: int
+    offset: int
+
+
+def _tensor_info(header: _Header) -> _TensorInfo:
+    name = header.name(MAX_NAME_BYTES, "tensor name")
+    what = f"the description of tensor {name!r}"
+    n_dims = header.scalar(_U32, what)
+    header.check(n_dims <= MAX_DIMS, f"tensor {name!r} has {n_dims} dimensions, more than {MAX_DIMS}")
+    dims = tuple(header.scalar(10, what) for _ in range(n_dims)) or (1,)
+    return _TensorInfo(name, dims, header.scalar(_U32, what), header.scalar(10, what))
+
+
+def _tensors(header: _Header, infos: list[_TensorInfo], start: int, alignment: int) -> dict[str, QTensor]:
+    tensors: dict[str, QTensor] = {}
+    extents: list[tuple[int, int, str]] = []
+    for info in infos:
+        what = f"tensor {info.name!r}"
+        header.check(info.name not in tensors, f"{what} appears twice")
+        if info.type not in FORMATS:
+            raise UnsupportedError(f"{header.path}: {what} is of type {info.type}, which this version does not know")
+        header.check(
+            all(1 <= n <= header.size * 8 for n in info.dims), f"{what} cannot have the dimensions {info.dims}"
+        )
+        format, n_rows = FORMATS[info.type], 1
+        for n in info.dims[1:]:
+            n_rows *= n
+        try:
+            row_bytes = format.row_bytes(info.dims[0])
+        except FormatError as error:
+            raise FormatError(f"{header.path}: {what}: {error}") from None
+        header.check(info.offset % alignment == 0, f"{what} is at offset {info.offset}, no multiple of {alignment}")
+        begin, n_bytes = start + info.offset, n_rows * row_bytes
+        header.check(
+            begin + n_bytes <= header.size,
+            f"{what} needs bytes {begin} to {begin + n_bytes}, and the file has {header.size}: it is cut short",
+        )
+        extents.append((begin, begin + n_bytes, info.name))
+        data = np.frombuffer(header.data, np.uint8, n_bytes, begin).reshape(n_rows, row_bytes)
+        tensors[info.name] = QTensor(info.name, format, info.dims[::-1], data)
+    extents.sort()
+    for (_, end, name), (begin, _, other) in itertools.pairwise(extents):
+        header.check(end <= begin, f"tensors {name!r} and {other!r} overlap")
+    return tensors
