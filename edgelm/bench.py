@@ -81,6 +81,7 @@ def main(path: str, *, n_prompt: str, n_gen: str, prompt_gen: tuple[str, ...], n
         print_startup(path, repetitions, output)
         return
     from edgelm.model import load
+
     from edgelm.terminal import bars
 
     depths = numbers(n_depth, "-d")

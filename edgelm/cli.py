@@ -182,8 +182,9 @@ def embed(model: str | None, model_flag: str | None, hf_repo: str | None, texts:
 def tokenize(model: str | None, model_flag: str | None, hf_repo: str | None, prompt: str | None, prompt_file: Any, ids: bool,
              show_count: bool, no_bos: bool, no_parse_special: bool, offline: bool, as_json: bool, quiet: bool) -> None:
     """Show how a text is cut into tokens: id and text of each, one a line."""
-    from edgelm import gguf
     from edgelm.tokenizer import Tokenizer
+
+    from edgelm import gguf
 
     path = resolve(model, model_flag, hf_repo, quiet, offline)
     tokenizer = Tokenizer.from_gguf(gguf.read(path).metadata)
@@ -243,6 +244,7 @@ def evaluate(model: str | None, model_flag: str | None, hf_repo: str | None, tex
              against_interpreter: str, as_json: bool, quiet: bool, **flags: Any) -> None:
     """Perplexity of a text, with llama-perplexity's chunks; with --against, how far a model is from another."""
     from edgelm.evaluate import perplexity
+
     from edgelm.terminal import bars
 
     n_ctx = flags.get("ctx_size") or 512
@@ -342,6 +344,7 @@ def source_of(model: str | None, model_flag: str | None, hf_repo: str | None) ->
 def load_model(model: str | None, model_flag: str | None, hf_repo: str | None, quiet: bool, flags: dict[str, Any]) -> Model:
     """The model that the flags name, with a progress bar while it is fetched, packed and compiled."""
     from edgelm.model import load
+
     from edgelm.terminal import bars
 
     names = {"ctx_size": "ctx_size", "threads": "threads", "threads_batch": "threads_batch", "cache_type_k": "kv_type",

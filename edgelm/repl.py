@@ -1,0 +1,374 @@
+"""The conversation in a terminal: reads a line, streams an answer, keeps the session.
+
+With a terminal there are line editing and history (prompt_toolkit); a piped standard input is read line by line,
+each line a message, and standard output gets the answers alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import glob
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgelm.errors import EdgelmError, UsageError
+from edgelm.terminal import Bars, note
+
+if TYPE_CHECKING:
+    from edgelm.model import Model
+
+Message = dict[str, str]
+FENCE = '"""'
+
+
+class Leave(Exception):
+    """The person wants to go."""
+
+
+class Repl:
+    """A conversation with `model`; `settings` are the keyword arguments of `Session.chat`."""
+
+    def __init__(self, model: Model, *, system: str | None = None, settings: dict[str, Any] | None = None,
+                 quiet: bool = False) -> None:
+        self.model, self.quiet = model, quiet
+        self.settings = dict(settings or {})
+        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.session = model.session()
+        self.last: Any = None  # the final Response of the last answer
+        self.interactive = sys.stdin.isatty()
+        self.verbose = False
+        self.keep_history = True
+        self.pending = ""  # text of /read, put before the next message
+
+    def run(self, first: str | None = None, single_turn: bool = False) -> None:
+        """Talks until the input ends or somebody leaves."""
+        if self.interactive and not self.quiet:
+            self.greet()
+        try:
+            if first is not None:
+                self.handle(first)
+                if single_turn:
+                    return
+            for text in self.inputs():
+                self.handle(text)
+                if single_turn and self.last is not None:
+                    return
+        except Leave:
+            pass
+
+    def greet(self) -> None:
+        template = self.model.template
+        origin = f"chat template: {template.origin}" if template else "no chat template"
+        note(f"{self.model.name} ({origin}; context {self.model.n_ctx} tokens). /? for help, Ctrl-D to leave.")
+
+    def handle(self, text: str) -> None:
+        """A command if it begins with a slash that we know, else a message."""
+        if text.startswith("/") and not text.startswith("//"):
+            word, _, rest = text[1:].partition(" ")
+            command = COMMANDS.get(word.strip())
+            try:
+                if command is None:
+                    raise UsageError(f"/{word} is not a command; /? lists them")
+                command(self, rest.strip())
+            except (EdgelmError, OSError) as error:
+                note(f"edgelm: {error}")
+        elif text.strip():
+            self.ask(self.pending + text)
+
+    def ask(self, text: str) -> None:
+        """Streams the answer to `text`. Ctrl-C keeps what was said so far."""
+        asked = [*self.messages, {"role": "user", "content": text}]
+        answer = self.answer(asked)
+        if answer is not None:
+            self.messages = [*asked, {"role": "assistant", "content": answer}]
+            self.pending = ""
+
+    def answer(self, messages: list[Message]) -> str | None:
+        """The answer to `messages`, printed as it comes; None if it could not begin."""
+        said: list[str] = []
+        waiting = Bars(self.interactive and not self.quiet)
+        responses = self.session.chat(messages, progress=waiting, **self.settings)
+        try:
+            for response in responses:
+                waiting.close()
+                said.append(response.text)
+                self.last = response
+                print(response.text, end="", flush=True)
+        except KeyboardInterrupt:
+            responses.close()
+            if not self.interactive:
+                raise
+        except EdgelmError as error:
+            if not self.interactive:
+                raise
+            note(f"edgelm: {error}")
+            return None
+        finally:
+            waiting.close()
+        print(flush=True)
+        if self.last is not None and self.last.dropped_tokens:
+            note(f"({self.last.dropped_tokens} tokens of the conversation were dropped to fit the context window)")
+        if self.verbose:
+            self.stats("")
+        return "".join(said)
+
+    # --- reading ---------------------------------------------------------------------------------------------
+
+    def inputs(self) -> Iterator[str]:
+        """Messages and commands: what stands between two lines with triple quotes is one."""
+        read = self.terminal_reader() if self.interactive else _piped_line
+        while True:
+            try:
+                text = read(">>> ")
+                while text.lstrip().startswith(FENCE) and not _fence_closed(text):
+                    text += "\n" + read("... ")
+            except KeyboardInterrupt:  # at an empty prompt: leave; prompt_toolkit clears a line that is not empty
+                return
+            except EOFError:
+                return
+            stripped = text.strip()
+            yield stripped[3:-3].strip("\n") if stripped.startswith(FENCE) and _fence_closed(text) else text
+
+    def terminal_reader(self) -> Callable[[str], str]:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
+        from prompt_toolkit.completion import WordCompleter
+        from prompt_toolkit.history import FileHistory, InMemoryHistory
+        from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+        keys = KeyBindings()
+
+        @keys.add("c-g")
+        def _edit(event: KeyPressEvent) -> None:
+            event.current_buffer.open_in_editor()
+
+        @keys.add("c-c")
+        def _interrupt(event: KeyPressEvent) -> None:
+            if event.current_buffer.text:
+                event.current_buffer.reset()
+            else:
+                event.app.exit(exception=KeyboardInterrupt)
+
+        with contextlib.suppress(OSError):
+            data_folder().mkdir(parents=True, exist_ok=True)
+        history = FileHistory(str(data_folder() / "history")) if data_folder().is_dir() else InMemoryHistory()
+        session: PromptSession[str] = PromptSession(
+            history=history, auto_suggest=AutoSuggestFromHistory(), key_bindings=keys,
+            completer=WordCompleter(sorted(f"/{name}" for name in COMMANDS), sentence=True), complete_while_typing=False)
+
+        def read(prompt: str) -> str:
+            if not self.keep_history:
+                session.history = InMemoryHistory()
+            return session.prompt(prompt)
+
+        return read
+
+    # --- commands: the first line of each docstring is its help ---------------------------------------------------
+
+    def help(self, topic: str) -> None:
+        """/? [COMMAND]: this list."""
+        shown: dict[Callable[..., None], list[str]] = {}
+        for name, command in COMMANDS.items():
+            shown.setdefault(command, []).append(f"/{name}")
+        for command, names in shown.items():
+            if topic and f"/{topic.lstrip('/')}" not in names:
+                continue
+            usage, _, text = (command.__doc__ or "").partition(": ")
+            note(f"  {usage:34} {text.strip()}" + (f" Also {', '.join(names[1:])}." if len(names) > 1 else ""))
+        if not topic:
+            note(f"  {FENCE}                                begins and ends a message of several lines.")
+            note("  Ctrl-C stops an answer, Ctrl-G opens an editor, Ctrl-D leaves.")
+
+    def bye(self, _: str) -> None:
+        """/bye: leave."""
+        raise Leave
+
+    def clear(self, _: str) -> None:
+        """/clear: forget the conversation, keep the system prompt and the parameters."""
+        self.messages = [m for m in self.messages if m["role"] == "system"]
+        self.session.reset()
+        self.pending, self.last = "", None
+        note("cleared")
+
+    def set(self, what: str) -> None:
+        """/set system|parameter|verbose|quiet|history|nohistory [...]: change a setting."""
+        word, _, rest = what.partition(" ")
+        rest = rest.strip().removeprefix(FENCE).removesuffix(FENCE)
+        if word == "system":
+            self.set_system(rest)
+        elif word == "parameter":
+            name, _, value = rest.replace("=", " ", 1).partition(" ")
+            self.set_parameter(name.strip(), value.strip())
+        elif word in ("verbose", "quiet"):
+            self.verbose = word == "verbose"
+        elif word in ("history", "nohistory"):
+            self.keep_history = word == "history"
+        else:
+            raise UsageError(f"/set {word or '…'}: system, parameter, verbose, quiet, history or nohistory")
+
+    def set_system(self, text: str) -> None:
+        """/system TEXT: what the model is told before the conversation; empty takes it away."""
+        rest = [m for m in self.messages if m["role"] != "system"]
+        self.messages = ([{"role": "system", "content": text}] if text else []) + rest
+        note("system prompt set" if text else "system prompt removed")
+
+    def set_parameter(self, name: str, text: str) -> None:
+        """/set parameter NAME VALUE, with the names of the flags: temperature, top_k, num_predict …"""
+        from edgelm.sampling import Sampling
+
+        name = {"temp": "temperature", "num_predict": "max_tokens", "n_predict": "max_tokens"}.get(
+            name.replace("-", "_"), name.replace("-", "_"))
+        names = sorted({f.name for f in dataclasses.fields(Sampling)} | {"max_tokens", "stop", "overflow", "keep"})
+        if name not in names:
+            raise UsageError(f"there is no parameter {name!r}; there are {', '.join(names)}")
+        value: Any = text
+        with contextlib.suppress(ValueError):
+            value = json.loads(text)
+        if name == "stop":
+            value = [text]
+        proposed = self.settings | {name: value}
+        Sampling(**{k: v for k, v in proposed.items() if k in {f.name for f in dataclasses.fields(Sampling)}})  # validates
+        self.settings = proposed
+        note(f"{name} = {value}")
+
+    def show(self, what: str) -> None:
+        """/show info|parameters|system|template|messages|license: show it."""
+        if what == "info":
+            from edgelm.cli import readable
+
+            for line in readable(self.model.info()):
+                note(line)
+        elif what == "parameters":
+            from edgelm.sampling import Sampling
+
+            known = {f.name for f in dataclasses.fields(Sampling)}
+            values = dataclasses.asdict(Sampling(**{k: v for k, v in self.settings.items() if k in known})) | self.settings
+            for name, value in values.items():
+                note(f"  {name:24} {value}" + ("" if name in self.settings else "  (default)"))
+        elif what == "system":
+            note(next((m["content"] for m in self.messages if m["role"] == "system"), "(none)"))
+        elif what == "template":
+            template = self.model.template
+            note(f"({template.origin})\n{template.source}" if template else "(none)")
+        elif what == "messages":
+            for message in self.messages:
+                note(f"[{message['role']}] {message['content']}")
+        elif what == "license":
+            metadata = self.model.gguf.metadata
+            note(str(metadata.get("general.license.link") or metadata.get("general.license") or "(the file does not say)"))
+        else:
+            raise UsageError(f"/show {what or '…'}: info, parameters, system, template, messages or license")
+
+    def regen(self, _: str) -> None:
+        """/regen: answer the last message again."""
+        asked = self.messages
+        while asked and asked[-1]["role"] == "assistant":
+            asked = asked[:-1]
+        if not asked or asked[-1]["role"] != "user":
+            raise UsageError("there is nothing to answer again")
+        answer = self.answer(asked)
+        if answer is not None:
+            self.messages = [*asked, {"role": "assistant", "content": answer}]
+
+    def undo(self, _: str) -> None:
+        """/undo: take the last message and its answer back."""
+        before = list(self.messages)
+        while self.messages and self.messages[-1]["role"] == "assistant":
+            self.messages = self.messages[:-1]
+        if not self.messages or self.messages[-1]["role"] != "user":
+            self.messages = before
+            raise UsageError("there is nothing to take back")
+        self.messages = self.messages[:-1]
+        note(f"taken back; {sum(m['role'] == 'user' for m in self.messages)} messages are left")
+
+    def save(self, name: str) -> None:
+        """/save NAME: keep the conversation and its parameters."""
+        path = conversation_path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = {"model": str(self.model.path), "messages": self.messages, "settings": self.settings}
+        path.write_text(json.dumps(record, ensure_ascii=False, indent=2), encoding="utf-8")
+        note(f"saved to {path}")
+
+    def load(self, name: str) -> None:
+        """/load NAME: go on with a conversation that was saved."""
+        path = conversation_path(name)
+        if not path.exists():
+            saved = sorted(p.stem for p in data_folder().glob("conversations/*.json"))
+            raise UsageError(f"nothing was saved as {name!r}; there are {', '.join(saved) or 'no conversations'}")
+        self.messages, self.settings = read_conversation(path)
+        note(f"{sum(m['role'] == 'user' for m in self.messages)} messages loaded")
+
+    def read(self, pattern: str) -> None:
+        """/read FILE: put a file's text before the next message. Patterns such as *.py work."""
+        paths = [Path(p) for p in sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))] if pattern else []
+        if not paths:
+            raise UsageError(f"/read {pattern!r}: no such file")
+        for path in paths:
+            self.pending += f"{path.name}:\n{path.read_text(encoding='utf-8', errors='replace')}\n\n"
+            note(f"read {path} ({path.stat().st_size} bytes); it goes before your next message")
+
+    def context(self, _: str) -> None:
+        """/context: how full the context window is."""
+        used, size = len(self.session.tokens), self.model.n_ctx
+        filled = round(30 * used / size)
+        note(f"[{'#' * filled}{'.' * (30 - filled)}] {used} of {size} tokens ({100 * used / size:.0f} %)")
+
+    def stats(self, _: str) -> None:
+        """/stats: counts and speed of the last answer."""
+        from edgelm.cli import statistics
+
+        note(statistics(self.last) if self.last is not None else "nothing was said yet")
+
+
+COMMANDS: dict[str, Callable[[Repl, str], None]] = {
+    "?": Repl.help, "help": Repl.help,
+    "bye": Repl.bye, "exit": Repl.bye, "quit": Repl.bye,
+    "clear": Repl.clear, "reset": Repl.clear,
+    "set": Repl.set, "system": Repl.set_system, "system-prompt": Repl.set_system, "show": Repl.show,
+    "regen": Repl.regen, "undo": Repl.undo, "forget": Repl.undo,
+    "save": Repl.save, "load": Repl.load,
+    "read": Repl.read, "glob": Repl.read,
+    "context": Repl.context, "stats": Repl.stats,
+}
+
+
+def data_folder() -> Path:
+    """Where history and saved conversations are kept, by the platform's convention."""
+    from platformdirs import user_data_path
+
+    return user_data_path("edgelm", appauthor=False)
+
+
+def conversation_path(name: str) -> Path:
+    """NAME as a file among the saved conversations; a path with a folder in it is used as it is."""
+    if not name:
+        raise UsageError("give a name")
+    path = Path(name).expanduser()
+    return path if path.parent != Path() else data_folder() / "conversations" / f"{path.name}.json"
+
+
+def read_conversation(path: Path) -> tuple[list[Message], dict[str, Any]]:
+    """The messages and settings of a saved conversation."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in record["messages"]]
+        settings = dict(record["settings"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not a saved conversation ({error})") from None
+    return messages, settings
+
+
+def _fence_closed(text: str) -> bool:
+    stripped = text.strip()
+    return len(stripped) >= 2 * len(FENCE) and stripped.endswith(FENCE)
+
+
+def _piped_line(_: str) -> str:
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.rstrip("\r\n")
