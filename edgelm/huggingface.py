@@ -1,0 +1,136 @@
+"""GGUF files in repositories of Hugging Face, through the package huggingface_hub (extra "hub").
+
+That package does the transfer, the resuming, the locks and the cache, which other programs share; HF_ENDPOINT, HF_HOME,
+HF_TOKEN and HF_HUB_OFFLINE mean what they mean there. It is imported when the first `hf:` source is asked for.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .download import Progress, file_sha256
+from .errors import EdgelmError, SourceError, UsageError
+
+DEFAULT_QUANT = "Q4_K_M"  # when none is named, as for llama.cpp's -hf
+
+
+def parse(text: str) -> tuple[str, str | None, str]:
+    """`[//]org/repo[@revision][:file-or-quant]` or `//org/repo/path/of/file.gguf`: (repository, revision, selector)."""
+    fields = re.fullmatch(r"(?://)?([\w.-]+/[\w.-]+)(?:@([\w./-]+?))?(?:[:/](.+))?", text)
+    if not fields:
+        raise UsageError(f"hf:{text} is not of the form hf:org/repo[@revision][:file-or-quantization]")
+    return fields[1], fields[2], fields[3] or ""
+
+
+def select(files: list[str], selector: str, where: str) -> list[str]:
+    """The files to fetch from a repository: one, or all parts of a split one in order.
+
+    A selector is a path or glob of a .gguf file, or the name of a quantization as it stands in file names ("Q8_0").
+
+    Raises:
+        SourceError: nothing fits, or several models do; the message lists what there is.
+    """
+    models = sorted(f for f in files if f.lower().endswith(".gguf")
+                    and not re.search(r"(?i)(^|[-._/])(mmproj|imatrix)", PurePosixPath(f).name))
+    if selector.lower().endswith(".gguf"):
+        fitting = [f for f in files if f == selector] or [f for f in models if fnmatch.fnmatchcase(f, selector)]
+    else:
+        quant = re.escape(selector or DEFAULT_QUANT)
+        fitting = [f for f in models if re.search(rf"(?i)(^|[-._/]){quant}(?=[-._/])", f)]
+    groups: dict[str, list[str]] = {}
+    for name in fitting:
+        groups.setdefault(re.sub(r"-\d{5}-of-(\d{5})\.gguf$", r"-of-\1.gguf", name), []).append(name)
+    if len(groups) == 1:
+        name = next(iter(groups.values()))[0]
+        if split := re.search(r"^(.*)-\d{5}-of-(\d{5})\.gguf$", name):
+            count = int(split[2])
+            parts = [f"{split[1]}-{i:05}-of-{split[2]}.gguf" for i in range(1, min(count, len(files)) + 1)]
+            if missing := sorted(set(parts) - set(files)) or count > len(files):
+                raise SourceError(f"{where} lacks parts of a split model: {missing}")
+            return parts
+        return [name]
+    there = ", ".join((fitting or models)[:12]) or "no GGUF file at all"
+    wanted = selector or f"{DEFAULT_QUANT} (the default)"
+    raise SourceError(
+        f"{where}: {len(groups) or 'no'} models fit {wanted}; choose with hf:org/repo:FILE. There is: {there}"
+    )
+
+
+def fetch(text: str, offline: bool, progress: Progress) -> Path:
+    """The file that `text` (see `parse`) names, in the cache of huggingface_hub; of a split model, its first part.
+
+    Raises:
+        SourceError: no huggingface_hub, no such repository or file, no access, no network and nothing in the cache.
+    """
+    repo, revision, selector = parse(text)
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise SourceError("hf: sources need the package huggingface_hub: pip install 'edgelm[hub]'") from error
+    where = f"hf:{repo}" + (f"@{revision}" if revision else "")
+    offline = offline or bool(huggingface_hub.constants.HF_HUB_OFFLINE)
+    try:
+        files = _files(huggingface_hub, repo, revision, offline)
+        chosen = select(files, selector, where)
+        paths = [_one(huggingface_hub, repo, revision, name, offline, progress) for name in chosen]
+    except EdgelmError:
+        raise
+    except Exception as error:  # whatever that package raises, and the HTTP client under it, is about this source
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        hint = "; it is not in the cache, and the network is switched off" if offline else ""
+        raise SourceError(f"{where}: {reason}{hint}") from error
+    return paths[0]
+
+
+def _files(hub: Any, repo: str, revision: str | None, offline: bool) -> list[str]:
+    """Names of the files of a repository; of those in the cache when the hub is out of reach."""
+    if not offline:
+        try:
+            return list(hub.HfApi().list_repo_files(repo, revision=revision))
+        except hub.errors.HfHubHTTPError:
+            raise  # the hub answered: it has no such thing, or will not give it
+        except Exception:
+            try:
+                return _files(hub, repo, revision, offline=True)
+            except Exception:
+                pass  # what the network said tells more
+            raise
+    folder = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
+    return [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+
+
+def _one(hub: Any, repo: str, revision: str | None, name: str, offline: bool, progress: Progress) -> Path:
+    known = hub.try_to_load_from_cache(repo, name, revision=revision)
+    options: dict[str, Any] = {}
+    if "tqdm_class" in inspect.signature(hub.hf_hub_download).parameters:
+        options["tqdm_class"] = _bar(hub, f"download {PurePosixPath(name).name}", progress)
+    path = Path(hub.hf_hub_download(repo, name, revision=revision, local_files_only=offline, **options))
+    blob = path.resolve()
+    is_new = not isinstance(known, str) or blob != Path(known).resolve()
+    # A large file is stored under its sha256, which the package does not check after a plain HTTP transfer.
+    named_by_hash = re.fullmatch(r"[0-9a-f]{64}", blob.name)
+    if is_new and named_by_hash and file_sha256(blob, progress, f"verify {path.name}") != blob.name:
+        path.unlink()
+        blob.unlink(missing_ok=True)
+        raise SourceError(f"hf:{repo} sent a {name} that is not the one with sha256 {blob.name}; try again")
+    return path
+
+
+def _bar(hub: Any, stage: str, progress: Progress) -> type[Any]:
+    """A progress bar class that draws nothing and reports to `progress`."""
+
+    class Bar(hub.utils.tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self.done, self.goal = int(options.get("initial") or 0), int(options.get("total") or 0)
+            super().__init__(*args, **{**options, "disable": True})
+            progress(stage, self.done, self.goal)
+
+        def update(self, n: float | None = 1) -> None:
+            self.done += int(n or 0)
+            progress(stage, self.done, self.goal)
+
+    return Bar
