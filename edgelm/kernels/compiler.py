@@ -38,7 +38,7 @@ def fingerprint() -> str:
 
 
 def cache_dir() -> Path:
-    """Where compiled kernels are kept: NUMBA_CACHE_DIR if set, else a folder of the user's cache, else a temporary one."""
+    """Where compiled kernels are kept: NUMBA_CACHE_DIR, else a folder of the user's cache, else a temporary one."""
     chosen = os.environ.get("NUMBA_CACHE_DIR")
     if chosen:
         return Path(chosen)
@@ -55,7 +55,7 @@ def cache_dir() -> Path:
 
 
 def prepare() -> None:
-    """Points Numba to our folder; called when the package is imported, which is before any of its modules loads Numba."""
+    """Points Numba to our folder; called when the package is imported: before any of its modules loads Numba."""
     folder = str(cache_dir())
     os.environ["NUMBA_CACHE_DIR"] = folder
     config = sys.modules.get("numba.core.config")

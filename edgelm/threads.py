@@ -1,0 +1,83 @@
+"""How many threads to use: the physical, fast cores that this process may have. Knows nothing of what they do."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+CPUS = Path("/sys/devices/system/cpu")
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def default_threads() -> int:
+    """Physical performance cores, within the affinity mask and the CPU quota of this process; at least 1.
+
+    Two hardware threads of one core share the units that kernels keep busy, and a slow core that meets fast ones at
+    every operation makes them wait.
+    """
+    if sys.platform == "darwin":
+        return max(1, _sysctl("hw.perflevel0.physicalcpu") or _sysctl("hw.physicalcpu") or (os.cpu_count() or 2) // 2)
+    if hasattr(os, "sched_getaffinity"):
+        cores = _fast_cores(os.sched_getaffinity(0))
+        quota = _quota()
+        return max(1, cores if quota is None else min(cores, quota))
+    count = os.cpu_count() or 2
+    return max(1, count // 2 if count > 2 else count)
+
+
+def _fast_cores(cpus: set[int]) -> int:
+    """Distinct cores among `cpus`, without those that are much slower than the fastest."""
+    capacities = {cpu: _number(CPUS / f"cpu{cpu}" / "cpu_capacity") or 0 for cpu in cpus}
+    fastest = max(capacities.values(), default=0)
+    cores = set()
+    for cpu in cpus:
+        if 2 * capacities[cpu] >= fastest:
+            cores.add(_text(CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list") or str(cpu))
+    return len(cores)
+
+
+def _quota() -> int | None:
+    """CPUs that the control groups (v2, else v1) let this process use, rounded up; None when unlimited."""
+    limits = []
+    for line in (_text(Path("/proc/self/cgroup")) or "").splitlines():
+        _, _, group = line.split(":", 2)
+        if line.startswith("0::"):
+            folder = CGROUPS / group.lstrip("/")
+            for parent in (folder, *folder.parents):
+                quota, _, period = (_text(parent / "cpu.max") or "max").partition(" ")
+                if quota.isdigit() and period.isdigit() and int(period):
+                    limits.append(int(quota) / int(period))
+                if parent == CGROUPS:
+                    break
+    for folder in (CGROUPS / "cpu", CGROUPS / "cpu,cpuacct"):
+        micros, period_us = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
+        if micros and period_us and micros > 0:
+            limits.append(micros / period_us)
+    return max(1, -int(-min(limits) // 1)) if limits else None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path)
+    try:
+        return int(text) if text else None
+    except ValueError:
+        return None
+
+
+def _sysctl(name: str) -> int | None:
+    """An integer that macOS knows by name."""
+    value, size = ctypes.c_int64(0), ctypes.c_size_t(8)
+    try:
+        failed = ctypes.CDLL(None).sysctlbyname(name.encode(), ctypes.byref(value), ctypes.byref(size), None, 0)
+    except (OSError, AttributeError):
+        return None
+    return None if failed else value.value
