@@ -40,8 +40,11 @@ class Test:
 
     @property
     def name(self) -> str:
-        parts = {(True, False): f"pp {self.n_prompt}", (False, True): f"tg {self.n_gen}",
-                 (True, True): f"pp {self.n_prompt}+tg {self.n_gen}"}
+        parts = {
+            (True, False): f"pp {self.n_prompt}",
+            (False, True): f"tg {self.n_gen}",
+            (True, True): f"pp {self.n_prompt}+tg {self.n_gen}",
+        }
         return parts[self.n_prompt > 0, self.n_gen > 0] + (f" @ d{self.n_depth}" if self.n_depth else "")
 
 
@@ -73,9 +76,22 @@ class Result:
         return self.avg_ts * self.bytes_per_token / 1e9 if self.test.n_prompt == 0 else None
 
 
-def main(path: str, *, n_prompt: str, n_gen: str, prompt_gen: tuple[str, ...], n_depth: str, threads: str, repetitions: int,
-         output: str, startup: bool, no_warmup: bool, quiet: bool, max_tokens_per_run: int | None = None,
-         cache_type_k: str | None = None) -> None:
+def main(
+    path: str,
+    *,
+    n_prompt: str,
+    n_gen: str,
+    prompt_gen: tuple[str, ...],
+    n_depth: str,
+    threads: str,
+    repetitions: int,
+    output: str,
+    startup: bool,
+    no_warmup: bool,
+    quiet: bool,
+    max_tokens_per_run: int | None = None,
+    cache_type_k: str | None = None,
+) -> None:
     """Runs `edgelm bench`: prints a table, or records, to standard output."""
     if startup:
         print_startup(path, repetitions, output)
@@ -101,7 +117,9 @@ def main(path: str, *, n_prompt: str, n_gen: str, prompt_gen: tuple[str, ...], n
         settings["kv_type"] = cache_type_k
     for n_threads in numbers(threads, "-t") or [None]:
         with bars(quiet) as progress:
-            model = load(path, ctx_size=longest, threads=n_threads, threads_batch=n_threads, progress=progress, **settings)
+            model = load(
+                path, ctx_size=longest, threads=n_threads, threads_batch=n_threads, progress=progress, **settings
+            )
             for test in tests:
                 progress(f"{test.name}, {model.n_threads} threads", 0, 0)
                 results.append(measure(model, test, repetitions, warmup=not no_warmup))
@@ -130,8 +148,12 @@ def numbers(text: str, flag: str) -> list[int]:
 
 def measure(model: Model, test: Test, repetitions: int, warmup: bool = True) -> Result:
     """Times one test. A first run that is not counted warms caches and clocks up, as in llama-bench."""
-    result = Result(test, model.n_threads, bytes_per_token=model.bytes_per_token(test.n_depth + test.n_gen / 2),
-                    read_bandwidth=read_bandwidth(model.n_threads))
+    result = Result(
+        test,
+        model.n_threads,
+        bytes_per_token=model.bytes_per_token(test.n_depth + test.n_gen / 2),
+        read_bandwidth=read_bandwidth(model.n_threads),
+    )
     rng = np.random.default_rng(0)
     for repetition in range(repetitions + warmup):
         sequence = model.new_cache().new_sequence()
@@ -168,16 +190,30 @@ def record(model: Model, result: Result) -> dict[str, Any]:
     """One result under llama-bench's keys, and a few of our own at the end."""
     facts = model.info()
     return {
-        "cpu_info": processor(), "gpu_info": "", "backends": "CPU", "model_filename": str(model.path),
-        "model_type": f"{facts['architecture']} {facts['type']}", "model_size": facts["n_bytes"],
-        "model_n_params": facts["n_parameters"], "n_batch": model.runner.max_tokens, "n_ubatch": model.runner.max_tokens,
-        "n_threads": result.n_threads, "type_k": model.kv_type, "type_v": model.kv_type,
-        "n_prompt": result.test.n_prompt, "n_gen": result.test.n_gen, "n_depth": result.test.n_depth,
+        "cpu_info": processor(),
+        "gpu_info": "",
+        "backends": "CPU",
+        "model_filename": str(model.path),
+        "model_type": f"{facts['architecture']} {facts['type']}",
+        "model_size": facts["n_bytes"],
+        "model_n_params": facts["n_parameters"],
+        "n_batch": model.runner.max_tokens,
+        "n_ubatch": model.runner.max_tokens,
+        "n_threads": result.n_threads,
+        "type_k": model.kv_type,
+        "type_v": model.kv_type,
+        "n_prompt": result.test.n_prompt,
+        "n_gen": result.test.n_gen,
+        "n_depth": result.test.n_depth,
         "test_time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "avg_ns": round(statistics.fmean(result.samples_ns)),
         "stddev_ns": round(statistics.stdev(result.samples_ns)) if len(result.samples_ns) > 1 else 0,
-        "avg_ts": result.avg_ts, "stddev_ts": result.stddev_ts, "samples_ns": result.samples_ns,
-        "samples_ts": result.samples_ts, "bytes_per_token": round(result.bytes_per_token), "gb_s": result.gb_s,
+        "avg_ts": result.avg_ts,
+        "stddev_ts": result.stddev_ts,
+        "samples_ns": result.samples_ns,
+        "samples_ts": result.samples_ts,
+        "bytes_per_token": round(result.bytes_per_token),
+        "gb_s": result.gb_s,
         "read_gb_s": result.read_bandwidth / 1e9,
         "bandwidth_share": None if result.gb_s is None else result.gb_s * 1e9 / result.read_bandwidth,
     }
@@ -193,8 +229,10 @@ def as_table(model: Model, results: list[Result]) -> Iterator[str]:
     yield "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |"
     for r in results:
         rate = ("", "") if r.gb_s is None else (f"{r.gb_s:.1f}", f"{r.gb_s * 1e11 / r.read_bandwidth:.0f} %")
-        yield (f"| {kind} | {size(facts['n_bytes'])} | {facts['n_parameters'] / 1e6:.2f} M | CPU | {r.n_threads} "
-               f"| {r.test.name} | {r.avg_ts:.2f} ± {r.stddev_ts:.2f} | {rate[0]} | {rate[1]} |")
+        yield (
+            f"| {kind} | {size(facts['n_bytes'])} | {facts['n_parameters'] / 1e6:.2f} M | CPU | {r.n_threads} "
+            f"| {r.test.name} | {r.avg_ts:.2f} ± {r.stddev_ts:.2f} | {rate[0]} | {rate[1]} |"
+        )
     yield f"\nread bandwidth beside it: {results[-1].read_bandwidth / 1e9:.1f} GB/s with {results[-1].n_threads} threads"
 
 
@@ -234,5 +272,3 @@ def processor() -> str:
                 if line.startswith(("model name", "Model")):
                     return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-

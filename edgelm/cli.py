@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 MODEL = click.argument("model", required=False)
 MODEL_FLAG = click.option("-m", "--model", "model_flag", metavar="MODEL", help="The same as the argument MODEL.")
-HF_FLAG = click.option("-hf", "--hf-repo", "hf_repo", metavar="USER/REPO[:QUANT]", help="A model of the Hugging Face hub.")
+HF_FLAG = click.option(
+    "-hf", "--hf-repo", "hf_repo", metavar="USER/REPO[:QUANT]", help="A model of the Hugging Face hub."
+)
 QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -77,8 +79,17 @@ def main(debug: bool) -> None:
 @click.option("-st", "--single-turn", is_flag=True, help="Answer once and leave.")
 @with_flags(MODEL_FLAGS, TEMPLATE_FLAGS, SAMPLING_FLAGS, GENERATION_FLAGS)
 @QUIET
-def chat(model: str | None, model_flag: str | None, hf_repo: str | None, system: str | None, system_prompt_file: Any,
-         prompt: str | None, single_turn: bool, quiet: bool, **flags: Any) -> None:
+def chat(
+    model: str | None,
+    model_flag: str | None,
+    hf_repo: str | None,
+    system: str | None,
+    system_prompt_file: Any,
+    prompt: str | None,
+    single_turn: bool,
+    quiet: bool,
+    **flags: Any,
+) -> None:
     """Talk with a model. `/?` lists what can be done; a piped standard input is read line by line."""
     from edgelm.repl import Repl
 
@@ -94,7 +105,9 @@ def chat(model: str | None, model_flag: str | None, hf_repo: str | None, system:
 @MODEL_FLAG
 @HF_FLAG
 @click.option("-p", "--prompt", help="The text to complete.")
-@click.option("-f", "--file", "prompt_file", type=click.File(encoding="utf-8"), help="The same, from a file (- for stdin).")
+@click.option(
+    "-f", "--file", "prompt_file", type=click.File(encoding="utf-8"), help="The same, from a file (- for stdin)."
+)
 @click.option("--echo", is_flag=True, help="Print the prompt before the completion.")
 @click.option("--no-special", is_flag=True, help="Read names of special tokens in the prompt as plain text.")
 @click.option("--logprobs", type=click.IntRange(0), help="With --json: so many alternatives for each token.")
@@ -102,8 +115,20 @@ def chat(model: str | None, model_flag: str | None, hf_repo: str | None, system:
 @with_flags(MODEL_FLAGS, SAMPLING_FLAGS, GENERATION_FLAGS)
 @JSON
 @QUIET
-def run(model: str | None, model_flag: str | None, hf_repo: str | None, prompt: str | None, prompt_file: Any, echo: bool,
-        no_special: bool, logprobs: int | None, stats: bool, as_json: bool, quiet: bool, **flags: Any) -> None:
+def run(
+    model: str | None,
+    model_flag: str | None,
+    hf_repo: str | None,
+    prompt: str | None,
+    prompt_file: Any,
+    echo: bool,
+    no_special: bool,
+    logprobs: int | None,
+    stats: bool,
+    as_json: bool,
+    quiet: bool,
+    **flags: Any,
+) -> None:
     """Complete a text, streaming the completion to standard output."""
     if prompt is None:
         prompt = (prompt_file or click.get_text_stream("stdin", encoding="utf-8")).read()
@@ -121,8 +146,14 @@ def run(model: str | None, model_flag: str | None, hf_repo: str | None, prompt: 
             text.append(response.text)
             last = response
             if logprobs is not None:
-                alternatives.append({"token": response.token, "text": response.text, "logprob": response.logprob,
-                                     "top_logprobs": response.logprobs})
+                alternatives.append(
+                    {
+                        "token": response.token,
+                        "text": response.text,
+                        "logprob": response.logprob,
+                        "top_logprobs": response.logprobs,
+                    }
+                )
             if not as_json:
                 print(response.text, end="", flush=True)
     if as_json:
@@ -140,15 +171,39 @@ def run(model: str | None, model_flag: str | None, hf_repo: str | None, prompt: 
 @MODEL_FLAG
 @HF_FLAG
 @click.option("-p", "--prompt", "texts", multiple=True, help="A text. May be repeated.")
-@click.option("-f", "--file", "text_file", type=click.File(encoding="utf-8"), help="A file with a text on each line (- for stdin).")
-@click.option("--pooling", type=click.Choice(["none", "mean", "cls", "last"]), help="How token vectors become one vector.")
-@click.option("--embd-normalize", "normalize", type=click.IntRange(-1, 2), default=2, show_default=True,
-              help="2: to length one; -1: as they are.")
+@click.option(
+    "-f",
+    "--file",
+    "text_file",
+    type=click.File(encoding="utf-8"),
+    help="A file with a text on each line (- for stdin).",
+)
+@click.option(
+    "--pooling", type=click.Choice(["none", "mean", "cls", "last"]), help="How token vectors become one vector."
+)
+@click.option(
+    "--embd-normalize",
+    "normalize",
+    type=click.IntRange(-1, 2),
+    default=2,
+    show_default=True,
+    help="2: to length one; -1: as they are.",
+)
 @with_flags(MODEL_FLAGS)
 @JSON
 @QUIET
-def embed(model: str | None, model_flag: str | None, hf_repo: str | None, texts: tuple[str, ...], text_file: Any,
-          pooling: str | None, normalize: int, as_json: bool, quiet: bool, **flags: Any) -> None:
+def embed(
+    model: str | None,
+    model_flag: str | None,
+    hf_repo: str | None,
+    texts: tuple[str, ...],
+    text_file: Any,
+    pooling: str | None,
+    normalize: int,
+    as_json: bool,
+    quiet: bool,
+    **flags: Any,
+) -> None:
     """Print the embedding of each text: one line of numbers, or with --json OpenAI's list object."""
     lines = list(texts)
     if text_file is not None or not lines:
@@ -159,8 +214,16 @@ def embed(model: str | None, model_flag: str | None, hf_repo: str | None, texts:
     loaded = load_model(model, model_flag, hf_repo, quiet, flags)
     vectors = loaded.embed(lines, pooling=pooling, normalize=normalize == 2)
     if as_json:
-        print_json({"object": "list", "model": loaded.name, "data": [
-            {"object": "embedding", "index": i, "embedding": [float(x) for x in v.ravel()]} for i, v in enumerate(vectors)]})
+        print_json(
+            {
+                "object": "list",
+                "model": loaded.name,
+                "data": [
+                    {"object": "embedding", "index": i, "embedding": [float(x) for x in v.ravel()]}
+                    for i, v in enumerate(vectors)
+                ],
+            }
+        )
     else:
         for vector in vectors:
             print(" ".join(f"{x:.7g}" for x in vector.ravel()))
@@ -179,8 +242,20 @@ def embed(model: str | None, model_flag: str | None, hf_repo: str | None, texts:
 @click.option("--offline", is_flag=True, help="Never touch the network.")
 @JSON
 @QUIET
-def tokenize(model: str | None, model_flag: str | None, hf_repo: str | None, prompt: str | None, prompt_file: Any, ids: bool,
-             show_count: bool, no_bos: bool, no_parse_special: bool, offline: bool, as_json: bool, quiet: bool) -> None:
+def tokenize(
+    model: str | None,
+    model_flag: str | None,
+    hf_repo: str | None,
+    prompt: str | None,
+    prompt_file: Any,
+    ids: bool,
+    show_count: bool,
+    no_bos: bool,
+    no_parse_special: bool,
+    offline: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Show how a text is cut into tokens: id and text of each, one a line."""
     from edgelm.tokenizer import Tokenizer
 
@@ -206,16 +281,36 @@ def tokenize(model: str | None, model_flag: str | None, hf_repo: str | None, pro
 @MODEL
 @MODEL_FLAG
 @HF_FLAG
-@click.option("-c", "--ctx", "--ctx-size", "ctx_size", type=click.IntRange(0), default=0, help="Memory for this context window.")
-@click.option("--kv", "-ctk", "--cache-type-k", "kv_type", type=click.Choice(["f16", "f32", "q8_0", "q4_0"]), default="f16",
-              show_default=True, help="Memory for this type of KV cache.")
+@click.option(
+    "-c", "--ctx", "--ctx-size", "ctx_size", type=click.IntRange(0), default=0, help="Memory for this context window."
+)
+@click.option(
+    "--kv",
+    "-ctk",
+    "--cache-type-k",
+    "kv_type",
+    type=click.Choice(["f16", "f32", "q8_0", "q4_0"]),
+    default="f16",
+    show_default=True,
+    help="Memory for this type of KV cache.",
+)
 @click.option("--metadata", is_flag=True, help="Every key of the file as well.")
 @click.option("--tensors", is_flag=True, help="Every tensor of the file as well.")
 @click.option("--offline", is_flag=True, help="Never touch the network.")
 @JSON
 @QUIET
-def info(model: str | None, model_flag: str | None, hf_repo: str | None, ctx_size: int, kv_type: str, metadata: bool,
-         tensors: bool, offline: bool, as_json: bool, quiet: bool) -> None:
+def info(
+    model: str | None,
+    model_flag: str | None,
+    hf_repo: str | None,
+    ctx_size: int,
+    kv_type: str,
+    metadata: bool,
+    tensors: bool,
+    offline: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """What a model file holds, and the memory it will need: read from its header alone."""
     from edgelm.model import describe
 
@@ -232,16 +327,34 @@ def info(model: str | None, model_flag: str | None, hf_repo: str | None, ctx_siz
 @MODEL
 @MODEL_FLAG
 @HF_FLAG
-@click.option("-f", "--file", "text_file", type=click.File(encoding="utf-8"), required=True, help="The text to predict.")
+@click.option(
+    "-f", "--file", "text_file", type=click.File(encoding="utf-8"), required=True, help="The text to predict."
+)
 @click.option("--chunks", type=int, default=-1, help="Use so many chunks of the text at most.")
-@click.option("--against", metavar="MODEL", help="A reference: KL divergence, agreement and probability differences too.")
-@click.option("--against-interpreter", type=click.Choice(["auto", "program", "reference"]), default="auto",
-              help="What computes the reference.")
+@click.option(
+    "--against", metavar="MODEL", help="A reference: KL divergence, agreement and probability differences too."
+)
+@click.option(
+    "--against-interpreter",
+    type=click.Choice(["auto", "program", "reference"]),
+    default="auto",
+    help="What computes the reference.",
+)
 @with_flags(MODEL_FLAGS)
 @JSON
 @QUIET
-def evaluate(model: str | None, model_flag: str | None, hf_repo: str | None, text_file: Any, chunks: int, against: str | None,
-             against_interpreter: str, as_json: bool, quiet: bool, **flags: Any) -> None:
+def evaluate(
+    model: str | None,
+    model_flag: str | None,
+    hf_repo: str | None,
+    text_file: Any,
+    chunks: int,
+    against: str | None,
+    against_interpreter: str,
+    as_json: bool,
+    quiet: bool,
+    **flags: Any,
+) -> None:
     """Perplexity of a text, with llama-perplexity's chunks; with --against, how far a model is from another."""
     from edgelm.evaluate import perplexity
 
@@ -254,8 +367,14 @@ def evaluate(model: str | None, model_flag: str | None, hf_repo: str | None, tex
     if against is not None:
         reference = load_model(against, None, None, quiet, flags | {"interpreter": against_interpreter})
     with bars(quiet) as progress:
-        report = perplexity(loaded, text_file.read(), n_ctx=n_ctx, chunks=chunks if chunks >= 0 else None,
-                            against=reference, progress=progress)
+        report = perplexity(
+            loaded,
+            text_file.read(),
+            n_ctx=n_ctx,
+            chunks=chunks if chunks >= 0 else None,
+            against=reference,
+            progress=progress,
+        )
     if as_json:
         print_json(report.to_dict())
     else:
@@ -280,7 +399,9 @@ def evaluate(model: str | None, model_flag: str | None, hf_repo: str | None, tex
 @click.option("--no-warmup", is_flag=True, help="Count the first run as well.")
 @click.option("--offline", is_flag=True, help="Never touch the network.")
 @QUIET
-def bench(model: str | None, model_flag: str | None, hf_repo: str | None, quiet: bool, offline: bool, **settings: Any) -> None:
+def bench(
+    model: str | None, model_flag: str | None, hf_repo: str | None, quiet: bool, offline: bool, **settings: Any
+) -> None:
     """Measure speed: llama-bench's tests and table, with GB/s and the share of this machine's read bandwidth."""
     from edgelm import bench as measure
 
@@ -325,6 +446,7 @@ def warm(model: str | None, model_flag: str | None, hf_repo: str | None, quiet: 
 
 # --- what the commands share -------------------------------------------------------------------------------------
 
+
 def resolve(model: str | None, model_flag: str | None, hf_repo: str | None, quiet: bool, offline: bool) -> str:
     """The path of the model that the flags name, fetched if need be."""
     from edgelm import hub
@@ -341,15 +463,24 @@ def source_of(model: str | None, model_flag: str | None, hf_repo: str | None) ->
     return named[0] if named else None
 
 
-def load_model(model: str | None, model_flag: str | None, hf_repo: str | None, quiet: bool, flags: dict[str, Any]) -> Model:
+def load_model(
+    model: str | None, model_flag: str | None, hf_repo: str | None, quiet: bool, flags: dict[str, Any]
+) -> Model:
     """The model that the flags name, with a progress bar while it is fetched, packed and compiled."""
     from edgelm.model import load
 
     from edgelm.terminal import bars
 
-    names = {"ctx_size": "ctx_size", "threads": "threads", "threads_batch": "threads_batch", "cache_type_k": "kv_type",
-             "max_tokens_per_run": "max_tokens_per_run", "interpreter": "interpreter", "offline": "offline",
-             "chat_template": "chat_template"}
+    names = {
+        "ctx_size": "ctx_size",
+        "threads": "threads",
+        "threads_batch": "threads_batch",
+        "cache_type_k": "kv_type",
+        "max_tokens_per_run": "max_tokens_per_run",
+        "interpreter": "interpreter",
+        "offline": "offline",
+        "chat_template": "chat_template",
+    }
     settings = {names[name]: value for name, value in given(flags).items() if name in names}
     if path := flags.get("chat_template_file"):
         with open(path, encoding="utf-8") as file:
@@ -381,14 +512,23 @@ def summary(last: Any) -> dict[str, Any]:
     """The counts and speeds of a finished answer."""
     if last is None:
         return {}
-    names = ("prompt_tokens", "cached_tokens", "generation_tokens", "prompt_tps", "generation_tps", "finish_reason",
-             "dropped_tokens")
+    names = (
+        "prompt_tokens",
+        "cached_tokens",
+        "generation_tokens",
+        "prompt_tps",
+        "generation_tps",
+        "finish_reason",
+        "dropped_tokens",
+    )
     return {name: getattr(last, name) for name in names}
 
 
 def statistics(last: Any) -> str:
-    return (f"prompt {last.prompt_tokens} tokens ({last.cached_tokens} cached), {last.prompt_tps:.1f} tokens/s; "
-            f"answer {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s; ended by {last.finish_reason}")
+    return (
+        f"prompt {last.prompt_tokens} tokens ({last.cached_tokens} cached), {last.prompt_tps:.1f} tokens/s; "
+        f"answer {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s; ended by {last.finish_reason}"
+    )
 
 
 def print_json(value: Any) -> None:

@@ -22,11 +22,19 @@ MODEL_FLAGS = (
     _flag("-c", "--ctx-size", type=click.IntRange(0), help="Context window in tokens (0: as the model was trained)."),
     _flag("-t", "--threads", type=click.IntRange(1), help="Threads for generation."),
     _flag("-tb", "--threads-batch", type=click.IntRange(1), help="Threads for prompts."),
-    _flag("-ub", "--ubatch-size", "max_tokens_per_run", type=click.IntRange(1),
-          help="Tokens of a prompt that are computed at a time."),
+    _flag(
+        "-ub",
+        "--ubatch-size",
+        "max_tokens_per_run",
+        type=click.IntRange(1),
+        help="Tokens of a prompt that are computed at a time.",
+    ),
     _flag("-ctk", "--cache-type-k", type=click.Choice(["f16", "f32"]), help="Type of the KV cache."),
-    _flag("--interpreter", type=click.Choice(["auto", "program", "reference"]),
-          help="What computes: compiled kernels, or plain NumPy (slow, exact)."),
+    _flag(
+        "--interpreter",
+        type=click.Choice(["auto", "program", "reference"]),
+        help="What computes: compiled kernels, or plain NumPy (slow, exact).",
+    ),
     _flag("--offline", is_flag=True, default=False, help="Never touch the network."),
 )
 
@@ -38,31 +46,55 @@ TEMPLATE_FLAGS = (
 SAMPLING_FLAGS = (
     _flag("-s", "--seed", "seed", type=int, help="Random seed (-1: a new one each time)."),
     _flag("--temp", "--temperature", "temperature", type=float, help="0 takes the likeliest token each time."),
-    _flag("--top-k", type=int), _flag("--top-p", type=float), _flag("--min-p", type=float),
+    _flag("--top-k", type=int),
+    _flag("--top-p", type=float),
+    _flag("--min-p", type=float),
     _flag("--typical", "--typical-p", "typical_p", type=float),
     _flag("--top-n-sigma", "--top-nsigma", "top_n_sigma", type=float),
-    _flag("--repeat-last-n", type=int), _flag("--repeat-penalty", type=float),
-    _flag("--presence-penalty", type=float), _flag("--frequency-penalty", type=float),
-    _flag("--dry-multiplier", type=float), _flag("--dry-base", type=float), _flag("--dry-allowed-length", type=int),
+    _flag("--repeat-last-n", type=int),
+    _flag("--repeat-penalty", type=float),
+    _flag("--presence-penalty", type=float),
+    _flag("--frequency-penalty", type=float),
+    _flag("--dry-multiplier", type=float),
+    _flag("--dry-base", type=float),
+    _flag("--dry-allowed-length", type=int),
     _flag("--dry-penalty-last-n", type=int),
     _flag("--dry-sequence-breaker", "dry_sequence_breakers", multiple=True, default=()),
-    _flag("--xtc-probability", type=float), _flag("--xtc-threshold", type=float),
-    _flag("--dynatemp-range", type=float), _flag("--dynatemp-exp", "dynatemp_exponent", type=float),
-    _flag("--mirostat", type=click.IntRange(0, 2)), _flag("--mirostat-lr", "mirostat_eta", type=float),
+    _flag("--xtc-probability", type=float),
+    _flag("--xtc-threshold", type=float),
+    _flag("--dynatemp-range", type=float),
+    _flag("--dynatemp-exp", "dynatemp_exponent", type=float),
+    _flag("--mirostat", type=click.IntRange(0, 2)),
+    _flag("--mirostat-lr", "mirostat_eta", type=float),
     _flag("--mirostat-ent", "mirostat_tau", type=float),
-    _flag("-l", "--logit-bias", multiple=True, default=(), metavar="ID(+/-)B",
-          help="Adds B to the logit of a token: 15043+1, or 15043-inf."),
+    _flag(
+        "-l",
+        "--logit-bias",
+        multiple=True,
+        default=(),
+        metavar="ID(+/-)B",
+        help="Adds B to the logit of a token: 15043+1, or 15043-inf.",
+    ),
     _flag("--samplers", help="The samplers and their order, separated by ';'."),
     _flag("--sampler-seq", "--sampling-seq", "sampler_seq", help="The same, one letter each: edskypmxt."),
     _flag("--ignore-eos", is_flag=True, help="Never stop at the end-of-text token."),
 )
 
 GENERATION_FLAGS = (
-    _flag("-n", "--predict", "--n-predict", "max_tokens", type=int,
-          help="Tokens to write at most (-1: until the model stops)."),
+    _flag(
+        "-n",
+        "--predict",
+        "--n-predict",
+        "max_tokens",
+        type=int,
+        help="Tokens to write at most (-1: until the model stops).",
+    ),
     _flag("-r", "--reverse-prompt", "stop", multiple=True, default=(), help="Stop at this text. May be repeated."),
-    _flag("--overflow", type=click.Choice(["error", "truncate-middle", "shift"]),
-          help="What happens when the context window is full."),
+    _flag(
+        "--overflow",
+        type=click.Choice(["error", "truncate-middle", "shift"]),
+        help="What happens when the context window is full.",
+    ),
     _flag("--context-shift", "context_shift", is_flag=True, default=False, help="The same as --overflow shift."),
     _flag("--keep", type=int, help="Tokens at the start that --overflow never drops."),
 )
@@ -70,10 +102,12 @@ GENERATION_FLAGS = (
 
 def with_flags(*tables: tuple[Callable[[Command], Command], ...]) -> Callable[[Command], Command]:
     """Decorates a command with every flag of the tables, in their order."""
+
     def decorate(command: Command) -> Command:
         for flag in reversed([flag for table in tables for flag in table]):
             command = flag(command)
         return command
+
     return decorate
 
 
@@ -92,5 +126,7 @@ def parse_logit_bias(texts: tuple[str, ...]) -> dict[int, float]:
         try:
             biases[int(text[:at])] = float(text[at:])
         except ValueError:
-            raise UsageError(f"--logit-bias {text!r}: write TOKEN_ID+BIAS or TOKEN_ID-BIAS, such as 15043-1.5") from None
+            raise UsageError(
+                f"--logit-bias {text!r}: write TOKEN_ID+BIAS or TOKEN_ID-BIAS, such as 15043-1.5"
+            ) from None
     return biases

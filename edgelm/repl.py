@@ -32,8 +32,9 @@ class Leave(Exception):
 class Repl:
     """A conversation with `model`; `settings` are the keyword arguments of `Session.chat`."""
 
-    def __init__(self, model: Model, *, system: str | None = None, settings: dict[str, Any] | None = None,
-                 quiet: bool = False) -> None:
+    def __init__(
+        self, model: Model, *, system: str | None = None, settings: dict[str, Any] | None = None, quiet: bool = False
+    ) -> None:
         self.model, self.quiet = model, quiet
         self.settings = dict(settings or {})
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
@@ -157,8 +158,12 @@ class Repl:
             data_folder().mkdir(parents=True, exist_ok=True)
         history = FileHistory(str(data_folder() / "history")) if data_folder().is_dir() else InMemoryHistory()
         session: PromptSession[str] = PromptSession(
-            history=history, auto_suggest=AutoSuggestFromHistory(), key_bindings=keys,
-            completer=WordCompleter(sorted(f"/{name}" for name in COMMANDS), sentence=True), complete_while_typing=False)
+            history=history,
+            auto_suggest=AutoSuggestFromHistory(),
+            key_bindings=keys,
+            completer=WordCompleter(sorted(f"/{name}" for name in COMMANDS), sentence=True),
+            complete_while_typing=False,
+        )
 
         def read(prompt: str) -> str:
             if not self.keep_history:
@@ -221,7 +226,8 @@ class Repl:
         from edgelm.sampling import Sampling
 
         name = {"temp": "temperature", "num_predict": "max_tokens", "n_predict": "max_tokens"}.get(
-            name.replace("-", "_"), name.replace("-", "_"))
+            name.replace("-", "_"), name.replace("-", "_")
+        )
         names = sorted({f.name for f in dataclasses.fields(Sampling)} | {"max_tokens", "stop", "overflow", "keep"})
         if name not in names:
             raise UsageError(f"there is no parameter {name!r}; there are {', '.join(names)}")
@@ -231,7 +237,9 @@ class Repl:
         if name == "stop":
             value = [text]
         proposed = self.settings | {name: value}
-        Sampling(**{k: v for k, v in proposed.items() if k in {f.name for f in dataclasses.fields(Sampling)}})  # validates
+        Sampling(
+            **{k: v for k, v in proposed.items() if k in {f.name for f in dataclasses.fields(Sampling)}}
+        )  # validates
         self.settings = proposed
         note(f"{name} = {value}")
 
@@ -246,7 +254,9 @@ class Repl:
             from edgelm.sampling import Sampling
 
             known = {f.name for f in dataclasses.fields(Sampling)}
-            values = dataclasses.asdict(Sampling(**{k: v for k, v in self.settings.items() if k in known})) | self.settings
+            values = (
+                dataclasses.asdict(Sampling(**{k: v for k, v in self.settings.items() if k in known})) | self.settings
+            )
             for name, value in values.items():
                 note(f"  {name:24} {value}" + ("" if name in self.settings else "  (default)"))
         elif what == "system":
@@ -259,7 +269,11 @@ class Repl:
                 note(f"[{message['role']}] {message['content']}")
         elif what == "license":
             metadata = self.model.gguf.metadata
-            note(str(metadata.get("general.license.link") or metadata.get("general.license") or "(the file does not say)"))
+            note(
+                str(
+                    metadata.get("general.license.link") or metadata.get("general.license") or "(the file does not say)"
+                )
+            )
         else:
             raise UsageError(f"/show {what or '…'}: info, parameters, system, template, messages or license")
 
@@ -325,14 +339,26 @@ class Repl:
 
 
 COMMANDS: dict[str, Callable[[Repl, str], None]] = {
-    "?": Repl.help, "help": Repl.help,
-    "bye": Repl.bye, "exit": Repl.bye, "quit": Repl.bye,
-    "clear": Repl.clear, "reset": Repl.clear,
-    "set": Repl.set, "system": Repl.set_system, "system-prompt": Repl.set_system, "show": Repl.show,
-    "regen": Repl.regen, "undo": Repl.undo, "forget": Repl.undo,
-    "save": Repl.save, "load": Repl.load,
-    "read": Repl.read, "glob": Repl.read,
-    "context": Repl.context, "stats": Repl.stats,
+    "?": Repl.help,
+    "help": Repl.help,
+    "bye": Repl.bye,
+    "exit": Repl.bye,
+    "quit": Repl.bye,
+    "clear": Repl.clear,
+    "reset": Repl.clear,
+    "set": Repl.set,
+    "system": Repl.set_system,
+    "system-prompt": Repl.set_system,
+    "show": Repl.show,
+    "regen": Repl.regen,
+    "undo": Repl.undo,
+    "forget": Repl.undo,
+    "save": Repl.save,
+    "load": Repl.load,
+    "read": Repl.read,
+    "glob": Repl.read,
+    "context": Repl.context,
+    "stats": Repl.stats,
 }
 
 

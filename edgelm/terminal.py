@@ -65,11 +65,16 @@ class Bars:
         from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
         if self._progress is None:
-            amount: ProgressColumn = DownloadColumn() if stage.startswith("download") else TextColumn(
-                "{task.completed:.0f}/{task.total}")
+            amount: ProgressColumn = (
+                DownloadColumn() if stage.startswith("download") else TextColumn("{task.completed:.0f}/{task.total}")
+            )
             self._progress = Progress(
-                TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn(compact=True),
-                console=Console(stderr=True), transient=True,
+                TextColumn("{task.description}"),
+                BarColumn(),
+                amount,
+                TimeRemainingColumn(compact=True),
+                console=Console(stderr=True),
+                transient=True,
             )
             self._progress.start()
         self._tasks[stage] = self._progress.add_task(stage, total=total or None, completed=done)
