@@ -31,7 +31,7 @@ from .formats import FORMATS, QTensor
 
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 16
-MAX_STRINGS = 1 << 23  # in all the arrays of a file; the largest vocabularies with their merges hold under a million
+MAX_STRINGS = 1 << 22  # in all the arrays of a file; the largest vocabularies with their merges hold under a million
 MAX_KEY_BYTES = (1 << 16) - 1
 MAX_NAME_BYTES = 64
 MAX_STRING_BYTES = 1 << 26
@@ -93,7 +93,7 @@ def _parts(path: Path) -> tuple[Path, ...]:
         raise FormatError(f"{path}: part {int(match[2])} of {count} cannot be")
     paths = tuple(path.with_name(f"{stem}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1))
     for part in paths:
-        if not part.exists():
+        if not os.path.exists(part):  # not Path.exists, which raises when a folder is not readable
             raise SourceError(f"{part}: this part of a split model is missing; put all {count} parts into one folder")
     return paths
 
@@ -104,8 +104,8 @@ def _join(parts: list[GGUF]) -> GGUF:
         where, number_inside, count_inside = part.paths[0], _split(part, "split.no", 0), _split(part, "split.count", 1)
         if (number_inside, count_inside) != (number, len(parts)):
             raise FormatError(
-                f"{where}: the metadata says part {number_inside + 1} of {count_inside}, the name says part {number + 1} of "
-                f"{len(parts)}; parts must be called NAME-00001-of-0000N.gguf"
+                f"{where}: part {number_inside + 1} of {count_inside} by its metadata, part {number + 1} of {len(parts)} "
+                "by its name; the parts of a model must be called NAME-00001-of-0000N.gguf"
             )
         if again := tensors.keys() & part.tensors.keys():
             raise FormatError(f"{where}: tensor {min(again)!r} is in another part, too")

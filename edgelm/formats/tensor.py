@@ -13,7 +13,7 @@ from ..errors import UnsupportedError
 from .format import Bytes, Floats, Format
 from .simple import F32
 
-_SLAB = 1 << 18  # weights dequantized at a time: temporaries stay in the processor's cache
+_SLAB = 1 << 17  # weights worked on at a time: temporaries stay in the processor's cache, however long a row is
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,29 +43,20 @@ class QTensor:
 
     def dequantize(self) -> Floats:
         """A new float32 array of `shape`."""
-        n_cols = self.shape[-1]
-        out = np.empty((len(self.data), n_cols), np.float32)
-        for rows in self._slabs(len(self.data), n_cols):
-            out[rows] = self._dequantize(self.data[rows])
-        return out.reshape(self.shape)
+        return self._weights(self.data).reshape(self.shape)
 
     def rows(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> Floats:
         """Some rows, in the order asked for: float32 (len(indices), shape[-1]). IndexError outside the tensor."""
-        chosen = np.asarray(indices, dtype=np.int64)
-        out = np.empty((len(chosen), self.shape[-1]), np.float32)
-        for rows in self._slabs(len(chosen), self.shape[-1]):
-            out[rows] = self._dequantize(self.data[chosen[rows]])
-        return out
+        return self._weights(self.data[np.asarray(indices, dtype=np.int64)]).reshape(-1, self.shape[-1])
 
-    def _dequantize(self, data: Bytes) -> Floats:
-        # A hostile or damaged file may hold NaN and infinity anywhere; they are values here, not events to warn of.
+    def _weights(self, data: Bytes) -> Floats:
+        blocks = data.reshape(-1).view(self.format.layout)
+        weights = np.empty((len(blocks), self.format.block), np.float32)
+        # A damaged file may hold NaN and infinity anywhere; they are values here, not events to warn of.
         with np.errstate(all="ignore"):
-            return self.format.dequantize(data.reshape(-1).view(self.format.layout)).reshape(len(data), -1)
-
-    @staticmethod
-    def _slabs(n_rows: int, n_cols: int) -> Iterator[slice]:
-        step = max(1, _SLAB // n_cols)
-        return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
+            for slab in _slabs(len(blocks), self.format.block):
+                weights[slab] = self.format.dequantize(blocks[slab])
+        return weights.reshape(-1)
 
     @classmethod
     def from_array(cls, name: str, array: NDArray[Any], format: type[Format] = F32) -> QTensor:
@@ -79,8 +70,16 @@ class QTensor:
             )
         values = np.ascontiguousarray(array, dtype=np.float32)
         n_row_bytes = format.row_bytes(values.shape[-1])
+        x = values.reshape(values.size // format.block, format.block)
+        blocks = np.empty(len(x), format.layout)
         with np.errstate(all="ignore"):
-            blocks = format.quantize(values.reshape(-1, format.block))
-        data = blocks.view(np.uint8).reshape(-1, n_row_bytes)
+            for slab in _slabs(len(x), format.block):
+                blocks[slab] = format.quantize(x[slab])
+        data = blocks.view(np.uint8).reshape(values.size // max(1, values.shape[-1]), n_row_bytes)
         data.flags.writeable = False
         return cls(name, format, values.shape, data)
+
+
+def _slabs(n_blocks: int, block: int) -> Iterator[slice]:
+    step = _SLAB // block
+    return (slice(start, start + step) for start in range(0, n_blocks, step))
