@@ -1,0 +1,104 @@
+"""A cached sequence as bytes: written and read back, page by page.
+
+Little-endian: magic and layout (`_layout`, equal bytes for caches that can exchange sequences); int64 length; int64
+first page kept, per group; the kept pages of each group in order, with unused positions zeroed; uint32 CRC-32 of all
+of that. Knows nothing of the text: who saves a session saves its tokens, and which model they belong to, beside this.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .cache import KVCache, Sequence
+from .errors import FormatError
+from .pages import PAGE, GroupLayout
+
+_MAGIC, _VERSION = b"edgelmKV", 1
+
+
+def save(sequence: Sequence, file: BinaryIO) -> None:
+    """Writes a sequence of a cache."""
+    cache, n_pages = sequence.cache, -(-sequence.length // PAGE)
+    head = _layout(cache) + struct.pack(f"<{1 + len(sequence._first)}q", sequence.length, *sequence._first)
+    check = zlib.crc32(head)
+    file.write(head)
+    for g, pool in enumerate(cache._pools):
+        for i in range(sequence._first[g], n_pages):
+            page = pool.pages[int(sequence.table(g)[i])]
+            if i == sequence.length // PAGE:  # what lies beyond the end may be another sequence's text
+                page = _without_tail(pool.layout, page, sequence.length % PAGE)
+            data = page.tobytes()
+            check = zlib.crc32(data, check)
+            file.write(data)
+    file.write(struct.pack("<I", check))
+
+
+def load(cache: KVCache, file: BinaryIO, max_length: int | None) -> Sequence:
+    """A new sequence of `cache` with what `save` wrote; see `KVCache.load`."""
+    expected = _layout(cache)
+    head = _need(file, len(expected), "its header")
+    if head[: len(_MAGIC)] != _MAGIC:
+        raise FormatError("saved KV cache: this is not a saved KV cache")
+    if head != expected:
+        raise FormatError("saved KV cache: made for another model, KV type or version; compute the text again")
+    counts = _need(file, 8 * (1 + len(cache.groups)), "its header")
+    length, *first = struct.unpack(f"<{1 + len(cache.groups)}q", counts)
+    if length < 0 or (max_length is not None and length > max_length):
+        raise FormatError(f"saved KV cache: it claims {length} tokens, at most {max_length} fit")
+    for group, page in zip(cache.groups, first, strict=True):
+        # A dropped page inside the window would be a null pointer for the kernels.
+        if page < 0 or (page > 0 and (not group.window or page * PAGE + group.window - 1 > length)):
+            raise FormatError(f"saved KV cache: it claims that pages before {page} are not needed")
+    check = zlib.crc32(counts, zlib.crc32(head))
+    # Addresses are collected as pages arrive: a lie about the length costs no memory.
+    addresses: list[list[int]] = [[] for _ in first]
+    n_pages = -(-length // PAGE)
+    try:
+        for pool, start, taken in zip(cache._pools, first, addresses, strict=True):
+            for i in range(start, n_pages):
+                data = _need(file, pool.layout.page_bytes, f"page {i}")
+                check = zlib.crc32(data, check)
+                with cache._lock:
+                    cache._bury()
+                    taken.append(pool.take(cache._limit()))
+                pool.pages[taken[-1]][:] = np.frombuffer(data, np.uint8)
+        if _need(file, 4, "its checksum") != struct.pack("<I", check):
+            raise FormatError("saved KV cache: checksum mismatch; the file is damaged")
+    except BaseException:
+        with cache._lock:
+            for pool, taken in zip(cache._pools, addresses, strict=True):
+                for address in taken:
+                    pool.drop(address)
+        raise
+    return Sequence._of_pages(cache, length, first, addresses)
+
+
+def _need(file: BinaryIO, n: int, what: str) -> bytes:
+    data = file.read(n)
+    if len(data) != n:
+        raise FormatError(f"saved KV cache: the file ends in the middle of {what}")
+    return data
+
+
+def _layout(cache: KVCache) -> bytes:
+    """Everything that must agree between the cache that saves and the one that loads."""
+    fields = [PAGE, len(cache.groups)]
+    for g in cache.groups:
+        fields += [g.n_kv_heads, g.head_dim, g.v_head_dim, g.window, len(g.layers), *g.layers]
+    head = _MAGIC + struct.pack("<I4s", _VERSION, cache.kv_type.encode().ljust(4))
+    return head + struct.pack(f"<{1 + len(fields)}q", len(fields), *fields)
+
+
+def _without_tail(layout: GroupLayout, page: NDArray[np.uint8], n: int) -> NDArray[np.uint8]:
+    """A copy of a page with only its first n positions, and without the padding of values."""
+    clean = np.zeros_like(page)
+    for i in range(len(layout.group.layers)):
+        (old_k, old_v), (new_k, new_v) = layout.views(page, i), layout.views(clean, i)
+        new_k[:, :, :n] = old_k[:, :, :n]
+        new_v[:, :n, : layout.group.v_head_dim] = old_v[:, :n, : layout.group.v_head_dim]
+    return clean

@@ -1,0 +1,139 @@
+"""Pages of the KV cache: how keys and values lie in one, and the pool they are taken from.
+
+Knows nothing of sequences: see `cache`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import EdgelmError, UsageError
+
+if TYPE_CHECKING:
+    from .arch import CacheGroup
+
+PAGE = 64  # positions of a page; kernels are written for it
+ALIGN = 64  # bytes: pages begin on cache lines
+KV_TYPES: dict[str, np.dtype[np.generic]] = {"f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
+
+_FIRST_SLAB, _LARGEST_SLAB = 4 << 20, 256 << 20  # bytes
+
+
+class CacheFull(EdgelmError):
+    """The KV cache would exceed its limit, or the memory of the machine."""
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """Where keys and values lie in a page of a cache group.
+
+    For each layer in order: K as [n_kv_heads][head_dim][PAGE], then V as [n_kv_heads][PAGE][v_stride], in the type of
+    the cache. K is transposed so that a kernel's lanes are positions in q·k and dimensions in p·v: no sums across
+    lanes. `v_stride` is v_head_dim rounded up to 16; the elements in between are never read as values.
+    """
+
+    group: CacheGroup
+    kv_type: str
+
+    def __post_init__(self) -> None:
+        if self.kv_type not in KV_TYPES:
+            raise UsageError(f"unknown KV cache type {self.kv_type!r}; choose one of {', '.join(KV_TYPES)}")
+
+    @property
+    def dtype(self) -> np.dtype[np.generic]:
+        return KV_TYPES[self.kv_type]
+
+    @property
+    def v_stride(self) -> int:
+        return -(-self.group.v_head_dim // 16) * 16
+
+    @property
+    def k_bytes(self) -> int:
+        """Bytes of one layer's keys in a page."""
+        return self.group.n_kv_heads * self.group.head_dim * PAGE * self.dtype.itemsize
+
+    @property
+    def v_bytes(self) -> int:
+        return self.group.n_kv_heads * PAGE * self.v_stride * self.dtype.itemsize
+
+    @property
+    def page_bytes(self) -> int:
+        return len(self.group.layers) * (self.k_bytes + self.v_bytes)
+
+    def k_offset(self, layer_in_group: int) -> int:
+        """Byte offset of a layer's keys from the start of the page; a multiple of 64."""
+        return layer_in_group * (self.k_bytes + self.v_bytes)
+
+    def v_offset(self, layer_in_group: int) -> int:
+        return self.k_offset(layer_in_group) + self.k_bytes
+
+    def views(self, page: NDArray[np.uint8], layer_in_group: int) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+        """K (n_kv_heads, head_dim, PAGE) and V (n_kv_heads, PAGE, v_stride) of a layer, as views of a page."""
+        g, k_at, v_at = self.group, self.k_offset(layer_in_group), self.v_offset(layer_in_group)
+        k = page[k_at : k_at + self.k_bytes].view(self.dtype).reshape(g.n_kv_heads, g.head_dim, PAGE)
+        v = page[v_at : v_at + self.v_bytes].view(self.dtype).reshape(g.n_kv_heads, PAGE, self.v_stride)
+        return k, v
+
+
+class Pool:
+    """Pages of one group, for all sequences: slabs that never move, reference counts, a free list.
+
+    Callers hold the lock of the cache.
+    """
+
+    def __init__(self, layout: GroupLayout) -> None:
+        self.layout = layout
+        self.slabs: list[NDArray[np.uint8]] = []
+        self.pages: dict[int, NDArray[np.uint8]] = {}  # address -> the page's bytes
+        self.counts: dict[int, int] = {}  # address -> references, of pages in use
+        self.free: list[int] = []
+
+    @property
+    def n_bytes(self) -> int:
+        return len(self.pages) * self.layout.page_bytes
+
+    def grow(self, limit: int | None) -> None:
+        """Allocates another slab: as large as all before it together, within bounds; smaller where `limit` asks."""
+        size = self.layout.page_bytes
+        n_pages = max(1, min(max(self.n_bytes, _FIRST_SLAB), _LARGEST_SLAB) // size)
+        if limit is not None:
+            n_pages = min(n_pages, max(1, limit // size))
+        if limit is not None and size > limit:
+            raise CacheFull(
+                f"the KV cache has reached its limit: a page of {PAGE} tokens needs {size} bytes, {max(0, limit)} are "
+                "left; release sessions, shorten the context, or raise the limit"
+            )
+        try:
+            slab = np.zeros(n_pages * size + ALIGN, np.uint8)  # mapped, but not touched until used
+        except MemoryError:
+            raise CacheFull(
+                f"no memory for {n_pages * size >> 20} MiB more of KV cache; lower --ctx-size or use kv type f16"
+            ) from None
+        at = -slab.ctypes.data % ALIGN
+        self.slabs.append(slab)
+        for i in range(n_pages):
+            page = slab[at + i * size : at + (i + 1) * size]
+            self.pages[page.ctypes.data] = page
+            self.free.append(page.ctypes.data)
+
+    def take(self, limit: int | None) -> int:
+        if not self.free:
+            self.grow(limit)
+        address = self.free.pop()
+        self.counts[address] = 1
+        return address
+
+    def share(self, address: int) -> None:
+        self.counts[address] += 1
+
+    def drop(self, address: int) -> None:
+        self.counts[address] -= 1
+        if not self.counts[address]:
+            del self.counts[address]
+            self.free.append(address)
+
+
