@@ -83,6 +83,14 @@ def target(context: Any) -> tuple[str, frozenset[str]]:
     return triple.split("-")[0], frozenset(f[1:] for f in features.split(",") if f.startswith("+"))
 
 
+def emit_fma(context: Any, b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+    """x * y + z of float32 vectors: rounded once where the machine can, else twice (a library call would be slow)."""
+    machine, features = target(context)
+    if machine not in ("x86_64", "i686") or features & {"fma", "fma4", "avx512f"}:
+        return call(b, f"llvm.fma.v{x.type.count}f32", x.type, x, y, z)
+    return b.fadd(b.fmul(x, y), z)
+
+
 def widen_f16(context: Any, b: ir.IRBuilder, bits: ir.Value) -> ir.Value:
     """Bits of float16 (a vector of int16 or one int16) to float32, exactly, subnormals and infinities included."""
     vector = isinstance(bits.type, ir.VectorType)
@@ -207,9 +215,9 @@ sub_i32 = _binary(i32x16, lambda b, x, y: b.sub(x, y))
 
 @intrinsic
 def fma(typingctx, x, y, z):
-    """x * y + z, rounded once."""
+    """x * y + z, rounded once where the machine can (see `emit_fma`)."""
     def codegen(context, b, sig, args):
-        return call(b, "llvm.fma.v16f32", f32x16.llvm, *args)
+        return emit_fma(context, b, *args)
     return f32x16(f32x16, f32x16, f32x16), codegen
 
 
