@@ -1,0 +1,138 @@
+"""How an architecture's table names its tensors: one `TensorSpec` each, and the groups that recur from table to table.
+
+It knows no architecture (see `edgelm.arch`) and reads no file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+
+class Role(Enum):
+    """What a tensor is for; decides whether it may be quantized or pruned."""
+
+    EMBED = "embed"  # looked up by row
+    MATMUL = "matmul"  # multiplied: the only role that quantizers and pruners touch by default
+    VECTOR = "vector"  # norms, biases, factors: always a float format
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of an architecture.
+
+    Attributes:
+        gguf: name in the file and, dot for dot, attribute path in `Weights`; "{i}" is the layer.
+        hf: name in the Hugging Face checkpoint; "" if it has none.
+        shape: numbers or names of Config fields and properties, outermost first.
+        required: False if a file may lack it.
+        unless: another tensor (gguf name) that may take the place of this one; a file never has both.
+        permute: Config field with the number of heads whose rows GGUF keeps in interleaved order.
+        transpose: Hugging Face keeps it (in, out).
+        offset: what GGUF adds to Hugging Face's values.
+    """
+
+    gguf: str
+    hf: str
+    shape: tuple[str | int, ...]
+    role: Role = Role.MATMUL
+    required: bool = True
+    unless: str = ""
+    permute: str = ""
+    transpose: bool = False
+    offset: float = 0.0
+
+    def at(self, i: int) -> TensorSpec:
+        """This tensor in layer `i`."""
+        return dataclasses.replace(
+            self, gguf=self.gguf.format(i=i), hf=self.hf.format(i=i), unless=self.unless.format(i=i)
+        )
+
+    def shape_for(self, config: Any) -> tuple[int, ...]:
+        """Its shape, outermost first, in the model `config` (an `edgelm.arch.Config`)."""
+        return tuple(s if isinstance(s, int) else getattr(config, s) for s in self.shape)
+
+    def from_hf(self, array: np.ndarray, config: Any) -> np.ndarray:
+        """A Hugging Face checkpoint's array of this tensor -> the array that GGUF holds."""
+        if self.transpose:
+            array = array.T
+        if self.permute:  # rows (half, pair) of each head -> (pair, half)
+            heads = getattr(config, self.permute)
+            array = array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+        return array + np.float32(self.offset) if self.offset else array
+
+
+def norm(gguf: str, hf: str, size: str = "dim", *, bias: bool = False, offset: float = 0.0) -> tuple[TensorSpec, ...]:
+    """The weight of a normalisation, and its bias if it has one."""
+    weight = TensorSpec(f"{gguf}.weight", f"{hf}.weight", (size,), Role.VECTOR, offset=offset)
+    return (weight, TensorSpec(f"{gguf}.bias", f"{hf}.bias", (size,), Role.VECTOR)) if bias else (weight,)
+
+
+def linear(
+    gguf: str,
+    hf: str,
+    out: str,
+    inp: str,
+    *,
+    bias: bool | None = None,
+    required: bool = True,
+    unless: str = "",
+    permute: str = "",
+    transpose: bool = False,
+) -> tuple[TensorSpec, ...]:
+    """A linear layer: weight (out, inp) and its bias (out,): required, optional (None) or optional with the layer."""
+    hf_weight, hf_bias = (f"{hf}.weight", f"{hf}.bias") if hf else ("", "")
+    return (
+        TensorSpec(
+            f"{gguf}.weight",
+            hf_weight,
+            (out, inp),
+            Role.MATMUL,
+            required,
+            f"{unless}.weight" if unless else "",
+            permute,
+            transpose,
+        ),
+        TensorSpec(
+            f"{gguf}.bias",
+            hf_bias,
+            (out,),
+            Role.VECTOR,
+            required and bool(bias),
+            f"{unless}.bias" if unless else "",
+            permute,
+        ),
+    )
+
+
+def qkv(
+    q: str = "",
+    k: str = "",
+    v: str = "",
+    fused: str = "",
+    *,
+    bias: bool | None = None,
+    permute: bool = False,
+    transpose: bool = False,
+) -> tuple[TensorSpec, ...]:
+    """The projections to queries, keys and values: three tensors or one, a file has either."""
+    whole = "blk.{i}.attn_qkv"
+    return (
+        *linear("blk.{i}.attn_q", q, "q_dim", "dim", bias=bias, unless=whole, permute="n_heads" if permute else ""),
+        *linear("blk.{i}.attn_k", k, "k_dim", "dim", bias=bias, unless=whole, permute="n_kv_heads" if permute else ""),
+        *linear("blk.{i}.attn_v", v, "v_dim", "dim", bias=bias, unless=whole),
+        *linear(whole, fused, "qkv_dim", "dim", bias=bias, required=False, transpose=transpose),
+    )
+
+
+def ffn(gate: str, up: str, down: str, *, bias: bool | None = None, transpose: bool = False) -> tuple[TensorSpec, ...]:
+    """A feed-forward network: down(act(gate x) * up x), or down(act(up x)) without `gate`."""
+    return (
+        *(linear("blk.{i}.ffn_gate", gate, "ffn_dim", "dim", bias=bias) if gate else ()),
+        *linear("blk.{i}.ffn_up", up, "ffn_dim", "dim", bias=bias, transpose=transpose),
+        *linear("blk.{i}.ffn_down", down, "dim", "ffn_dim", bias=bias, transpose=transpose),
+    )
