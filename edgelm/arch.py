@@ -1,8 +1,8 @@
 """The shape of a model: `Config`, each hyperparameter with its GGUF key, its Hugging Face key and its range.
 
-With the table ARCHS of `edgelm.architectures` this is all that edgelm knows by name. The runtime reads both from GGUF to the
-attributes of `Config` and `Weights`, a converter reads them from Hugging Face to GGUF, so the two cannot disagree.
-It knows nothing of bytes, of arithmetic or of tokens.
+With the table ARCHS of `edgelm.architectures` this is all that edgelm knows by name. The runtime reads both from GGUF
+to the attributes of `Config` and `Weights`, a converter reads them from Hugging Face to GGUF, so the two cannot
+disagree. It knows nothing of bytes, of arithmetic or of tokens.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def key(
 ) -> Any:
     """A hyperparameter: its GGUF key (after "{arch}."), its config.json key, its default and its range, inclusive.
 
-    "a|b" means a, else b; a dot in a Hugging Face key descends. A default may be a function of the fields above it, and so
-    may be what `parse` makes of a value.
+    "a|b" means a, else b; a dot in a Hugging Face key descends. A default may be a function of the fields above it;
+    `parse` is one of a value and of them.
     """
     return dataclasses.field(
         metadata={"gguf": gguf, "hf": hf, "default": default, "low": low, "high": high, "parse": parse}

@@ -1,7 +1,7 @@
 """ARCHS: every architecture edgelm can run, its tensors by name and the switches of its mathematics.
 
-The one table that a converter (Hugging Face -> GGUF) and the runtime (GGUF -> attributes of `Weights`) both read. A tensor's
-name appears nowhere else. Numbers of a single model are `edgelm.arch.Config`.
+The one table that a converter (Hugging Face -> GGUF) and the runtime (GGUF -> attributes of `Weights`) both read.
+A tensor's name appears nowhere else. Numbers of a single model are `edgelm.arch.Config`.
 A new architecture is a new row; where its mathematics is new, also a branch in `edgelm.models`.
 """
 

@@ -1,8 +1,8 @@
 """The operations in NumPy: what each of them means, one after the other, in plain floating point.
 
-The slow, obvious twin of `edgelm.program`: the oracle of its tests, and the way to run where there is no Numba. Weights are
-dequantized to float32 and kept while a budget of memory lasts; keys and values go through the same cache. Arrays are
-(rows, columns), a row per token of the batch.
+The slow, obvious twin of `edgelm.program`: the oracle of its tests, and the way to run where there is no Numba. Weights
+are dequantized to float32 and kept while a budget of memory lasts; keys and values go through the same cache. Arrays
+are (rows, columns), a row per token of the batch.
 """
 
 from __future__ import annotations
@@ -124,19 +124,21 @@ class Operations:
 
     def rms_norm(self, x: Array, weight: QTensor | None, eps: float, heads: int = 0) -> Array:
         """x / sqrt(mean(x²) + eps) * weight, over a row or, with heads > 0, over each head on its own (1910.07467)."""
-        h = x.reshape(len(x), heads, -1) if heads else x
-        h = h / np.sqrt(np.mean(h * h, axis=-1, keepdims=True) + x.dtype.type(eps))
-        return (h if weight is None else h * self._dense(weight)).reshape(x.shape)
+        h: Array = x.reshape(len(x), heads, -1) if heads else x
+        h = h / np.sqrt(np.mean(h * h, axis=-1, keepdims=True) + eps)
+        if weight is not None:
+            h = h * self._dense(weight)
+        return h.reshape(x.shape)
 
     def layer_norm(self, x: Array, weight: QTensor, bias: QTensor | None, eps: float) -> Array:
         """(x - mean) / sqrt(variance + eps) * weight + bias, over each row (1607.06450)."""
-        h = x - np.mean(x, axis=-1, keepdims=True)
-        h = h / np.sqrt(np.mean(h * h, axis=-1, keepdims=True) + x.dtype.type(eps)) * self._dense(weight)
+        h: Array = x - np.mean(x, axis=-1, keepdims=True)
+        h = h / np.sqrt(np.mean(h * h, axis=-1, keepdims=True) + eps) * self._dense(weight)
         return h if bias is None else h + self._dense(bias)
 
     def linear(self, x: Array, layer: Layer) -> Array:
         """x (T, in) times weight (out, in) transposed, plus bias (out,)."""
-        y = x @ self._dense(layer.weight).T
+        y: Array = x @ self._dense(layer.weight).T
         return y if layer.bias is None else y + self._dense(layer.bias)
 
     def split(self, x: Array, sizes: tuple[int, ...]) -> tuple[Array, ...]:
@@ -167,7 +169,7 @@ class Operations:
             sequence.write(layer, int(positions[0]), k[mine], v[mine])
             keys, values = sequence.read(layer, int(positions[-1]) + 1)  # (S, KvH, d), (S, KvH, dv)
             queries = q[mine].reshape(len(mine), c.n_kv_heads, -1, c.head_dim).transpose(1, 2, 0, 3)  # (KvH, G, t, d)
-            scores = queries @ keys.transpose(1, 2, 0)[:, None].astype(q.dtype, copy=False) * q.dtype.type(scale)
+            scores = queries @ keys.transpose(1, 2, 0)[:, None].astype(q.dtype, copy=False) * scale
             if softcap:
                 scores = self.softcap(scores, softcap)
             seen = visible(positions, len(keys), c.window(layer), causal)
@@ -179,27 +181,27 @@ class Operations:
         return out.reshape(len(q), -1)
 
     def scale(self, x: Array, s: float) -> Array:
-        return x * x.dtype.type(s)
+        return x * s
 
     def softcap(self, x: Array, cap: float) -> Array:
         """cap * tanh(x / cap): as x where x is small, never beyond ±cap."""
-        return x.dtype.type(cap) * np.tanh(x / x.dtype.type(cap))
+        y: Array = cap * np.tanh(x / cap)
+        return y
 
     def silu(self, x: Array) -> Array:
         """x * sigmoid(x)."""
-        return x / (1 + np.exp(np.minimum(-x, 80.0)))  # exp(80) is finite in float32, and far beyond rounding
+        y: Array = x / (1 + np.exp(np.minimum(-x, 80.0)))  # exp(80) is finite in float32, and far beyond rounding
+        return y
 
     def gelu(self, x: Array) -> Array:
         """GELU by tanh, as GPT-2 and Gemma have it (1606.08415)."""
-        return (
-            x.dtype.type(0.5)
-            * x
-            * (1 + np.tanh(x.dtype.type(math.sqrt(2 / math.pi)) * (x + x.dtype.type(0.044715) * x**3)))
-        )
+        y: Array = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+        return y
 
     def gelu_erf(self, x: Array) -> Array:
         """GELU itself: x times the probability that a normal variable is below x."""
-        return x.dtype.type(0.5) * x * (1 + _erf(x / x.dtype.type(math.sqrt(2))).astype(x.dtype))
+        below = np.asarray(_erf(x / math.sqrt(2))).astype(x.dtype)
+        return 0.5 * x * (1 + below)
 
     def relu(self, x: Array) -> Array:
         return np.maximum(x, 0)
@@ -209,7 +211,7 @@ class Operations:
         return x[self._batch.outputs]
 
 
-def visible(positions: Array, n_keys: int, window: int, causal: bool) -> Array:
+def visible(positions: NDArray[np.int32], n_keys: int, window: int, causal: bool) -> NDArray[np.bool_]:
     """Which of the keys 0 … n_keys - 1 queries at these positions see: bool (T, n_keys)."""
     back = positions[:, None] - np.arange(n_keys)  # how far a key lies behind a query
     seen = back >= 0 if causal else np.ones(back.shape, bool)

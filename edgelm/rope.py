@@ -1,8 +1,8 @@
 """Rotary position embeddings: every kind of them is two tables, the cosines and sines that a rotation multiplies with.
 
-Position p turns pair i of a head by p * frequency_i and stretches it by a magnitude: "linear", "yarn", "longrope" and "llama3"
-differ in the frequencies and the magnitude alone (RoFormer, arXiv 2104.09864; YaRN, arXiv 2309.00071; LongRoPE, arXiv
-2402.13753). It knows no kernel and no model.
+Position p turns pair i of a head by p * frequency_i and stretches it by a magnitude: "linear", "yarn", "longrope" and
+"llama3" differ in the frequencies and the magnitude alone (RoFormer, arXiv 2104.09864; YaRN, arXiv 2309.00071;
+LongRoPE, arXiv 2402.13753). It knows no kernel and no model.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Floats = NDArray[np.float32]
 class RopeTable:
     """Cosines and sines of one `Rope`, for as many positions as were ever asked for.
 
-    factors: divisors of the frequencies by name, as `Weights.factors` gives them; n_ctx: tokens of the context window, which
-    decides between LongRoPE's short and long factors.
+    factors: divisors of the frequencies by name, as `Weights.factors` gives them; n_ctx: tokens of the context
+    window, which decides between LongRoPE's short and long factors.
     Raises FormatError when the factors do not fit or are not positive.
     """
 
@@ -113,7 +113,7 @@ def factors_from_hf(rope_parameters: Mapping[str, Any], base: float, dim: int) -
 
 
 def rotate(x: NDArray[Any], cos: NDArray[Any], sin: NDArray[Any], rope: Rope) -> NDArray[Any]:
-    """Rotate the first `rope.dim` dimensions of heads x (T, H, D) by the angles cos, sin (T, dim / 2): the definition."""
+    """Rotate the first `rope.dim` dimensions of heads x (T, H, D) by angles cos, sin (T, dim / 2): the definition."""
     first, second = _pairs(rope)
     a, b = x[..., first], x[..., second]
     cos, sin = cos[:, None, :], sin[:, None, :]

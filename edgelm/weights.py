@@ -1,7 +1,7 @@
 """The weights of one model under their own names: `w.blk[3].attn_q.weight` is the tensor `blk.3.attn_q.weight`.
 
-Before anything may run, `Weights.from_gguf` proves that the file has every tensor its architecture needs, none that it does
-not know, and each in the shape that the hyperparameters say. It computes nothing and copies nothing.
+Before anything may run, `Weights.from_gguf` proves that the file has every tensor its architecture needs, none that
+it does not know, and each in the shape that the hyperparameters say. It computes nothing and copies nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Layer:
 
 
 class _Names:
-    """Attributes by name, each a Layer. A name that architectures use but this file lacks is None; any other is an AttributeError."""
+    """Attributes by name, each a Layer; None if only other files have it, AttributeError if none has."""
 
     def __init__(self, layers: Mapping[str, Layer], known: frozenset[str], prefix: str) -> None:
         self._layers, self._known, self._prefix = layers, known, prefix

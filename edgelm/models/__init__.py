@@ -1,4 +1,4 @@
-"""The mathematics of each model family, written once over named operations: see `edgelm.reference` for their meaning."""
+"""The mathematics of each model family, written once over named operations (`edgelm.reference`: what they mean)."""
 
 from __future__ import annotations
 

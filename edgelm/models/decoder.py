@@ -1,7 +1,7 @@
 """A decoder: tokens -> logits of the next token. Every causal language model of `edgelm.architectures`, written once.
 
-What differs from one to the other is a number of `Config`, a switch of `Arch`, or a tensor that is there or is not. It knows
-operations by name (`edgelm.reference` says what each means), never how they are computed.
+What differs from one to the other is a number of `Config`, a switch of `Arch`, or a tensor that is there or is not.
+It knows operations by name (`edgelm.reference` says what each means), never how they are computed.
 Shapes: T tokens of the batch, R of them with an output, D = c.dim.
 """
 

@@ -9,7 +9,7 @@ from ..weights import Layer
 
 
 def linear(op: Any, x: Any, layer: Layer) -> Any:
-    """x (T, in) -> (T, out). Formats such as NVFP4 keep one more factor beside their blocks: it scales the input here."""
+    """x (T, in) -> (T, out). A factor that formats such as NVFP4 keep beside their blocks scales the input here."""
     if layer.scale is not None:
         x = op.scale(x, float(layer.scale.dequantize()[0]))
     return op.linear(x, layer)
