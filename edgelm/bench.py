@@ -97,7 +97,6 @@ def main(
         print_startup(path, repetitions, output)
         return
     from edgelm.model import load
-
     from edgelm.terminal import bars
 
     depths = numbers(n_depth, "-d")
@@ -233,7 +232,8 @@ def as_table(model: Model, results: list[Result]) -> Iterator[str]:
             f"| {kind} | {size(facts['n_bytes'])} | {facts['n_parameters'] / 1e6:.2f} M | CPU | {r.n_threads} "
             f"| {r.test.name} | {r.avg_ts:.2f} ± {r.stddev_ts:.2f} | {rate[0]} | {rate[1]} |"
         )
-    yield f"\nread bandwidth beside it: {results[-1].read_bandwidth / 1e9:.1f} GB/s with {results[-1].n_threads} threads"
+    last = results[-1]
+    yield f"\nread bandwidth beside it: {last.read_bandwidth / 1e9:.1f} GB/s with {last.n_threads} threads"
 
 
 def as_csv(records: list[dict[str, Any]]) -> str:

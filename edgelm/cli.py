@@ -257,9 +257,8 @@ def tokenize(
     quiet: bool,
 ) -> None:
     """Show how a text is cut into tokens: id and text of each, one a line."""
-    from edgelm.tokenizer import Tokenizer
-
     from edgelm import gguf
+    from edgelm.tokenizer import Tokenizer
 
     path = resolve(model, model_flag, hf_repo, quiet, offline)
     tokenizer = Tokenizer.from_gguf(gguf.read(path).metadata)
@@ -357,7 +356,6 @@ def evaluate(
 ) -> None:
     """Perplexity of a text, with llama-perplexity's chunks; with --against, how far a model is from another."""
     from edgelm.evaluate import perplexity
-
     from edgelm.terminal import bars
 
     n_ctx = flags.get("ctx_size") or 512
@@ -468,7 +466,6 @@ def load_model(
 ) -> Model:
     """The model that the flags name, with a progress bar while it is fetched, packed and compiled."""
     from edgelm.model import load
-
     from edgelm.terminal import bars
 
     names = {
