@@ -1,0 +1,163 @@
+"""exp, tanh, erf and the activation functions, over vectors of float32 lanes.
+
+Polynomials only: no library call, and the same bits in every lane, for every vector length and on every machine that
+has a fused multiply-add. Within 2 units in the last place (exp: 1; erf: 4 near 1). The coefficients are minimax fits
+by Remez's exchange algorithm, computed with 40 digits and rounded to float32; ranges are reduced as in Cody & Waite,
+"Software Manual for the Elementary Functions" (1980). NaN gives NaN.
+
+Each function exists twice: `emit_x(b, x)` for code generators, over an IR builder and a float32 vector of any length,
+and the intrinsic `x_f32` for Numba code, over f32x16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.extending import intrinsic
+
+from edgelm.kernels.simd import I32, call, f32x16
+
+# exp(r) = 1 + r + r² q(r) for |r| <= ln 2 / 2, relative error 3e-9
+EXP = (0.4999999403953552, 0.1666652113199234, 0.04166838899254799, 0.008368710055947304, 0.0013814613921567798)
+# tanh(x) = x + x³ p(x²) for x² <= 0.39, relative error 4e-9
+TANH = (-0.3333328366279602, 0.13331501185894012, -0.05374443531036377, 0.02065381221473217, -0.005720825865864754)
+TANH_SMALL = 0.62
+# erf(x) = x + x p(x²) for x² <= 1, relative error 4e-8
+ERF = (0.12837912142276764, -0.37612324953079224, 0.11280179768800735, -0.02671131119132042, 0.004917551297694445,
+       -0.0005631422391161323)
+# erfc(x) = exp(-(x + x p(x))) for 0.98 <= x <= 4, error of erf 4e-10
+ERFC = (0.12868593633174896, 0.6350017786026001, 0.10648027062416077, -0.023968642577528954, 0.0037388051860034466,
+        -0.0003462016466073692, 1.354183132207254e-05)
+
+LOG2_E = 1.4426950408889634
+LN2_HIGH, LN2_LOW = 0.693145751953125, 1.428606765330187e-06  # the first has 15 bits: its multiples are exact
+EXP_LARGEST, EXP_SMALLEST = 88.8, -104.0  # beyond these exp is infinite, or rounds to zero
+EXP_SMALLEST_NORMAL = -87.33654
+
+
+def _k(like: ir.Value, value: float) -> ir.Constant:
+    return ir.Constant(like.type, [value] * like.type.count)
+
+
+def _ki(like: ir.Value, value: int) -> ir.Constant:
+    return ir.Constant(ir.VectorType(I32, like.type.count), [value] * like.type.count)
+
+
+def _fn(b: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
+    return call(b, f"llvm.{name}.v{args[0].type.count}f32", args[0].type, *args)
+
+
+def _horner(b: ir.IRBuilder, x: ir.Value, coefficients: tuple[float, ...]) -> ir.Value:
+    result = _k(x, coefficients[-1])
+    for c in coefficients[-2::-1]:
+        result = _fn(b, "fma", result, x, _k(x, c))
+    return result
+
+
+def _reduced_exp(b: ir.IRBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """(exp(x - n ln 2), n as int32 lanes), n = x / ln 2 rounded."""
+    ints = ir.VectorType(I32, x.type.count)
+    magic = _k(x, 1.5 * 2.0**23)  # adding it rounds to an integer, to nearest, in the low bits
+    shifted = _fn(b, "fma", x, _k(x, LOG2_E), magic)
+    whole = b.fsub(shifted, magic)
+    n = b.sub(b.bitcast(shifted, ints), b.bitcast(magic, ints))
+    r = _fn(b, "fma", whole, _k(x, -LN2_HIGH), x)
+    r = _fn(b, "fma", whole, _k(x, -LN2_LOW), r)
+    q = _horner(b, r, EXP)
+    return b.fadd(_fn(b, "fma", b.fmul(r, r), q, r), _k(x, 1.0)), n
+
+
+def _power_of_2(b: ir.IRBuilder, n: ir.Value, like: ir.Value) -> ir.Value:
+    return b.bitcast(b.shl(b.add(n, _ki(like, 127)), _ki(like, 23)), like.type)
+
+
+def emit_exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """exp(x), subnormal results included."""
+    x = b.select(b.fcmp_ordered(">", x, _k(x, EXP_LARGEST)), _k(x, EXP_LARGEST), x)
+    x = b.select(b.fcmp_ordered("<", x, _k(x, EXP_SMALLEST)), _k(x, EXP_SMALLEST), x)
+    y, n = _reduced_exp(b, x)
+    half = b.ashr(n, _ki(x, 1))  # 2**n in two factors: n may lie beyond what one exponent holds
+    return b.fmul(b.fmul(y, _power_of_2(b, half, x)), _power_of_2(b, b.sub(n, half), x))
+
+
+def emit_exp_negative(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """exp(x) of x <= 0 for softmax: what would be subnormal is 0, so exp(-inf) is."""
+    y, n = _reduced_exp(b, x)
+    zero = b.fcmp_ordered("<", x, _k(x, EXP_SMALLEST_NORMAL))
+    return b.select(zero, _k(x, 0.0), b.fmul(y, _power_of_2(b, n, x)))
+
+
+def emit_tanh(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    size = _fn(b, "fabs", x)
+    square = b.fmul(x, x)
+    small = _fn(b, "fma", b.fmul(square, x), _horner(b, square, TANH), x)
+    # 1 - 2 / (exp(2|x|) + 1); exp overflows to infinity and gives 1
+    large = b.fsub(_k(x, 1.0), b.fdiv(_k(x, 2.0), b.fadd(emit_exp(b, b.fadd(size, size)), _k(x, 1.0))))
+    return _fn(b, "copysign", b.select(b.fcmp_unordered("<=", size, _k(x, TANH_SMALL)), small, large), x)
+
+
+def emit_erf(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    size = _fn(b, "fabs", x)
+    square = b.fmul(x, x)
+    small = _fn(b, "fma", x, _horner(b, square, ERF), x)
+    t = b.select(b.fcmp_ordered(">", size, _k(x, 4.0)), _k(x, 4.0), size)
+    exponent = b.fneg(_fn(b, "fma", t, _horner(b, t, ERFC), t))
+    large = b.fsub(_k(x, 1.0), emit_exp_negative(b, exponent))
+    return b.select(b.fcmp_unordered("<=", size, _k(x, 1.0)), small, _fn(b, "copysign", large, x))
+
+
+def emit_sigmoid(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    return b.fdiv(_k(x, 1.0), b.fadd(_k(x, 1.0), emit_exp(b, b.fneg(x))))
+
+
+def emit_silu(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """x * sigmoid(x)"""
+    return b.fdiv(x, b.fadd(_k(x, 1.0), emit_exp(b, b.fneg(x))))
+
+
+def emit_gelu(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """x/2 (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x³); as x sigmoid(2u), which cancels nothing."""
+    cubic = _fn(b, "fma", b.fmul(x, x), _k(x, -2 * 0.7978845608028654 * 0.044715), _k(x, -2 * 0.7978845608028654))
+    return b.fdiv(x, b.fadd(_k(x, 1.0), emit_exp(b, b.fmul(cubic, x))))
+
+
+def emit_gelu_erf(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """x/2 (1 + erf(x / sqrt 2))"""
+    half = b.fmul(x, _k(x, 0.5))
+    return _fn(b, "fma", half, emit_erf(b, b.fmul(x, _k(x, 0.7071067811865476))), half)
+
+
+def emit_relu(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    return b.select(b.fcmp_unordered(">", x, _k(x, 0.0)), x, _k(x, 0.0))
+
+
+def _intrinsic(emit: Any) -> Any:
+    @intrinsic
+    def function(typingctx, x):
+        def codegen(context, b, sig, args):
+            return emit(b, args[0])
+        return f32x16(f32x16), codegen
+    return function
+
+
+exp_f32 = _intrinsic(emit_exp)
+exp_negative_f32 = _intrinsic(emit_exp_negative)
+tanh_f32 = _intrinsic(emit_tanh)
+erf_f32 = _intrinsic(emit_erf)
+silu_f32 = _intrinsic(emit_silu)
+gelu_f32 = _intrinsic(emit_gelu)
+gelu_erf_f32 = _intrinsic(emit_gelu_erf)
+relu_f32 = _intrinsic(emit_relu)
+
+ACTIVATIONS = {"silu": emit_silu, "gelu": emit_gelu, "gelu_erf": emit_gelu_erf, "relu": emit_relu, "tanh": emit_tanh}
+
+
+@intrinsic(prefer_literal=True)
+def activation_f32(typingctx, kind, x):
+    """The function of ACTIVATIONS that the literal `kind` names."""
+    emit = ACTIVATIONS[kind.literal_value]
+
+    def codegen(context, b, sig, args):
+        return emit(b, args[1])
+    return f32x16(kind, f32x16), codegen

@@ -1,0 +1,98 @@
+"""exp, tanh, erf and activations against float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from numba import njit
+
+from edgelm.kernels import vector_math
+from edgelm.kernels.simd import load_f32x16, store
+
+
+def erf(x):
+    return np.array([math.erf(v) for v in x])
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def gelu(x):
+    return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def gelu_erf(x):
+    return x / 2 * (1 + erf(x / math.sqrt(2)))
+
+
+# name, exact function, range, largest error in units in the last place of |result| + floor
+CASES = [
+    ("exp", np.exp, (-87.3, 88.7), 1.0, 0.0),
+    ("exp", np.exp, (-104, -87.3), 1.0, 2.0**-126),
+    ("exp_negative", np.exp, (-87.3, 0), 1.0, 0.0),
+    ("tanh", np.tanh, (-0.7, 0.7), 2.0, 0.0),
+    ("tanh", np.tanh, (-20, 20), 2.0, 0.0),
+    ("erf", erf, (-1.1, 1.1), 2.0, 0.0),
+    ("erf", erf, (-5, 5), 2.0, 0.0),
+    ("silu", silu, (-80, 80), 3.0, 0.0),
+    ("gelu", gelu, (-12, 12), 3.0, 1.0),
+    ("gelu_erf", gelu_erf, (-12, 12), 3.0, 1.0),
+]
+
+
+def compiled(name):
+    function = getattr(vector_math, f"{name}_f32")
+
+    @njit
+    def over(x, y, n):
+        for i in range(0, n, 16):
+            store(y + 4 * i, function(load_f32x16(x + 4 * i)))
+
+    def apply(x):
+        n = len(x)
+        padded = np.zeros(-(-n // 16) * 16, np.float32)
+        padded[:n] = x
+        y = np.empty_like(padded)
+        over(padded.ctypes.data, y.ctypes.data, len(padded))
+        return y[:n]
+
+    return apply
+
+
+FUNCTIONS = {name: compiled(name) for name in ("exp", "exp_negative", "tanh", "erf", "silu", "gelu", "gelu_erf", "relu")}
+
+
+@pytest.mark.parametrize(("name", "exact", "bounds", "ulps", "floor"), CASES)
+def test_accuracy(name, exact, bounds, ulps, floor):
+    x = np.random.default_rng(1).uniform(*bounds, 100_000).astype(np.float32)
+    y, want = FUNCTIONS[name](x), exact(x.astype(np.float64))
+    unit = np.spacing((np.abs(want) + floor).astype(np.float32)).astype(np.float64)
+    assert np.max(np.abs(y - want) / unit) <= ulps + 0.01
+
+
+def test_edges():
+    nan, inf = np.nan, np.inf
+    x = np.array([0.0, -0.0, inf, -inf, nan, 1e-30, 200.0, -200.0, -104.5], np.float32)
+    want = {
+        "exp": [1, 1, inf, 0, nan, 1, inf, 0, 0],
+        "tanh": [0, -0.0, 1, -1, nan, 1e-30, 1, -1, -1],
+        "erf": [0, -0.0, 1, -1, nan, 1.1283792e-30, 1, -1, -1],
+        "relu": [0, 0, inf, 0, nan, 1e-30, 200, 0, 0],
+        "silu": [0, -0.0, inf, nan, nan, 5e-31, 200, 0, 0],
+    }
+    for name, values in want.items():
+        np.testing.assert_allclose(FUNCTIONS[name](x), np.array(values, np.float32), rtol=2e-7, err_msg=name)
+    np.testing.assert_array_equal(FUNCTIONS["exp_negative"](np.array([0.0, -inf, -90.0], np.float32)), [1, 0, 0])
+    assert np.isnan(FUNCTIONS["exp_negative"](np.array([nan], np.float32)))
+    assert np.array_equal(np.signbit(FUNCTIONS["tanh"](x[:2])), [False, True])
+
+
+def test_every_lane_gives_the_same_bits():
+    x = np.random.default_rng(2).uniform(-9, 9, 64).astype(np.float32)
+    for name, function in FUNCTIONS.items():
+        one_by_one = np.array([function(np.array([v]))[0] for v in x])
+        shifted = function(np.concatenate([np.ones(5, np.float32), x]))[5:]
+        np.testing.assert_array_equal(one_by_one, shifted, err_msg=name)
