@@ -20,7 +20,7 @@ DEFAULT_QUANT = "Q4_K_M"  # when none is named, as for llama.cpp's -hf
 
 def parse(text: str) -> tuple[str, str | None, str]:
     """`[//]org/repo[@revision][:file-or-quant]` or `//org/repo/path/of/file.gguf`: (repository, revision, selector)."""
-    fields = re.fullmatch(r"(?://)?([\w.-]+/[\w.-]+)(?:@([\w./-]+?))?(?:[:/](.+))?", text)
+    fields = re.fullmatch(r"(?://)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?:[:/](.+))?", text)
     if not fields:
         raise UsageError(f"hf:{text} is not of the form hf:org/repo[@revision][:file-or-quantization]")
     return fields[1], fields[2], fields[3] or ""
@@ -40,7 +40,7 @@ def select(files: list[str], selector: str, where: str) -> list[str]:
         fitting = [f for f in files if f == selector] or [f for f in models if fnmatch.fnmatchcase(f, selector)]
     else:
         quant = re.escape(selector or DEFAULT_QUANT)
-        fitting = [f for f in models if re.search(rf"(?i)(^|[-._/]){quant}(?=[-._/])", f)]
+        fitting = [f for f in models if re.search(rf"(?i)(^|[-._/]){quant}(?=[-./])", f)]
     groups: dict[str, list[str]] = {}
     for name in fitting:
         groups.setdefault(re.sub(r"-\d{5}-of-(\d{5})\.gguf$", r"-of-\1.gguf", name), []).append(name)
@@ -69,12 +69,15 @@ def fetch(text: str, offline: bool, progress: Progress) -> Path:
     repo, revision, selector = parse(text)
     try:
         import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.errors
+        import huggingface_hub.utils
     except ImportError as error:
         raise SourceError("hf: sources need the package huggingface_hub: pip install 'edgelm[hub]'") from error
     where = f"hf:{repo}" + (f"@{revision}" if revision else "")
     offline = offline or bool(huggingface_hub.constants.HF_HUB_OFFLINE)
     try:
-        files = _files(huggingface_hub, repo, revision, offline)
+        files, offline = _files(huggingface_hub, repo, revision, offline)
         chosen = select(files, selector, where)
         paths = [_one(huggingface_hub, repo, revision, name, offline, progress) for name in chosen]
     except EdgelmError:
@@ -86,21 +89,24 @@ def fetch(text: str, offline: bool, progress: Progress) -> Path:
     return paths[0]
 
 
-def _files(hub: Any, repo: str, revision: str | None, offline: bool) -> list[str]:
-    """Names of the files of a repository; of those in the cache when the hub is out of reach."""
+def _files(hub: Any, repo: str, revision: str | None, offline: bool) -> tuple[list[str], bool]:
+    """The files of a repository, and whether the hub is out of reach: then they are those in the cache."""
+    problem: Exception | None = None
     if not offline:
         try:
-            return list(hub.HfApi().list_repo_files(repo, revision=revision))
+            found = hub.HfApi().model_info(repo, revision=revision, timeout=20)
+            return [sibling.rfilename for sibling in found.siblings or ()], False
         except hub.errors.HfHubHTTPError:
             raise  # the hub answered: it has no such thing, or will not give it
-        except Exception:
-            try:
-                return _files(hub, repo, revision, offline=True)
-            except Exception:
-                pass  # what the network said tells more
-            raise
-    folder = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
-    return [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+        except Exception as error:
+            problem = error
+    try:
+        folder = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
+    except Exception:
+        if problem is not None:
+            raise problem from None  # tells more than that the cache is empty
+        raise
+    return [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()], True
 
 
 def _one(hub: Any, repo: str, revision: str | None, name: str, offline: bool, progress: Progress) -> Path:

@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _or_skip(fetch: Callable[[], Path]) -> Path:
-    """What `fetch` returns. Being asked to skip is only right when the model cannot be had, so nothing else is caught."""
+    """What `fetch` returns, or a skip when the model cannot be had; any other failure stays one."""
     try:
         return fetch()
     except SourceError as error:
