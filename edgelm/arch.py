@@ -31,7 +31,7 @@ class Rope:
     Attributes:
         dim: leading dimensions of a head that rotate; even.
         base: theta.
-        scaling: "none", "linear", "yarn", "longrope" or "llama3" (the last two live in factor tensors).
+        scaling: "none", "linear", "yarn" or "longrope" (which lives in factor tensors, as Llama 3's way does).
         factor: how many times the context was stretched.
         orig_context: context length of the model before it was stretched, in tokens.
         attn_factor: magnitude of the rotation beyond what YaRN adds by itself.
@@ -127,12 +127,6 @@ def _longrope_magnitude(c: Mapping[str, Any]) -> float:
     return math.sqrt(1.0 + math.log(stretch) / math.log(c["rope_orig_context"]))
 
 
-def _in_rope(name: str) -> str:
-    """The places where a config.json may keep a RoPE parameter."""
-    places = ("rope_parameters.", "rope_parameters.full_attention.", "rope_scaling.")
-    return "|".join(place + alternative for alternative in name.split("|") for place in places)
-
-
 MAX_LAYERS = 1024
 
 
@@ -185,24 +179,24 @@ class Config:
     windowed: tuple[bool, ...] = key(
         "attention.sliding_window_pattern", "layer_types|sliding_window_pattern", default=0, parse=_pattern
     )
-    rope_dim: int = key("rope.dimension_count", default=lambda c: c["head_dim"], low=2, high=4096)
-    rope_base: float = key("rope.freq_base", _in_rope("rope_theta") + "|rope_theta", default=1e4, low=1.0, high=1e12)
+    rope_dim: int = key("rope.dimension_count", "rope.dim", default=lambda c: c["head_dim"], low=2, high=4096)
+    rope_base: float = key("rope.freq_base", "rope.rope_theta", default=1e4, low=1.0, high=1e12)
     rope_base_local: float = key(
         "rope.freq_base_swa",
-        "rope_parameters.sliding_attention.rope_theta|rope_local_base_freq",
+        "rope_local_base_freq",
         default=lambda c: c["rope_base"],
         low=1.0,
         high=1e12,
     )
     rope_scaling: str = key(
         "rope.scaling.type",
-        _in_rope("rope_type|type"),
+        "rope.rope_type|rope.type",
         default="linear",
         parse=lambda value, c: _SCALINGS.get(value, value),
     )
     rope_factor: float = key(
         "rope.scaling.factor|rope.scale_linear",
-        _in_rope("factor"),
+        "rope.factor",
         default=1.0,
         parse=lambda value, c: value or 1.0,
         low=1e-3,
@@ -210,20 +204,22 @@ class Config:
     )
     rope_orig_context: int = key(
         "rope.scaling.original_context_length",
-        _in_rope("original_max_position_embeddings") + "|original_max_position_embeddings",
+        "rope.original_max_position_embeddings",
         default=lambda c: c["context_length"],
         low=1,
         high=1 << 30,
     )
-    rope_attn_factor: float = key("rope.scaling.attn_factor", default=_longrope_magnitude, low=1e-3, high=1e3)
+    rope_attn_factor: float = key(
+        "rope.scaling.attn_factor", "rope.magnitude", default=_longrope_magnitude, low=1e-3, high=1e3
+    )
     rope_yarn_attn_factor: float = key(
-        "rope.scaling.yarn_attn_factor", _in_rope("attention_factor|attn_factor"), default=0.0, low=0.0, high=1e3
+        "rope.scaling.yarn_attn_factor", "rope.attention_factor|rope.attn_factor", default=0.0, low=0.0, high=1e3
     )
     rope_ext_factor: float = key(
-        "rope.scaling.yarn_ext_factor", _in_rope("extrapolation_factor"), default=1.0, low=0.0, high=1e3
+        "rope.scaling.yarn_ext_factor", "rope.extrapolation_factor", default=1.0, low=0.0, high=1e3
     )
-    rope_beta_fast: float = key("rope.scaling.yarn_beta_fast", _in_rope("beta_fast"), default=32.0, low=1e-3, high=1e6)
-    rope_beta_slow: float = key("rope.scaling.yarn_beta_slow", _in_rope("beta_slow"), default=1.0, low=1e-3, high=1e6)
+    rope_beta_fast: float = key("rope.scaling.yarn_beta_fast", "rope.beta_fast", default=32.0, low=1e-3, high=1e6)
+    rope_beta_slow: float = key("rope.scaling.yarn_beta_slow", "rope.beta_slow", default=1.0, low=1e-3, high=1e6)
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self)[1:]:
@@ -238,7 +234,7 @@ class Config:
             raise FormatError(
                 f"{self.arch}.rope.dimension_count {self.rope_dim} must be even and at most the head's {self.head_dim}"
             )
-        if self.rope_scaling not in ("none", "linear", "yarn", "longrope", "llama3"):
+        if self.rope_scaling not in ("none", "linear", "yarn", "longrope"):
             raise UnsupportedError(f"{self.arch}.rope.scaling.type {self.rope_scaling!r} is not supported")
         if self.pooling == "rank":
             raise UnsupportedError(f"{self.arch}: reranking models (pooling_type rank) are not supported")
@@ -351,13 +347,8 @@ class Config:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Config:
         """The shape of the model that a Hugging Face config.json describes; raises as `from_gguf` does."""
-        classes = config.get("architectures") or [None]
-        arch = arch_of_hf(classes[0])
-        config = {**config, **(config.get("text_config") or {})}
-        if not config.get("use_sliding_window", True):
-            config["sliding_window"] = None
-        if scalar := config.get("query_pre_attn_scalar"):
-            config["query_pre_attn_scalar"] = scalar**-0.5
+        arch = arch_of_hf((config.get("architectures") or [None])[0])
+        config = _normalised(config)
 
         def find(f: dataclasses.Field[Any]) -> Any:
             for path in f.metadata["hf"].split("|"):
@@ -368,12 +359,7 @@ class Config:
                     return value
             return None
 
-        fixed: dict[str, Any] = {}
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if partial := config.get("partial_rotary_factor") or rope.get("partial_rotary_factor"):
-            head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-            fixed["rope_dim"] = int(head_dim * partial)
-        return cls._read(arch, find, "hf", fixed)
+        return cls._read(arch, find, "hf", {})
 
     @classmethod
     def _read(
@@ -382,39 +368,72 @@ class Config:
         values: dict[str, Any] = {"arch": arch}
         for f in dataclasses.fields(cls)[1:]:
             value = fixed[f.name] if f.name in fixed else find(f)
-            parse = f.metadata["parse"]
             if value is None:
-                value = ARCHS[arch].defaults.get(f.name, f.metadata["default"])
+                value = _default(arch, f, values)
                 if value is REQUIRED:
                     raise FormatError(f"{_gguf_keys(arch, f)[0] if source == 'gguf' else f.metadata['hf']} is missing")
-                if callable(value):
-                    value = value(values)
-                if f.name != "windowed":
-                    parse = None
-            if parse is not None:
-                value = parse(value, values)
+            elif f.metadata["parse"] is not None:
+                value = f.metadata["parse"](value, values)
             _prove_field(arch, f, value)
             values[f.name] = float(value) if f.type == "float" else value
         return cls(**values)
 
     def to_gguf(self) -> dict[str, Any]:
-        """The metadata that `from_gguf` turns into this very Config (tokenizer and general keys apart)."""
+        """The metadata that `from_gguf` turns into this very Config (tokenizer and general keys apart).
+
+        What is a default in GGUF is left out, so that other loaders meet nothing that they do not know.
+        """
         kv: dict[str, Any] = {"general.architecture": self.arch}
+        values: dict[str, Any] = {"arch": self.arch}
         for f in dataclasses.fields(self)[1:]:
-            value: Any = getattr(self, f.name)
-            if f.name == "activation" and value == self.spec.defaults.get(f.name, "silu"):
-                continue  # no loader but ours reads it
+            value = getattr(self, f.name)
+            default = _default(self.arch, f, values)
+            values[f.name] = value
+            if default is not REQUIRED and value == default:
+                continue
             if f.name == "activation":
                 value = next(name for name, ours in _ACTIVATIONS.items() if ours == value)
             elif f.name == "pooling":
                 value = _POOLING.index(value)
             elif f.name == "windowed":
                 value = list(value)
-            elif f.name == "norm_eps":
-                kv[f"{self.arch}.attention.layer_norm{'_rms' if self.spec.norm == 'rms' else ''}_epsilon"] = value
-                continue
-            kv[_gguf_keys(self.arch, f)[0]] = value
+            keys = _gguf_keys(self.arch, f)
+            kv[keys[f.name == "norm_eps" and self.spec.norm == "layer"]] = value
         return kv
+
+
+def _normalised(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with what its authors moved around over the years in one place: "rope" holds all of RoPE."""
+    config = {**config, **(config.get("text_config") or {})}
+    if not config.get("use_sliding_window", True):
+        config["sliding_window"] = None
+    if scalar := config.get("query_pre_attn_scalar"):
+        config["query_pre_attn_scalar"] = scalar**-0.5
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    if "full_attention" in rope:
+        config.setdefault("rope_local_base_freq", rope.get("sliding_attention", {}).get("rope_theta"))
+        rope = dict(rope["full_attention"])
+    rope.setdefault("rope_theta", config.get("rope_theta"))
+    rope.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings"))
+    if partial := rope.get("partial_rotary_factor") or config.get("partial_rotary_factor"):
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        rope["dim"] = int(head_dim * partial)
+    kind = rope.setdefault("rope_type", rope.get("type"))
+    if kind == "llama3":  # its numbers become the tensor rope_freqs: see rope.factors_from_hf
+        rope["rope_type"] = rope["factor"] = None
+        rope["original_max_position_embeddings"] = None
+    elif kind in ("longrope", "su"):  # its lists become tensors, its factor is implied by the context lengths
+        rope["magnitude"], rope["factor"] = rope.get("attention_factor"), None
+    config["rope"] = rope
+    return config
+
+
+def _default(arch: str, f: dataclasses.Field[Any], values: Mapping[str, Any]) -> Any:
+    """The value of a field that nothing sets, REQUIRED if there is none; `values` are the fields above it."""
+    value = ARCHS[arch].defaults.get(f.name, f.metadata["default"])
+    if callable(value) and value is not REQUIRED:
+        value = value(values)
+    return _pattern(value, values) if f.name == "windowed" else value
 
 
 def _gguf_keys(arch: str, f: dataclasses.Field[Any]) -> list[str]:

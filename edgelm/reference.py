@@ -102,6 +102,10 @@ class DenseWeights:
             self._kept[tensor.name] = array
         return array
 
+    def rows(self, tensor: QTensor, indices: NDArray[np.integer[Any]]) -> Array:
+        """Some rows of a table, without dequantizing the others."""
+        return tensor.rows(indices).astype(self.dtype, copy=False)
+
 
 class Operations:
     """The interpreter `op` that a model function is handed: computes each operation at once, for one batch."""
@@ -112,15 +116,16 @@ class Operations:
 
     def embed(self, table: QTensor) -> Array:
         """Rows of `table` (vocabulary, D) for the tokens of the batch: (T, D)."""
-        return table.rows(self._batch.tokens).astype(self._dense.dtype, copy=False)
+        return self._dense.rows(table, self._batch.tokens)
 
     def embed_positions(self, table: QTensor, offset: int = 0) -> Array:
         """Rows of `table` (positions, D) for the positions of the tokens, plus offset: (T, D)."""
-        return table.rows(self._batch.positions + offset).astype(self._dense.dtype, copy=False)
+        return self._dense.rows(table, self._batch.positions + offset)
 
     def row(self, table: QTensor, index: int) -> Array:
         """One row (D,) of a table, the same for every token."""
-        return table.rows([index])[0].astype(self._dense.dtype, copy=False)
+        row: Array = self._dense.rows(table, np.array([index]))[0]
+        return row
 
     def rms_norm(self, x: Array, weight: QTensor | None, eps: float, heads: int = 0) -> Array:
         """x / sqrt(mean(x²) + eps) * weight, over a row or, with heads > 0, over each head on its own (1910.07467)."""
@@ -134,12 +139,16 @@ class Operations:
         """(x - mean) / sqrt(variance + eps) * weight + bias, over each row (1607.06450)."""
         h: Array = x - np.mean(x, axis=-1, keepdims=True)
         h = h / np.sqrt(np.mean(h * h, axis=-1, keepdims=True) + eps) * self._dense(weight)
-        return h if bias is None else h + self._dense(bias)
+        if bias is not None:
+            h = h + self._dense(bias)
+        return h
 
     def linear(self, x: Array, layer: Layer) -> Array:
         """x (T, in) times weight (out, in) transposed, plus bias (out,)."""
         y: Array = x @ self._dense(layer.weight).T
-        return y if layer.bias is None else y + self._dense(layer.bias)
+        if layer.bias is not None:
+            y = y + self._dense(layer.bias)
+        return y
 
     def split(self, x: Array, sizes: tuple[int, ...]) -> tuple[Array, ...]:
         """Columns of x, cut into pieces of these widths."""
@@ -200,8 +209,8 @@ class Operations:
 
     def gelu_erf(self, x: Array) -> Array:
         """GELU itself: x times the probability that a normal variable is below x."""
-        below = np.asarray(_erf(x / math.sqrt(2))).astype(x.dtype)
-        return 0.5 * x * (1 + below)
+        y: Array = 0.5 * x * (1 + np.asarray(_erf(x / math.sqrt(2))).astype(x.dtype))
+        return y
 
     def relu(self, x: Array) -> Array:
         return np.maximum(x, 0)

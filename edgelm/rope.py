@@ -70,10 +70,8 @@ def frequencies(rope: Rope, factors: NDArray[np.float64] | float = 1.0) -> NDArr
     """Radians per position of each pair: float64 (dim / 2,)."""
     pairs = np.arange(rope.dim // 2, dtype=np.float64)
     plain = rope.base ** (-2.0 * pairs / rope.dim) / factors
-    if rope.scaling == "linear":
-        return plain / rope.factor
     if rope.scaling != "yarn":
-        return plain
+        return plain / rope.factor
     # YaRN: fast pairs keep their frequency, slow ones are interpolated, a ramp lies between.
     low = max(0.0, math.floor(_pair_that_turns(rope, rope.beta_fast)))
     high = min(rope.dim - 1.0, math.ceil(_pair_that_turns(rope, rope.beta_slow)))
