@@ -48,9 +48,7 @@ _executors: weakref.WeakSet[Executor]
 
 def _walk(name: str) -> Any:
     """A function of `walk`, callable from Python; releases the interpreter lock."""
-    from edgelm.kernels import walk
-
-    return _Native(compiler.address(getattr(walk, name)))
+    return _Native(compiler.address(f"walk:{name}"))
 
 
 def _address_of(function: Any) -> int:

@@ -1,0 +1,148 @@
+"""The compiler: machine code that is kept on disk, found again without Numba, and refused when it would need Python."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgelm.kernels import compiler
+from edgelm.kernels.simd import load_i64, store
+
+KERNELS = """
+from edgelm.kernels.simd import load_i64, store
+def times(op, env, begin, end):
+    for i in range(begin, end):
+        store(env + 8 * i, load_i64(op + 8 * i) * FACTOR)
+"""
+RUN = """
+import sys, threading, ctypes, numpy as np
+sys.path.insert(0, {folder!r})
+from edgelm.kernels import compiler
+addresses = set()
+threads = [threading.Thread(target=lambda: addresses.add(compiler.address('pkg.mod:times'))) for _ in range(4)]
+[t.start() for t in threads]; [t.join() for t in threads]
+x, y = np.arange(5), np.zeros(5, np.int64)
+ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(addresses.pop())(x.ctypes.data, y.ctypes.data, 1, 4)
+print(*y, len(addresses), 'numba' in sys.modules)
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A folder with a package that has one kernel, and a cache of its own."""
+    (tmp_path / "pkg").mkdir()
+    (tmp_path / "pkg" / "__init__.py").write_text("")
+    (tmp_path / "pkg" / "mod.py").write_text(KERNELS.replace("FACTOR", "3"))
+    return tmp_path
+
+
+def run(package: Path, **environment: str) -> str:
+    settings = {**os.environ, "NUMBA_CACHE_DIR": str(package / "cache"), **environment}
+    command = [sys.executable, "-c", RUN.format(folder=str(package))]
+    done = subprocess.run(command, capture_output=True, text=True, env=settings, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return done.stdout.strip()
+
+
+def test_second_process_loads_without_numba(package: Path) -> None:
+    assert run(package) == "0 3 6 9 0 0 True"
+    assert run(package) == "0 3 6 9 0 0 False"
+
+
+def test_damaged_code_is_compiled_again(package: Path) -> None:
+    run(package)
+    (file,) = (package / "cache").rglob("*.o")
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:100], whole[:50] + b"?" + whole[51:]):
+        file.write_bytes(damaged)
+        assert run(package) == "0 3 6 9 0 0 True"
+        assert file.read_bytes() == whole
+
+
+def test_other_processor_features_have_other_code(package: Path) -> None:
+    run(package)
+    assert run(package, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="+sse2") == "0 3 6 9 0 0 True"
+    assert len(list((package / "cache").rglob("*.o"))) == 2
+
+
+def test_cache_that_cannot_be_written(package: Path) -> None:
+    (package / "cache").write_text("a file where a folder should be")
+    assert run(package) == "0 3 6 9 0 0 True"
+
+
+def double(op, env, begin, end):
+    for i in range(begin, end):
+        store(env + 8 * i, load_i64(op + 8 * i) * 2)
+
+
+def raising(op, env, begin, end):
+    if begin > end:
+        raise ValueError
+
+
+def allocating(op, env, begin, end):
+    store(env, np.zeros(end, np.int64).sum())
+
+
+def test_code_follows_its_source(tmp_path: Path) -> None:
+    """A kernel outside the package is kept under the hash of its file."""
+    for factor in (2, 5):
+        (tmp_path / "some_kernels.py").write_text(KERNELS.replace("FACTOR", str(factor)))
+        code = (
+            f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+            "import ctypes, numpy as np, some_kernels\n"
+            "from edgelm.kernels import compiler\n"
+            "x, y = np.arange(3), np.zeros(3, np.int64)\n"
+            "ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(compiler.address(some_kernels.times))"
+            "(x.ctypes.data, y.ctypes.data, 0, 3)\n"
+            "print(*y)"
+        )
+        settings = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=settings, timeout=60)
+        assert done.stdout.split() == [str(i * factor) for i in range(3)], done.stderr
+
+
+def test_addresses_are_stable_and_callable() -> None:
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda: found.append(compiler.address(double))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 1
+    x, y = np.arange(4), np.zeros(4, np.int64)
+    ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(found[0])(x.ctypes.data, y.ctypes.data, 0, 4)
+    assert np.array_equal(y, 2 * x)
+    assert compiler.address("walk:run") == compiler.address("edgelm.kernels.walk:run")
+
+
+@pytest.mark.parametrize("kernel", [raising, allocating])
+def test_kernels_that_need_python_are_refused(kernel: compiler.Kernel) -> None:
+    with pytest.raises(TypeError, match="neither raise"):
+        compiler.address(kernel)
+
+
+def test_progress_is_told() -> None:
+    told: list[tuple[str, int, int]] = []
+    compiler.compile_all([double, "walk:spin", double], lambda *progress: told.append(progress))
+    assert told == [("double", 1, 2), ("walk:spin", 2, 2)]
+
+
+def test_folders_of_old_versions_are_removed(tmp_path: Path) -> None:
+    for name, days in (("old", 40), ("recent", 1), ("current", 400)):
+        (tmp_path / name / "cpu").mkdir(parents=True)
+        (tmp_path / name / "cpu" / "k.o").write_text("code")
+        then = (tmp_path / name).stat().st_mtime - days * 86400
+        os.utime(tmp_path / name, (then, then))
+    compiler._prune(tmp_path, tmp_path / "current")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["current", "recent"]
+    shutil.rmtree(tmp_path / "recent")
