@@ -265,6 +265,6 @@ def _prove_bare(module: Any, symbol: str) -> None:
             known = _llvm().address_of_symbol(item.name)
             if known is None or item.name.startswith(("numba_", "NRT_", "Py", "_Py", ".numba")):
                 raise TypeError(
-                    f"kernel {symbol} needs {item.name}, which is not there: kernels neither raise, nor allocate, nor use "
-                    "Python"
+                    f"kernel {symbol} needs {item.name}, which is not there: kernels neither raise, nor allocate, nor "
+                    "use Python"
                 )
