@@ -74,6 +74,7 @@ def peak(c: Candidates) -> float:
     return best
 
 
+@np.errstate(over="ignore")
 def weights(c: Candidates) -> FloatArray:
     """exp(logit - largest logit), (n,): the probabilities before they are divided by their sum."""
     best = peak(c)
@@ -197,6 +198,7 @@ def typical(c: Candidates, p: float, min_keep: int = 0) -> Candidates:
     return c.take(np.sort(kept), False)
 
 
+@np.errstate(over="ignore")
 def top_n_sigma(c: Candidates, n: float) -> Candidates:
     """The candidates within n standard deviations of the best logit (Tang et al. 2024)."""
     if n <= 0 or len(c.logits) <= 1:
@@ -218,7 +220,7 @@ def xtc(c: Candidates, threshold: float, min_keep: int = 0) -> Candidates:
     if threshold > 0.5 or len(c.logits) < 2:
         return c
     w = weights(c)
-    out = int(np.count_nonzero(w >= (threshold - _SLACK) * float(w.sum()))) - 1
+    out = int(np.count_nonzero((w >= (threshold - _SLACK) * float(w.sum())) & (w > 0))) - 1
     if out <= 0 or len(c.logits) - out < min_keep:
         return c
     return top_k(c, len(c.logits)).take(slice(out, None), True)
@@ -227,11 +229,17 @@ def xtc(c: Candidates, threshold: float, min_keep: int = 0) -> Candidates:
 # --- changing logits ---------------------------------------------------------------------------------------------
 
 
+@np.errstate(over="ignore")
 def temperature(c: Candidates, t: float) -> Candidates:
     """Logits divided by t; t <= 0 leaves the best candidate alone."""
     if t <= 0:
         return c.take(np.array([greedy(c)], np.int64), True)
-    return c if t == 1 else c._replace(logits=c.logits / c.logits.dtype.type(t))
+    if t == 1:
+        return c
+    logits, kind = c.logits, c.logits.dtype.type
+    if t < 1e-3 and peak(c) < math.inf:
+        logits = logits - kind(peak(c))  # else a tiny temperature makes all positive logits infinite, and so equal
+    return c._replace(logits=logits / kind(max(t, 1e-37)))
 
 
 def dynamic_temperature(c: Candidates, t: float, span: float, exponent: float) -> Candidates:
@@ -294,9 +302,11 @@ def mirostat_1(c: Candidates, mu: float, vocab_size: int) -> Candidates:
     The exponent s of Zipf's law is estimated from the 100 best candidates.
     """
     best = top_k(c, 100)
+    if best.logits[0] == math.inf:
+        return best.take(np.flatnonzero(best.logits == math.inf), True)
     ranks = np.arange(1, len(best.logits))
     t, falls = np.log((ranks + 1) / ranks), -np.diff(best.logits)
-    s = float(np.dot(t, falls) / np.dot(t, t)) if len(t) else 0.0
+    s = min(float(np.dot(t, falls) / np.dot(t, t)), 1e6) if len(t) else 0.0
     excess, log_vocab = s - 1, math.log(max(vocab_size, 2))
     # (1 - vocab ** -excess) / excess, by its limit where that is 0 / 0
     ratio = -math.expm1(-excess * log_vocab) / excess if abs(excess) > 1e-9 else log_vocab

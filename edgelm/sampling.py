@@ -64,7 +64,7 @@ def parse_logit_bias(text: str) -> tuple[int, float]:
     Raises:
         UsageError: the text has another form.
     """
-    match = re.fullmatch(r"\s*(\d+)\s*([+-])\s*(inf|\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+)\s*([+-])\s*(inf|(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*", text, re.IGNORECASE)
     if not match:
         raise UsageError(f"logit bias {text!r}: write a token id, + or -, and a number, such as 15043+1 or 2-inf")
     return int(match[1]), float(match[2] + match[3])
@@ -244,8 +244,8 @@ class Sampler:
         """Back to the beginning: nothing was said, and the random numbers start anew (others, if the seed is -1)."""
         p = self.params
         self.seed = secrets.randbits(32) if p.seed == -1 else p.seed
-        self._uniform = np.random.Generator(np.random.PCG64(self.seed))
-        self._chance = np.random.Generator(np.random.PCG64((self.seed, 1)))  # XTC has its own: one draw a token each
+        self._bits = np.random.PCG64(self.seed)
+        self._xtc_bits = np.random.PCG64((self.seed, 1))  # of its own, so that each has one draw per token
         look_back = (p.repeat_last_n * self._penalises, p.dry_penalty_last_n * self._dries)
         self._said: deque[int] = deque(maxlen=None if -1 in look_back else max(look_back) + 1)
         self._counts: dict[int, int] = {}
@@ -256,7 +256,7 @@ class Sampler:
     def clone(self) -> Sampler:
         """A second sampler in the same state; from here on both choose alike, on their own."""
         other = copy.copy(self)
-        for name in ("_uniform", "_chance", "_said", "_counts"):
+        for name in ("_bits", "_xtc_bits", "_said", "_counts"):
             setattr(other, name, copy.deepcopy(getattr(self, name)))
         other._chain = other._compose()
         return other
@@ -296,7 +296,7 @@ class Sampler:
         p = self.params
         if self._greedy:
             return c.token(filters.greedy(c))
-        uniform = self._uniform.random()
+        uniform = _uniform(self._bits)
         if p.mirostat:
             mu, vocab = self._mu, self.vocab_size
             c = filters.mirostat_1(c, mu, vocab) if p.mirostat == 1 else filters.mirostat_2(c, mu)
@@ -373,7 +373,12 @@ class Sampler:
 
     def _xtc(self, c: Candidates) -> Candidates:
         p = self.params
-        return filters.xtc(c, p.xtc_threshold, p.min_keep) if self._chance.random() < p.xtc_probability else c
+        return filters.xtc(c, p.xtc_threshold, p.min_keep) if _uniform(self._xtc_bits) < p.xtc_probability else c
+
+
+def _uniform(bits: np.random.PCG64) -> float:
+    """A number in [0, 1). NumPy promises that the bits of PCG64 never change; what Generator makes of them may."""
+    return int(bits.random_raw() >> 11) * 2.0**-53
 
 
 def logprobs(logits: npt.NDArray[np.float32], token: int, n_alternatives: int) -> tuple[float, list[tuple[int, float]]]:
