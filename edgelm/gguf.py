@@ -74,8 +74,11 @@ class GGUF:
 def read(path: str | os.PathLike[str]) -> GGUF:
     """Read a GGUF file; of a split model (name-00001-of-0000N.gguf) any part may be named, all are read.
 
+    All text must be valid UTF-8, as the format demands; a name or value that is not makes the file broken. The files
+    must not change while the result is in use: their weights are read from disk when they are needed.
+
     Raises SourceError when a file cannot be opened, FormatError when one is broken, UnsupportedError when it is a GGUF
-    file that edgelm cannot read (version 1, big endian, an unknown tensor type).
+    file that edgelm cannot read (version 1, big endian, an array of arrays, an unknown tensor type).
     """
     paths = _parts(Path(path))
     parts = [_read_part(part) for part in paths]
@@ -104,8 +107,8 @@ def _join(parts: list[GGUF]) -> GGUF:
         where, number_inside, count_inside = part.paths[0], _split(part, "split.no", 0), _split(part, "split.count", 1)
         if (number_inside, count_inside) != (number, len(parts)):
             raise FormatError(
-                f"{where}: part {number_inside + 1} of {count_inside} by its metadata, part {number + 1} of {len(parts)} "
-                "by its name; the parts of a model must be called NAME-00001-of-0000N.gguf"
+                f"{where}: part {number_inside + 1} of {count_inside} by metadata, part {number + 1} of {len(parts)} "
+                "by name; the parts of a model must be called NAME-00001-of-0000N.gguf"
             )
         if again := tensors.keys() & part.tensors.keys():
             raise FormatError(f"{where}: tensor {min(again)!r} is in another part, too")
@@ -196,16 +199,19 @@ class _Header:
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.size, self.offset, self.n_strings = path, data, len(data), 8, 0
 
+    def damaged(self, message: str) -> FormatError:
+        return FormatError(f"{self.path}: {message}; the file is damaged: get it again")
+
     def check(self, condition: bool, message: str) -> None:
         if not condition:
-            raise FormatError(f"{self.path}: {message}; the file is damaged or hostile: download it again")
+            raise self.damaged(message)
 
     def take(self, n_bytes: int, what: str) -> int:
         """Step over `n_bytes` and return where they begin."""
         start = self.offset
         if n_bytes > self.size - start:
             left = self.size - start
-            self.check(False, f"the file ends inside {what}: {n_bytes} bytes needed at offset {start}, {left} left")
+            raise self.damaged(f"the file ends inside {what}: {n_bytes} bytes needed at offset {start}, {left} left")
         self.offset = start + n_bytes
         return start
 
@@ -220,7 +226,7 @@ class _Header:
         try:
             return self.data[start : start + n_bytes].decode()
         except UnicodeDecodeError:
-            raise FormatError(f"{self.path}: {what} at offset {start} is not valid UTF-8") from None
+            raise self.damaged(f"{what} at offset {start} is not valid UTF-8") from None
 
     def name(self, limit: int, what: str) -> str:
         name = self.string(limit, what)
@@ -272,12 +278,12 @@ class _Header:
                 start = offset + 8
                 offset = start + length_at(data, offset)[0]
                 if offset > size or offset - start > MAX_STRING_BYTES:
-                    self.check(False, f"a string in {what} at offset {start} is {offset - start} bytes long")
+                    raise self.damaged(f"a string in {what} at offset {start} is {offset - start} bytes long")
                 append(data[start:offset].decode())
         except struct.error:
-            self.check(False, f"the file ends inside {what}")
+            raise self.damaged(f"the file ends inside {what}") from None
         except UnicodeDecodeError:
-            raise FormatError(f"{self.path}: {what} holds a string at offset {start} that is not valid UTF-8") from None
+            raise self.damaged(f"{what} holds a string at offset {start} that is not valid UTF-8") from None
         self.offset = offset
         return items
 

@@ -1,0 +1,1 @@
+"""Files made to hurt: see cases.py."""
