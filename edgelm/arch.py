@@ -119,14 +119,6 @@ def _pooling(value: Any, c: Mapping[str, Any]) -> Any:
     return _POOLING[value]
 
 
-def _longrope_magnitude(c: Mapping[str, Any]) -> float:
-    """What Phi-3's authors chose when a file does not say: sqrt(1 + ln(stretch) / ln(original context))."""
-    stretch = c["context_length"] / c["rope_orig_context"]
-    if c["rope_scaling"] != "longrope" or stretch <= 1.0 or c["rope_orig_context"] < 2:
-        return 1.0
-    return math.sqrt(1.0 + math.log(stretch) / math.log(c["rope_orig_context"]))
-
-
 MAX_LAYERS = 1024
 
 
@@ -210,7 +202,7 @@ class Config:
         high=1 << 30,
     )
     rope_attn_factor: float = key(
-        "rope.scaling.attn_factor", "rope.magnitude", default=_longrope_magnitude, low=1e-3, high=1e3
+        "rope.scaling.attn_factor", "rope.magnitude", default=1.0, low=1e-3, high=1e3
     )
     rope_yarn_attn_factor: float = key(
         "rope.scaling.yarn_attn_factor", "rope.attention_factor|rope.attn_factor", default=0.0, low=0.0, high=1e3
@@ -381,7 +373,7 @@ class Config:
     def to_gguf(self) -> dict[str, Any]:
         """The metadata that `from_gguf` turns into this very Config (tokenizer and general keys apart).
 
-        What is a default in GGUF is left out, so that other loaders meet nothing that they do not know.
+        What is a default of GGUF is left out, so that other loaders meet nothing that they do not know.
         """
         kv: dict[str, Any] = {"general.architecture": self.arch}
         values: dict[str, Any] = {"arch": self.arch}
@@ -389,7 +381,8 @@ class Config:
             value = getattr(self, f.name)
             default = _default(self.arch, f, values)
             values[f.name] = value
-            if default is not REQUIRED and value == default:
+            ours = f.name in ("causal", "pooling") and value != f.metadata["default"]  # other loaders have other ones
+            if default is not REQUIRED and value == default and not ours:
                 continue
             if f.name == "activation":
                 value = next(name for name, ours in _ACTIVATIONS.items() if ours == value)
@@ -423,9 +416,16 @@ def _normalised(config: Mapping[str, Any]) -> dict[str, Any]:
         rope["rope_type"] = rope["factor"] = None
         rope["original_max_position_embeddings"] = None
     elif kind in ("longrope", "su"):  # its lists become tensors, its factor is implied by the context lengths
-        rope["magnitude"], rope["factor"] = rope.get("attention_factor"), None
+        rope["magnitude"], rope["factor"] = rope.get("attention_factor") or _longrope_magnitude(config, rope), None
     config["rope"] = rope
     return config
+
+
+def _longrope_magnitude(config: Mapping[str, Any], rope: Mapping[str, Any]) -> float:
+    """What Phi-3's authors chose: sqrt(1 + ln(stretch) / ln(original context))."""
+    original = rope["original_max_position_embeddings"]
+    stretch = config["max_position_embeddings"] / original
+    return math.sqrt(1.0 + math.log(stretch) / math.log(original)) if stretch > 1.0 else 1.0
 
 
 def _default(arch: str, f: dataclasses.Field[Any], values: Mapping[str, Any]) -> Any:

@@ -64,12 +64,14 @@ def _ends(offset: float = 0.0, *, output: bool = True) -> tuple[TensorSpec, ...]
     )
 
 
-def _attention(*, bias: bool | None = None, permute: bool = False, offset: float = 0.0) -> tuple[TensorSpec, ...]:
+def _attention(
+    *, bias: bool | None = False, out_bias: bool | None = False, permute: bool = False, offset: float = 0.0
+) -> tuple[TensorSpec, ...]:
     """Norm, projections and output of Llama's attention."""
     return (
         *norm("blk.{i}.attn_norm", L + "input_layernorm", offset=offset),
         *qkv(ATTN + "q_proj", ATTN + "k_proj", ATTN + "v_proj", bias=bias, permute=permute),
-        *linear("blk.{i}.attn_output", ATTN + "o_proj", "dim", "attn_dim"),
+        *linear("blk.{i}.attn_output", ATTN + "o_proj", "dim", "attn_dim", bias=out_bias),
     )
 
 
@@ -115,10 +117,10 @@ def _bert_layers() -> tuple[TensorSpec, ...]:
     h = "encoder.layer.{i}."
     a = h + "attention."
     return (
-        *qkv(a + "self.query", a + "self.key", a + "self.value"),
-        *linear("blk.{i}.attn_output", a + "output.dense", "dim", "attn_dim"),
+        *qkv(a + "self.query", a + "self.key", a + "self.value", bias=True),
+        *linear("blk.{i}.attn_output", a + "output.dense", "dim", "attn_dim", bias=True),
         *norm("blk.{i}.attn_output_norm", a + "output.LayerNorm", bias=True),
-        *ffn("", h + "intermediate.dense", h + "output.dense"),
+        *ffn("", h + "intermediate.dense", h + "output.dense", bias=True),
         *norm("blk.{i}.layer_output_norm", h + "output.LayerNorm", bias=True),
     )
 
@@ -129,8 +131,9 @@ ARCHS: dict[str, Arch] = {
         tensors=(
             *_ends(),
             *_factors("rope_freqs", "rope_factors_long", "rope_factors_short"),
-            *_attention(permute=True),
-            *LLAMA_FFN,
+            *_attention(bias=None, out_bias=None, permute=True),
+            *norm("blk.{i}.ffn_norm", L + "post_attention_layernorm"),
+            *ffn(MLP + "gate_proj", MLP + "up_proj", MLP + "down_proj", bias=None),
         ),
         pairing=Pairing.INTERLEAVED,
     ),

@@ -78,34 +78,19 @@ def linear(
     out: str,
     inp: str,
     *,
-    bias: bool | None = None,
-    required: bool = True,
+    bias: bool | None = False,
     unless: str = "",
     permute: str = "",
     transpose: bool = False,
 ) -> tuple[TensorSpec, ...]:
-    """A linear layer: weight (out, inp) and its bias (out,): required, optional (None) or optional with the layer."""
+    """A linear layer: weight (out, inp) and its bias (out,), if it has one (None: a file may have it)."""
     hf_weight, hf_bias = (f"{hf}.weight", f"{hf}.bias") if hf else ("", "")
+    weight = TensorSpec(f"{gguf}.weight", hf_weight, (out, inp), unless=unless, permute=permute, transpose=transpose)
+    if bias is False:
+        return (weight,)
     return (
-        TensorSpec(
-            f"{gguf}.weight",
-            hf_weight,
-            (out, inp),
-            Role.MATMUL,
-            required,
-            f"{unless}.weight" if unless else "",
-            permute,
-            transpose,
-        ),
-        TensorSpec(
-            f"{gguf}.bias",
-            hf_bias,
-            (out,),
-            Role.VECTOR,
-            required and bool(bias),
-            f"{unless}.bias" if unless else "",
-            permute,
-        ),
+        weight,
+        TensorSpec(f"{gguf}.bias", hf_bias, (out,), Role.VECTOR, bias is True, unless=unless, permute=permute),
     )
 
 
@@ -115,21 +100,22 @@ def qkv(
     v: str = "",
     fused: str = "",
     *,
-    bias: bool | None = None,
+    bias: bool | None = False,
     permute: bool = False,
     transpose: bool = False,
 ) -> tuple[TensorSpec, ...]:
-    """The projections to queries, keys and values: three tensors or one, a file has either."""
-    whole = "blk.{i}.attn_qkv"
+    """The projections to queries, keys and values: three layers or one, a file has either."""
+    one, three = "blk.{i}.attn_qkv", "blk.{i}.attn_"
+    rest: dict[str, Any] = {"bias": bias, "unless": f"{one}.weight"}
     return (
-        *linear("blk.{i}.attn_q", q, "q_dim", "dim", bias=bias, unless=whole, permute="n_heads" if permute else ""),
-        *linear("blk.{i}.attn_k", k, "k_dim", "dim", bias=bias, unless=whole, permute="n_kv_heads" if permute else ""),
-        *linear("blk.{i}.attn_v", v, "v_dim", "dim", bias=bias, unless=whole),
-        *linear(whole, fused, "qkv_dim", "dim", bias=bias, required=False, transpose=transpose),
+        *linear(three + "q", q, "q_dim", "dim", permute="n_heads" if permute else "", **rest),
+        *linear(three + "k", k, "k_dim", "dim", permute="n_kv_heads" if permute else "", **rest),
+        *linear(three + "v", v, "v_dim", "dim", **rest),
+        *linear(one, fused, "qkv_dim", "dim", bias=bias, unless=three + "q.weight", transpose=transpose),
     )
 
 
-def ffn(gate: str, up: str, down: str, *, bias: bool | None = None, transpose: bool = False) -> tuple[TensorSpec, ...]:
+def ffn(gate: str, up: str, down: str, *, bias: bool | None = False, transpose: bool = False) -> tuple[TensorSpec, ...]:
     """A feed-forward network: down(act(gate x) * up x), or down(act(up x)) without `gate`."""
     return (
         *(linear("blk.{i}.ffn_gate", gate, "ffn_dim", "dim", bias=bias) if gate else ()),
