@@ -1,0 +1,67 @@
+"""Write tests/golden/NAME.npz: what `transformers` computes for every tiny model of tests/tiny.py.
+
+    python tools/make_golden.py [NAME ...]          in an environment with torch, transformers, gguf and NumPy
+
+Weights are not stored: both sides make them from their names. Each file holds the tokens of one text and the float32
+logits (for encoders: hidden states) that the model gives at some positions of it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import tiny  # noqa: E402
+
+from edgelm.arch import Config  # noqa: E402
+
+N_TOKENS = 40
+POSITIONS = np.array([0, 1, 8, 9, 10, 31, 32, 39])  # around windows of 9 and original contexts of 32
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    """Tokens (40,), positions (8,) and outputs (8, vocabulary or D) of a variant."""
+    import torch
+    import transformers
+
+    hf = tiny.hf_config(name)
+    config = Config.from_hf(hf)
+    settings = {key: value for key, value in hf.items() if key not in ("architectures", "model_type", "pooling")}
+    hf_config = transformers.AutoConfig.for_model(hf["model_type"], **settings, attn_implementation="eager")
+    hf_config.bos_token_id = hf_config.eos_token_id = None
+    model: Any = getattr(transformers, hf["architectures"][0])(hf_config).eval().float()
+
+    state = {spec.hf: torch.tensor(tiny.hf_array(spec, config)) for spec in tiny.hf_specs(name, config, hf)}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing = [key for key in missing if not key.startswith(("lm_head.", "pooler."))]
+    if missing or unexpected:
+        raise SystemExit(f"{name}: our table lacks {missing}; transformers lacks {unexpected}")
+    model.tie_weights()
+
+    tokens = np.random.RandomState(7).randint(0, config.vocab_size, N_TOKENS)
+    with torch.no_grad():
+        out = model(torch.tensor(tokens)[None])
+    values = out.logits if hasattr(out, "logits") else out.last_hidden_state
+    return {
+        "tokens": tokens.astype(np.int32),
+        "positions": POSITIONS.astype(np.int32),
+        "outputs": values[0].numpy()[POSITIONS].astype(np.float32),
+    }
+
+
+def main(names: list[str]) -> None:
+    folder = ROOT / "tests" / "golden"
+    folder.mkdir(exist_ok=True)
+    for name in names or tiny.ALL:
+        np.savez_compressed(folder / f"{name}.npz", **golden(name))
+        print(f"{name}: {(folder / f'{name}.npz').stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
