@@ -150,7 +150,10 @@ gelu_f32 = _intrinsic(emit_gelu)
 gelu_erf_f32 = _intrinsic(emit_gelu_erf)
 relu_f32 = _intrinsic(emit_relu)
 
-ACTIVATIONS = {"silu": emit_silu, "gelu": emit_gelu, "gelu_erf": emit_gelu_erf, "relu": emit_relu, "tanh": emit_tanh}
+ACTIVATIONS = {
+    "identity": lambda b, x: x, "silu": emit_silu, "gelu": emit_gelu, "gelu_erf": emit_gelu_erf, "relu": emit_relu,
+    "tanh": emit_tanh,
+}
 
 
 @intrinsic(prefer_literal=True)

@@ -62,7 +62,8 @@ def compiled(name):
     return apply
 
 
-FUNCTIONS = {name: compiled(name) for name in ("exp", "exp_negative", "tanh", "erf", "silu", "gelu", "gelu_erf", "relu")}
+NAMES = ("exp", "exp_negative", "tanh", "erf", "silu", "gelu", "gelu_erf", "relu")
+FUNCTIONS = {name: compiled(name) for name in NAMES}
 
 
 @pytest.mark.parametrize(("name", "exact", "bounds", "ulps", "floor"), CASES)
