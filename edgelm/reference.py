@@ -57,25 +57,25 @@ class Reference:
         self._ropes = {rope: RopeTable(rope, factors, self.n_ctx) for rope in ropes}
         self._lock = threading.Lock()
 
-    def new_cache(self, kv_type: str = "f32") -> KVCache:
+    def new_cache(self, kv_type: str = "f32", max_bytes: int | None = None) -> KVCache:
         """A cache for sequences of this model; float32 unless asked otherwise, as befits an oracle."""
-        return KVCache(self.config.cache_groups(), kv_type)
+        return KVCache(self.config.cache_groups(), kv_type, max_bytes)
 
     def forward(self, batch: Batch) -> NDArray[np.float32]:
         """Run a batch: logits (R, vocabulary) or hidden states (R, D) of `batch.outputs`; its sequences grow.
 
-        Raises UsageError for tokens outside the vocabulary or too large a batch, ContextFull for a sequence that would
+        Raises UsageError for tokens outside the vocabulary, ContextFull for a sequence that would
         outgrow the context window.
         """
         c, tokens = self.config, batch.tokens
-        if len(tokens) > self.max_tokens:
-            raise UsageError(f"a batch of {len(tokens)} tokens is larger than {self.max_tokens}")
         if tokens.min() < 0 or tokens.max() >= c.vocab_size:
             raise UsageError(f"a token is outside the vocabulary of {c.vocab_size}")
         longest = int(batch.positions.max()) + 1
         limit = min(self.n_ctx, c.max_position or self.n_ctx)
         if longest > limit:
             raise ContextFull(longest, limit)
+        if any(sequence.cache.groups != c.cache_groups() for sequence in batch.sequences):
+            raise UsageError("the cache of a sequence was made for another model; use this model's new_cache()")
         with self._lock:
             counts = np.bincount(batch.rows, minlength=len(batch.sequences))
             for sequence, n in zip(batch.sequences, counts, strict=True):
@@ -177,16 +177,18 @@ class Operations:
             positions = batch.positions[mine]
             sequence.write(layer, int(positions[0]), k[mine], v[mine])
             keys, values = sequence.read(layer, int(positions[-1]) + 1)  # (S, KvH, d), (S, KvH, dv)
-            queries = q[mine].reshape(len(mine), c.n_kv_heads, -1, c.head_dim).transpose(1, 2, 0, 3)  # (KvH, G, t, d)
-            scores = queries @ keys.transpose(1, 2, 0)[:, None].astype(q.dtype, copy=False) * scale
-            if softcap:
-                scores = self.softcap(scores, softcap)
-            seen = visible(positions, len(keys), c.window(layer), causal)
-            scores = np.where(seen, scores, -np.inf)
-            scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-            scores /= scores.sum(axis=-1, keepdims=True)
-            mixed = scores @ values.transpose(1, 0, 2)[:, None].astype(q.dtype, copy=False)  # (KvH, G, t, dv)
-            out[mine] = mixed.transpose(2, 0, 1, 3).reshape(len(mine), c.n_heads, c.v_head_dim)
+            keys = keys.transpose(1, 2, 0)[:, None].astype(q.dtype, copy=False)  # (KvH, 1, d, S)
+            values = values.transpose(1, 0, 2)[:, None].astype(q.dtype, copy=False)  # (KvH, 1, S, dv)
+            for few in np.array_split(np.arange(len(mine)), -(-len(mine) // 256)):  # bounds the memory of scores
+                queries = q[mine[few]].reshape(len(few), c.n_kv_heads, -1, c.head_dim).transpose(1, 2, 0, 3)
+                scores = queries @ keys * scale  # (KvH, heads of a group, t, S)
+                if softcap:
+                    scores = self.softcap(scores, softcap)
+                seen = visible(positions[few], len(values[0, 0]), c.window(layer), causal)
+                scores = np.where(seen, scores, -np.inf)
+                scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+                scores /= scores.sum(axis=-1, keepdims=True)
+                out[mine[few]] = (scores @ values).transpose(2, 0, 1, 3).reshape(len(few), c.n_heads, c.v_head_dim)
         return out.reshape(len(q), -1)
 
     def scale(self, x: Array, s: float) -> Array:
