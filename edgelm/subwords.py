@@ -21,6 +21,7 @@ from .vocabulary import Kind, Vocabulary
 SPACE = "\u2581"  # how SentencePiece writes a space
 CACHED_WORDS = 1 << 16
 CACHED_WORD_CHARS = 64
+LONGEST_WORD = 100  # WordPiece gives up on longer ones, as in training
 
 Rank = Callable[[str, str], float | None]
 
@@ -80,9 +81,16 @@ class Words:
         return ids
 
 
-def byte_ids(v: Vocabulary) -> list[int | None]:
-    """The token `<0x00>` ... `<0xFF>` of each byte."""
-    return [v.ids.get(f"<0x{byte:02X}>") for byte in range(256)]
+def byte_ids(v: Vocabulary) -> list[int]:
+    """The token `<0x00>` ... `<0xFF>` of each byte; empty if the vocabulary has not all of them."""
+    tokens = [v.ids.get(f"<0x{byte:02X}>") for byte in range(256)]
+    found = [token for token in tokens if token is not None]
+    return found if len(found) == 256 else []
+
+
+def is_spaces(piece: str) -> bool:
+    """Whether a piece is a run of two or more spaces (user-defined pieces keep their spaces in GGUF)."""
+    return len(piece) > 1 and not piece.strip(" ")
 
 
 class BytePairs(Words):
@@ -122,14 +130,16 @@ class BytePairs(Words):
             if whole is not None:
                 return [whole]
         ids: list[int] = []
-        for symbol in merge(list(word), self._rank):
+        # Some vocabularies lack a few bytes (SmolLM's has no 0xF1 and 20 others): they leave no trace.
+        symbols = [char for char in word if char in self._ids] if self._pre.byte_level else list(word)
+        for symbol in merge(symbols, self._rank):
             token = self._ids.get(symbol)
             if token is not None:
                 ids.append(token)
             elif self._pre.byte_level:  # a merge made a piece that has no token: fall back to the bytes
-                ids += (byte for char in symbol if (byte := self._ids.get(char)) is not None)
+                ids += (self._ids[char] for char in symbol)
             else:
-                ids += (byte for b in symbol.encode() if (byte := self._bytes[b]) is not None)
+                ids += (self._bytes[byte] for byte in symbol.encode() if self._bytes)
         return ids
 
 
@@ -143,10 +153,21 @@ class SentencePieces(Words):
         mergeable = ((v.kinds == Kind.NORMAL) | (v.kinds == Kind.USER_DEFINED) | (v.kinds == Kind.UNUSED)).tolist()
         costs = (-v.scores).tolist()
         self._costs = {piece: cost for piece, cost, ok in zip(v.pieces, costs, mergeable, strict=True) if ok}
-        self._cut_before = _word_starts(self._costs)
+        # User-defined runs of spaces are never merged with anything; they are taken from the left, the longest first.
+        runs = [i for i in (v.kinds == Kind.USER_DEFINED).nonzero()[0].tolist() if is_spaces(v.pieces[i])]
+        self._runs = {SPACE * len(v.pieces[i]): (i,) for i in runs}
+        longest_first = sorted(self._runs, key=len, reverse=True)
+        self._split_runs = re.compile(f"({'|'.join(longest_first)})").split if runs else None
+        self._cut_before = word_starts(self._costs)
 
     def __call__(self, text: str) -> list[int]:
-        return self.cut_all(self._cut_before(text.replace(" ", SPACE)))
+        text = text.replace(" ", SPACE)
+        if self._split_runs is None:
+            return self.cut_all(self._cut_before(text))
+        ids: list[int] = []
+        for part in self._split_runs(text):
+            ids += self._runs.get(part) or self.cut_all(self._cut_before(part))
+        return ids
 
     def _rank(self, left: str, right: str) -> float | None:
         return self._costs.get(left + right)
@@ -156,21 +177,14 @@ class SentencePieces(Words):
         for symbol in merge(list(word), self._rank):
             if symbol in self._costs:
                 ids.append(self._ids[symbol])
-            else:
-                ids += _spelled(symbol, self._bytes, self._unk)
+            elif self._bytes:
+                ids += (self._bytes[byte] for byte in symbol.encode())
+            elif self._unk is not None and ids[-1:] != [self._unk]:
+                ids.append(self._unk)
         return ids
 
 
-def _spelled(symbol: str, bytes_: list[int | None], unk: int | None) -> list[int]:
-    """A character without a piece: its bytes, or the unknown token when the vocabulary has no bytes."""
-    tokens = [bytes_[byte] for byte in symbol.encode()]
-    spelled = [token for token in tokens if token is not None]
-    if len(spelled) == len(tokens):
-        return spelled
-    return [] if unk is None else [unk]
-
-
-def _word_starts(pieces: Iterable[str]) -> Callable[[str], list[str]]:
+def word_starts(pieces: Iterable[str]) -> Callable[[str], list[str]]:
     """A function that cuts text where no piece can reach across: before a space that no piece holds in that place.
 
     Cutting there changes nothing, as the result of each side does not depend on the other; it makes most of a text
@@ -202,10 +216,14 @@ class WordPieces(Words):
         return self.cut_all(word for word, _ in self._split.pre_tokenize_str(self._normalize.normalize_str(text)))
 
     def cut(self, word: str) -> list[int]:
+        if len(word) > LONGEST_WORD:
+            return [self._unk]
         ids: list[int] = []
         word = SPACE + word
         start = 0
         while start < len(word):
+            if start and word[start] == SPACE:  # a U+2581 of the text's own is no beginning of a word
+                return [self._unk]
             for end in range(min(len(word), start + self._longest), start, -1):
                 token = self._ids.get(word[start:end])
                 if token is not None:

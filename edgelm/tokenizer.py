@@ -15,7 +15,8 @@ import numpy as np
 
 from . import vocabulary
 from .errors import UsageError
-from .subwords import SPACE, BytePairs, SentencePieces, WordPieces
+from .subwords import SPACE, BytePairs, SentencePieces, WordPieces, is_spaces
+from .unigram import Unigram
 from .vocabulary import Kind, Vocabulary
 
 _SEGMENTERS: dict[str, Callable[[Vocabulary], Callable[[str], list[int]]]] = {
@@ -23,6 +24,7 @@ _SEGMENTERS: dict[str, Callable[[Vocabulary], Callable[[str], list[int]]]] = {
     "gemma4": BytePairs,
     "whitespace": BytePairs,
     "llama": SentencePieces,
+    "t5": Unigram,
     "bert": WordPieces,
 }
 
@@ -183,10 +185,13 @@ class _Specials:
         while plain in v.ids:
             plain += "-"
         self._finder = Tokenizer(models.WordLevel({plain: 0}, plain))
+        texts = [v.pieces[i] for i in self._ids]
+        if v.model == "llama":  # runs of spaces are SentencePieces' matter; their spelling in U+2581 is found here
+            texts = [text.replace(" ", SPACE) if is_spaces(text) else text for text in texts]
         self._finder.add_tokens(
             [
-                AddedToken(v.pieces[i], normalized=False, lstrip=i in v.strip_left, rstrip=i in v.strip_right)
-                for i in self._ids
+                AddedToken(text, normalized=False, lstrip=i in v.strip_left, rstrip=i in v.strip_right)
+                for i, text in zip(self._ids, texts, strict=True)
             ]
         )
 
