@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import FunctionType
@@ -33,6 +33,7 @@ KEEP_DAYS = 30  # folders of other versions that were not used for so long are r
 
 _lock = threading.RLock()
 _loaded: dict[Kernel | str, int] = {}
+_here = threading.local()
 _symbols: dict[str, int] = {}  # the same, by name: a kernel may be given both ways
 
 
@@ -114,11 +115,28 @@ def address(kernel: Kernel | str) -> int:
     """
     found = _loaded.get(kernel)
     if found is None:
+        wanted = getattr(_here, "wanted", None)
+        if wanted is not None:
+            wanted.append(kernel)
+            return 0
         with _lock:
             found = _loaded.get(kernel)
             if found is None:
                 found = _loaded[kernel] = _find(kernel)
     return found
+
+
+@contextlib.contextmanager
+def only_wanted() -> Iterator[list[Kernel | str]]:
+    """Within it `address` compiles nothing in this thread: what it would have to find, it adds to a list, and gives 0.
+
+    So a table can be written once to learn which kernels it takes, and again when they are there.
+    """
+    _here.wanted = []
+    try:
+        yield _here.wanted
+    finally:
+        _here.wanted = None
 
 
 def compile_all(

@@ -1,0 +1,282 @@
+"""A model as a program: its function recorded once, then run for every batch as one walk over an op table.
+
+`Program` packs the weights, holds the op table, the workspace and the threads, and turns a batch into an environment.
+How a graph becomes a table is `edgelm.lowering`'s matter, how a row computes that of `edgelm.kernels`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .arch import Config
+from .cache import Batch, KVCache, Sequence
+from .errors import ContextFull, UsageError
+from .graph import Matrix, Node, Recorder, in_order
+from .kernels.abi import Env
+from .rope import RopeTable
+from .threads import default_threads
+from .weights import Weights
+
+if TYPE_CHECKING:
+    from .lowering import Plan
+
+Progress = Callable[[str, int, int], None]
+Part = tuple[int, int]  # tokens [begin, end) of a batch
+
+# Plain integers: an enumeration's members are slow to index with.
+N_TOKENS, N_OUTPUTS, TABLES, LENGTHS, LOGITS = (
+    int(field) for field in (Env.N_TOKENS, Env.N_OUTPUTS, Env.TABLES, Env.LENGTHS, Env.LOGITS)
+)
+
+
+class Program:
+    """Runs a model on compiled kernels and threads. Safe to call from several threads; one at a time runs.
+
+    Args:
+        model: a function of `edgelm.models`.
+        head: "logits" or "hidden", what the model function returns.
+        n_ctx: longest sequence, in tokens; None = what the model was made for.
+        n_threads: threads for one token at a time; None = the fast cores that this process has.
+        n_threads_batch: threads for more; None = as n_threads.
+        max_tokens: tokens that are computed at once. Longer batches are cut; the results are the same bit for bit.
+            Models in which all tokens see each other take as many as the context has.
+        progress: called as progress(stage, done, total) while weights are packed and kernels compiled.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        config: Config,
+        weights: Weights,
+        *,
+        head: str = "logits",
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        n_threads_batch: int | None = None,
+        max_tokens: int = 256,
+        progress: Progress | None = None,
+    ) -> None:
+        from .kernels.executor import Executor, yield_address
+        from .lowering import Resources
+
+        self.config, self.head = config, head
+        self.n_ctx = n_ctx or config.context_length
+        self.n_threads = max(1, n_threads or default_threads())
+        self.n_threads_batch = max(1, n_threads_batch or self.n_threads)
+        self._progress = progress or (lambda stage, done, total: None)
+        self._nodes = in_order([model(Recorder(config, head), config, weights)])
+        self._whole = any(node.kind == "attention" and not node.args["causal"] for node in self._nodes)
+        self.max_tokens = max(max_tokens, self.n_ctx) if self._whole else min(max_tokens, self.n_ctx)
+        self._n_cols = self._nodes[-1].n_cols
+
+        packed = _pack(self._nodes, self._progress)
+        self._resources = Resources(config, packed, self.n_ctx)
+        self.n_bytes = sum(p.n_bytes for p in packed.values())
+        self.transcoded = {m.tensor.name: (p.transcoded_from, p.format) for m, p in packed.items() if p.transcoded_from}
+
+        self._executor = Executor(max(self.n_threads, self.n_threads_batch))
+        self._lock = threading.Lock()
+        self._plans: dict[str, Plan] = {}
+        self._factors = weights.factors()
+        self._rope_tables: list[RopeTable] = []
+        self._rope_views: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
+        self._n_positions = 0  # that the RoPE tables have
+
+        self._env = np.zeros(Env.SIZE, np.int64)
+        self._env_address = self._env.ctypes.data
+        self._words = self._env.data
+        arrays = (np.zeros(self.max_tokens, np.int32) for _ in range(4))
+        self._tokens, self._positions, self._rows, self._outputs = arrays
+        for name, array in (
+            (Env.TOKENS, self._tokens), (Env.POSITIONS, self._positions), (Env.ROWS, self._rows),
+            (Env.OUTPUTS, self._outputs),
+        ):
+            self._env[name] = array.ctypes.data
+        self._env[Env.N_THREADS] = self._executor.n_threads
+        self._env[Env.YIELD] = yield_address()
+        self._workspace = np.zeros(0, np.uint8)
+        self._room_for_sequences(8)
+        self._plan("f16")
+
+    def new_cache(self, kv_type: str = "f16", max_bytes: int | None = None) -> KVCache:
+        """A cache for sequences of this model."""
+        return KVCache(self.config.cache_groups(), kv_type, max_bytes)
+
+    def forward(self, batch: Batch) -> NDArray[np.float32]:
+        """Runs a batch: logits (R, vocabulary) or hidden states (R, D) of `batch.outputs`; its sequences grow.
+
+        Raises:
+            UsageError: a token is outside the vocabulary, or the sequences belong to caches of another kind.
+            ContextFull: a sequence would outgrow the context window.
+            CacheFull: there is no memory for its pages.
+        """
+        tokens = batch.tokens
+        self._check(tokens, batch.positions)
+        with self._lock:
+            sequences = batch.sequences
+            plan = self._plan(self._kv_type(sequences))
+            if len(tokens) == len(sequences):
+                counts = [1] * len(sequences)
+            else:
+                counts = np.bincount(batch.rows, minlength=len(sequences)).tolist()
+            for sequence, n in zip(sequences, counts, strict=True):
+                sequence.reserve(n)
+            self._point_to(sequences)
+            results = np.empty((len(batch.outputs), self._n_cols), np.float32)
+            if len(tokens) <= self.max_tokens:
+                self._run(plan, batch, (0, len(tokens)), results)
+            else:
+                for part in self._parts(counts):
+                    first, last = np.searchsorted(batch.outputs, part)
+                    self._run(plan, batch, part, results[first:last])
+            for sequence, n in zip(sequences, counts, strict=True):
+                sequence.advance(n)
+        return results
+
+    def close(self) -> None:
+        """Ends the threads. A later call starts new ones."""
+        self._executor.close()
+
+    # --- a call ---
+
+    def _check(self, tokens: NDArray[np.int32], positions: NDArray[np.int32]) -> None:
+        """Everything kernels trust: ids index the embedding, positions the RoPE and position tables."""
+        if len(tokens) == 1:
+            low = high = int(tokens[0])
+            longest = int(positions[0]) + 1
+        else:
+            low, high = int(tokens.min()), int(tokens.max())
+            longest = int(positions.max()) + 1
+        if low < 0 or high >= self.config.vocab_size:
+            raise UsageError(f"a token is outside the vocabulary of {self.config.vocab_size}")
+        limit = min(self.n_ctx, self.config.max_position or self.n_ctx)
+        if longest > limit:
+            raise ContextFull(longest, limit)
+        if longest > self._n_positions:
+            with self._lock:
+                self._grow_ropes(longest)
+
+    def _kv_type(self, sequences: tuple[Sequence, ...]) -> str:
+        cache = sequences[0].cache
+        for sequence in sequences:
+            other = sequence.cache
+            if other is not cache and (other.kv_type != cache.kv_type or other.groups != cache.groups):
+                raise UsageError("the sequences of a batch must have caches of the same kind")
+        if cache.groups is not self._groups and cache.groups != self._groups:
+            raise UsageError("the cache of a sequence was made for another model; use this model's new_cache()")
+        return cache.kv_type
+
+    def _point_to(self, sequences: tuple[Sequence, ...]) -> None:
+        """Fills in where the pages of each sequence are, and how many tokens it had."""
+        if len(sequences) > len(self._lengths):
+            self._room_for_sequences(2 * len(sequences))
+        n_groups = len(self._groups)
+        for i, sequence in enumerate(sequences):
+            self._lengths[i] = sequence.length
+            for g in range(n_groups):
+                self._tables[i, g] = sequence.table(g).ctypes.data
+
+    def _parts(self, counts: list[int]) -> list[Part]:
+        """Cuts a batch into runs of at most max_tokens; between sequences only, where all tokens see each other."""
+        if not self._whole:
+            total = sum(counts)
+            return [(begin, min(begin + self.max_tokens, total)) for begin in range(0, total, self.max_tokens)]
+        parts, begin, end = [], 0, 0
+        for n in counts:
+            if end + n - begin > self.max_tokens:
+                parts.append((begin, end))
+                begin = end
+            end += n
+        return [*parts, (begin, end)]
+
+    def _run(self, plan: Plan, batch: Batch, part: Part, results: NDArray[np.float32]) -> None:
+        """Computes some tokens of a batch and writes what they give to `results`."""
+        begin, end = part
+        n_tokens, n_outputs = end - begin, len(results)
+        words = self._words
+        words[N_TOKENS], words[N_OUTPUTS] = n_tokens, n_outputs
+        self._tokens[:n_tokens] = batch.tokens[begin:end]
+        self._positions[:n_tokens] = batch.positions[begin:end]
+        rows = self._rows[:n_tokens]
+        rows[:] = batch.rows[begin:end]
+        if n_outputs:
+            at = np.searchsorted(batch.outputs, begin) if begin else 0
+            np.subtract(batch.outputs[at : at + n_outputs], begin, out=self._outputs[:n_outputs])
+            words[LOGITS] = results.ctypes.data
+        if n_tokens == len(batch.sequences):
+            self._lengths[:n_tokens] += 1
+        else:
+            self._lengths[: len(batch.sequences)] += np.bincount(rows, minlength=len(batch.sequences)).astype(np.int32)
+        n_threads = self.n_threads if n_tokens == 1 else self.n_threads_batch
+        self._executor.run(plan.table, len(plan.table), self._env_address, n_threads)
+        if plan.hidden is not None:
+            results[:] = self._view(plan.hidden, n_outputs)
+        elif plan.cap is not None and n_outputs:
+            env = np.zeros(Env.SIZE, np.int64)
+            env[Env.WORKSPACE], env[N_OUTPUTS] = results.ctypes.data, n_outputs * plan.cap_pieces
+            self._executor.run(plan.cap, 1, env.ctypes.data, n_threads)
+
+    def _view(self, place: tuple[int, int], n_rows: int) -> NDArray[np.float32]:
+        """Rows of a value in the workspace."""
+        offset, stride = place
+        rows = self._workspace[offset : offset + n_rows * stride].view(np.float32)
+        return rows.reshape(n_rows, stride // 4)[:, : self._n_cols]
+
+    # --- what a call needs, made once ---
+
+    def _plan(self, kv_type: str) -> Plan:
+        """The op table for caches of a type."""
+        found = self._plans.get(kv_type)
+        if found is not None:
+            return found
+        from .lowering import plan
+        from .pages import GroupLayout
+
+        self._groups = self.config.cache_groups()
+        layouts = tuple(GroupLayout(group, kv_type) for group in self._groups)
+        made = plan(self._nodes, self._resources, layouts, self.max_tokens, self._progress)
+        if made.workspace_bytes > len(self._workspace):
+            memory = np.zeros(made.workspace_bytes + 64, np.uint8)
+            skip = -memory.ctypes.data % 64
+            self._workspace = memory[skip:]
+            self._env[Env.WORKSPACE] = self._workspace.ctypes.data
+        for rope in self._resources.ropes[len(self._rope_tables) :]:
+            self._rope_tables.append(RopeTable(rope, self._factors, self.n_ctx))
+            self._n_positions = 0
+        self._env[Env.N_GROUPS] = len(self._groups)
+        self._grow_ropes(min(256, self.n_ctx))
+        self._plans[kv_type] = made
+        return made
+
+    def _grow_ropes(self, n_positions: int) -> None:
+        """Makes cosines and sines for at least so many positions."""
+        if n_positions <= self._n_positions:
+            return
+        n = min(max(n_positions, 2 * self._n_positions), self.n_ctx)
+        views = [table.tables(n) for table in self._rope_tables]
+        self._cos = np.array([cos.ctypes.data for cos, _ in views], np.int64)
+        self._sin = np.array([sin.ctypes.data for _, sin in views], np.int64)
+        self._env[Env.COS], self._env[Env.SIN] = self._cos.ctypes.data, self._sin.ctypes.data
+        self._rope_views, self._n_positions = views, n
+
+    def _room_for_sequences(self, n: int) -> None:
+        self._lengths = np.zeros(n, np.int32)
+        self._tables = np.zeros((n, len(self.config.cache_groups())), np.int64)
+        self._env[Env.LENGTHS], self._env[Env.TABLES] = self._lengths.ctypes.data, self._tables.ctypes.data
+
+
+def _pack(nodes: list[Node], progress: Progress) -> dict[Matrix, Any]:
+    """Every weight matrix of a graph, once, in the order of bytes that its kernel reads."""
+    from .kernels import linear
+
+    needed = dict.fromkeys(node.args[name] for node in nodes for name in ("matrix", "table") if name in node.args)
+    matrices = [matrix for matrix in needed if isinstance(matrix, Matrix)]
+    packed = linear.pack_all(
+        [m.slice() for m in matrices], progress=lambda done, total: progress("packing weights", done, total)
+    )
+    return dict(zip(matrices, packed, strict=True))
