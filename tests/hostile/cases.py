@@ -20,6 +20,7 @@ from .build import (
     F32,
     F32_TYPE,
     FFN,
+    HEADS,
     I32,
     I32_TYPE,
     LLAMA_KEYS,
@@ -228,6 +229,8 @@ MODEL: dict[str, Case] = {
     "rope_scaling_factor_0": lambda: llama(
         {"llama.rope.scaling.type": (STRING, "linear"), "llama.rope.scaling.factor": (F32, 0.0)}
     ),
+    "sliding_window_negative": changed("llama.attention.sliding_window", I32, -4),
+    "sliding_window_2^63": changed("llama.attention.sliding_window", U64, 1 << 63),
     "key_length_wrong": changed("llama.attention.key_length", U32, 7),
     "vocab_size_wrong": changed("llama.vocab_size", U32, 5),
     "experts": changed("llama.expert_count", U32, 8),
@@ -252,6 +255,10 @@ MODEL: dict[str, Case] = {
     "embedding_too_few_rows": reshaped("token_embd.weight", DIM, 5),
     "output_too_many_rows": reshaped("output.weight", DIM, 999),
     "rope_freqs_wrong": reshaped("rope_freqs.weight", 3),
+    "rope_freqs_zero": reshaped("rope_freqs.weight", DIM // HEADS // 2),
+    "rope_freqs_nan": lambda: llama(
+        tensors={"rope_freqs.weight": Tensor("", (8,), F32_TYPE, np.full(8, math.nan, "<f4").tobytes())}
+    ),
     "weights_nan": filled("blk.0.ffn_up.weight", math.nan),
     "weights_inf": filled("blk.0.attn_q.weight", math.inf),
     "embedding_nan": filled("token_embd.weight", math.nan),
