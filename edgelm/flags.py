@@ -114,19 +114,3 @@ def with_flags(*tables: tuple[Callable[[Command], Command], ...]) -> Callable[[C
 def given(values: dict[str, Any]) -> dict[str, Any]:
     """The values that somebody gave: everything but None, False and empty tuples."""
     return {name: value for name, value in values.items() if value is not None and value is not False and value != ()}
-
-
-def parse_logit_bias(texts: tuple[str, ...]) -> dict[int, float]:
-    """llama.cpp's spelling ID+B or ID-B, as a mapping."""
-    from edgelm.errors import UsageError
-
-    biases = {}
-    for text in texts:
-        at = max(text.find("+"), text.find("-", 1))
-        try:
-            biases[int(text[:at])] = float(text[at:])
-        except ValueError:
-            raise UsageError(
-                f"--logit-bias {text!r}: write TOKEN_ID+BIAS or TOKEN_ID-BIAS, such as 15043-1.5"
-            ) from None
-    return biases

@@ -223,23 +223,15 @@ class Repl:
 
     def set_parameter(self, name: str, text: str) -> None:
         """/set parameter NAME VALUE, with the names of the flags: temperature, top_k, num_predict …"""
-        from edgelm.sampling import Sampling
+        from edgelm.request import Request
 
-        name = {"temp": "temperature", "num_predict": "max_tokens", "n_predict": "max_tokens"}.get(
-            name.replace("-", "_"), name.replace("-", "_")
-        )
-        names = sorted({f.name for f in dataclasses.fields(Sampling)} | {"max_tokens", "stop", "overflow", "keep"})
-        if name not in names:
-            raise UsageError(f"there is no parameter {name!r}; there are {', '.join(names)}")
+        name = name.replace("-", "_")
         value: Any = text
-        with contextlib.suppress(ValueError):
-            value = json.loads(text)
-        if name == "stop":
-            value = [text]
+        if name != "stop":
+            with contextlib.suppress(ValueError):
+                value = json.loads(text)
         proposed = self.settings | {name: value}
-        Sampling(
-            **{k: v for k, v in proposed.items() if k in {f.name for f in dataclasses.fields(Sampling)}}
-        )  # validates
+        Request.of(proposed)
         self.settings = proposed
         note(f"{name} = {value}")
 
@@ -251,12 +243,12 @@ class Repl:
             for line in readable(self.model.info()):
                 note(line)
         elif what == "parameters":
-            from edgelm.sampling import Sampling
+            from edgelm.request import Request
 
-            known = {f.name for f in dataclasses.fields(Sampling)}
-            values = (
-                dataclasses.asdict(Sampling(**{k: v for k, v in self.settings.items() if k in known})) | self.settings
-            )
+            request = Request.of(self.settings)
+            values = dataclasses.asdict(request.sampling) | {
+                f.name: getattr(request, f.name) for f in dataclasses.fields(Request) if f.name != "sampling"
+            }
             for name, value in values.items():
                 note(f"  {name:24} {value}" + ("" if name in self.settings else "  (default)"))
         elif what == "system":
