@@ -27,14 +27,13 @@ from .errors import (
 if TYPE_CHECKING:
     from .chat import ChatTemplate
     from .model import Model, generate, load, stream_generate
-    from .sampling import GREEDY, Sampling
+    from .sampling import Sampling
     from .session import Response, Session
     from .tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "GREEDY",
     "ChatTemplate",
     "ContextFull",
     "EdgelmError",
@@ -56,7 +55,6 @@ __all__ = [
 
 _HOME = {  # where a name that is not loaded yet lives
     "ChatTemplate": "chat",
-    "GREEDY": "sampling",
     "Model": "model",
     "Response": "session",
     "Sampling": "sampling",

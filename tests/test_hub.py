@@ -21,7 +21,7 @@ import pytest
 
 from edgelm import download, hub, huggingface, registry
 from edgelm.errors import SourceError, UsageError
-from tests.server import Server, serve
+from server import Server, serve
 
 MODEL = bytes(range(256)) * 2000  # 512 kB that no compression makes trivial to get right by accident
 

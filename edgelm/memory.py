@@ -1,0 +1,87 @@
+"""How much memory a model will need, from its header alone: nothing is read, packed or computed.
+
+Weights in the order of bytes that the kernels read; keys and values with what windows, grouped heads and the real size
+of a head make of them; the workspace of activations. Knows no kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .arch import Config, Role, tensors
+from .errors import UsageError
+from .formats import QTensor
+from .pages import PAGE, GroupLayout
+
+if TYPE_CHECKING:
+    from .weights import Weights
+
+UNDO = 512  # positions that layers with a window keep for going back, see `KVCache`
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a model takes with a context window filled by one sequence."""
+
+    weights: int
+    kv_cache: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.workspace
+
+
+def estimate(config: Config, weights: Iterable[QTensor], n_ctx: int, kv_type: str, max_tokens: int = 256) -> Memory:
+    """The memory for sequences of `n_ctx` tokens, `max_tokens` of which are computed at a time."""
+    return Memory(
+        weights=sum(packed_bytes(tensor) for tensor in weights),
+        kv_cache=kv_bytes(config, n_ctx, kv_type, max_tokens),
+        workspace=workspace_bytes(config, min(max_tokens, n_ctx)),
+    )
+
+
+def kv_bytes(config: Config, n_tokens: int, kv_type: str, max_tokens: int = 256) -> int:
+    """Bytes of the pages that hold the keys and values of one sequence at its largest."""
+    total = 0
+    for group in config.cache_groups():
+        held = n_tokens
+        if group.window:  # older pages are given back after each batch
+            held = min(n_tokens, group.window + UNDO + max_tokens + PAGE)
+        total += -(-held // PAGE) * GroupLayout(group, kv_type).page_bytes
+    return total
+
+
+def bytes_per_token(config: Config, weights: Weights, n_cached: float, kv_type: str) -> float:
+    """Bytes that one token reads: the weights it is multiplied with, as they are in the file, and its cached keys and
+    values. Of an embedding table a token reads one row, unless it is the output matrix as well."""
+    total = 0.0
+    for spec in tensors(config):
+        tensor = weights.by_name.get(spec.gguf)
+        if tensor is None:
+            continue
+        if spec.role is not Role.EMBED or (spec.gguf == "token_embd.weight" and weights.output is None):
+            total += tensor.n_bytes
+    for group in config.cache_groups():
+        seen = min(n_cached, group.window) if group.window else n_cached
+        total += seen * GroupLayout(group, kv_type).page_bytes / PAGE
+    return total
+
+
+def context_window(config: Config, ctx_size: int) -> int:
+    """Tokens of the window that was asked for; 0 is that of the model."""
+    if ctx_size < 0:
+        raise UsageError(f"ctx_size is {ctx_size}; it must be a number of tokens, or 0 for that of the model")
+    if config.max_position and ctx_size > config.max_position:
+        raise UsageError(f"ctx_size is {ctx_size}; this model has a table of {config.max_position} positions, no more")
+    return ctx_size or config.context_length
+
+
+def packed_bytes(tensor: QTensor) -> int:
+    return tensor.n_bytes
+
+
+def workspace_bytes(config: Config, max_tokens: int) -> int:
+    return max_tokens * 4 * (3 * config.dim + config.qkv_dim + config.attn_dim + 2 * config.ffn_dim)
