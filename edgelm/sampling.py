@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -97,21 +97,19 @@ class Sampling:
         dry_base: see dry_multiplier; less than 1 turns DRY off.
         dry_allowed_length: sequences shorter than this may repeat.
         dry_penalty_last_n: [0] how many tokens back DRY looks; -1 for all.
-        dry_sequence_breakers: texts over which no repetition is followed.
+        dry_sequence_breakers: texts over which no repetition is followed; ("none",) or () for no such texts.
         adaptive_target: [-1] for the sampler `adaptive_p`: prefer tokens near this probability.
         adaptive_decay: how slowly adaptive_p forgets, 0 to 0.99.
         mirostat: [0] 1 or 2 replaces all samplers but the temperature by Mirostat 1 or 2.
         mirostat_tau: the surprise, in bits, that mirostat aims at.
         mirostat_eta: mirostat's learning rate.
-        logit_bias: {token id: number added to its logit}; -inf excludes a token.
+        logit_bias: {token id: number added to its logit}, or pairs, or texts like "15043+1"; -inf excludes a token.
         ignore_eos: never choose a token that ends the generation.
         samplers: the order, as a tuple of names, as "top_k;top_p", or as letters ("edskypmxt").
 
     Raises:
         UsageError: a value that cannot be meant.
     """
-
-    GREEDY: ClassVar[Sampling]
 
     seed: int = -1
     temperature: float = 0.8
@@ -139,7 +137,7 @@ class Sampling:
     mirostat: int = 0
     mirostat_tau: float = 5.0
     mirostat_eta: float = 0.1
-    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float] | str, ...] = ()
     ignore_eos: bool = False
     samplers: str | tuple[str, ...] = DEFAULT_ORDER
 
@@ -154,13 +152,15 @@ class Sampling:
             raise UsageError(f"repeat_penalty is {self.repeat_penalty:g}; it must be greater than 0 (1 turns it off)")
         bias = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
         sums: dict[int, float] = {}
-        for token, amount in bias:
+        for pair in bias:
+            token, amount = parse_logit_bias(pair) if isinstance(pair, str) else pair
             token = _number("logit_bias", token, "int")
             sums[token] = sums.get(token, 0.0) + _number("logit_bias", amount, "float", infinite=True)
         object.__setattr__(self, "logit_bias", tuple(sums.items()))
         object.__setattr__(self, "samplers", parse_samplers(self.samplers))
         breakers = self.dry_sequence_breakers
-        object.__setattr__(self, "dry_sequence_breakers", (breakers,) if isinstance(breakers, str) else tuple(breakers))
+        breakers = (breakers,) if isinstance(breakers, str) else tuple(breakers)
+        object.__setattr__(self, "dry_sequence_breakers", () if breakers == ("none",) else breakers)
 
 
 _INF = math.inf
@@ -190,7 +190,7 @@ def _number(name: str, value: Any, kind: str, infinite: bool = False) -> Any:
     return number
 
 
-Sampling.GREEDY = Sampling(temperature=0.0)
+GREEDY = Sampling(temperature=0.0)
 
 
 class _Step(NamedTuple):
@@ -229,7 +229,7 @@ class Sampler:
         encode: Callable[[str], Sequence[int]] | None = None,
     ) -> None:
         self.params, self.vocab_size = params, vocab_size
-        self._bias = dict(params.logit_bias)
+        self._bias: dict[int, float] = dict(params.logit_bias)  # type: ignore[arg-type]  # pairs by now
         for token in self._bias:
             if not 0 <= token < vocab_size:
                 raise UsageError(f"logit_bias: there is no token {token}; the vocabulary has {vocab_size}")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from edgelm import filters
 from edgelm.errors import FormatError, UsageError
 from edgelm.filters import Candidates
-from edgelm.sampling import DEFAULT_ORDER, Sampler, Sampling, logprobs, parse_logit_bias, parse_samplers
+from edgelm.sampling import DEFAULT_ORDER, GREEDY, Sampler, Sampling, logprobs, parse_logit_bias, parse_samplers
 
 VOCAB = 5000
 LOGITS = (np.random.default_rng(7).standard_normal((60, VOCAB)) * 3).astype(np.float32)
@@ -98,7 +98,8 @@ def test_a_value_that_cannot_be_meant_is_named(wrong):
 def test_bias_as_mapping_or_pairs_and_whole_numbers_as_floats():
     params = Sampling(logit_bias=[(3, 1), (3, 2.5), (4, -1)], temperature=1, top_k=20.0)
     assert params.logit_bias == ((3, 3.5), (4, -1.0)) and params == dataclasses.replace(params)
-    assert Sampling(logit_bias={3: 1}).logit_bias == ((3, 1.0),)
+    assert Sampling(logit_bias={3: 1}).logit_bias == Sampling(logit_bias=("3+1",)).logit_bias == ((3, 1.0),)
+    assert Sampling(dry_sequence_breakers=("none",)).dry_sequence_breakers == ()
     assert type(params.temperature) is float and type(params.top_k) is int
     assert hash(params) == hash(dataclasses.replace(params))
 
@@ -150,7 +151,7 @@ def test_any_order_is_applied_as_it_is_written(order):
 
 
 def test_greedy_is_argmax_with_the_lowest_index_and_costs_no_other_step():
-    sampler = Sampler(Sampling.GREEDY, VOCAB)
+    sampler = Sampler(GREEDY, VOCAB)
     assert sampler._chain == ()
     row = LOGITS[0].copy()
     row[[77, 3000]] = row.max() + 1
