@@ -15,12 +15,12 @@ from edgelm.weights import Weights
 from .build import llama
 from .cases import MODEL
 
-# Odd, but a model may be like this: it is enough that nothing breaks.
+# Odd, but a model may be like this, or it is refused later: here it is enough that nothing breaks.
 MAY_WORK = {
     "vocab_size_wrong", "matrix_of_integers", "weights_nan", "weights_inf", "embedding_nan", "norm_huge",
     "tokens_all_empty", "tokens_all_equal", "token_of_a_megabyte", "byte_tokens_missing", "scores_too_many",
     "scores_nan", "token_types_unknown", "merge_without_space", "merge_empty", "merge_of_unknown_tokens",
-    "rope_scaling_factor_0", "context_length_2^32", "sliding_window_2^63",
+    "rope_freqs_nan", "rope_freqs_zero", "rope_scaling_factor_0", "context_length_2^32", "sliding_window_2^63",
 }  # fmt: skip
 TEMPLATES = {name for name in MODEL if name.startswith("template_")}  # a chat template matters only in a chat
 
