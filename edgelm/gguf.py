@@ -38,7 +38,7 @@ MAX_STRING_BYTES = 1 << 26
 MAX_ARRAY_BYTES = 1 << 28
 MAX_DIMS = 4
 
-_STRING, _ARRAY, _BOOL, _U32 = 8, 9, 7, 4
+_U32, _BOOL, _STRING, _ARRAY, _U64 = 4, 7, 8, 9, 10
 _SCALARS = {
     0: struct.Struct("<B"),
     1: struct.Struct("<b"),
@@ -149,14 +149,14 @@ def _read_part(path: Path) -> GGUF:
     data = _map(path)
     version = _check_magic(path, data)
     header = _Header(path, data)
-    n_tensors, n_keys = header.scalar(10), header.scalar(10)
+    n_tensors, n_keys = header.scalar(_U64), header.scalar(_U64)
     header.check(n_tensors <= MAX_TENSORS, f"{n_tensors} tensors are declared, more than any model has")
     header.check(n_keys <= MAX_KEYS, f"{n_keys} metadata keys are declared, more than any model has")
     metadata: dict[str, Any] = {}
     alignment = 32
     for _ in range(n_keys):
         key = header.name(MAX_KEY_BYTES, "metadata key")
-        header.check(key not in metadata, f"metadata key {key!r} appears twice")
+        header.check(key not in metadata, f"metadata key {key!r:.100} appears twice")
         kind = header.scalar(_U32)
         metadata[key] = header.value(kind, key)
         if key == "general.alignment":
@@ -220,7 +220,7 @@ class _Header:
         return packed.unpack_from(self.data, self.take(packed.size, what))[0]
 
     def string(self, limit: int, what: str) -> str:
-        n_bytes = self.scalar(10, what)
+        n_bytes = self.scalar(_U64, what)
         self.check(n_bytes <= limit, f"{what} is {n_bytes} bytes long, more than {limit}")
         start = self.take(n_bytes, what)
         try:
@@ -238,7 +238,7 @@ class _Header:
         if kind == _STRING:
             return self.string(MAX_STRING_BYTES, what)
         if kind == _ARRAY:
-            item_kind, n_items = self.scalar(_U32, what), self.scalar(10, what)
+            item_kind, n_items = self.scalar(_U32, what), self.scalar(_U64, what)
             if item_kind == _STRING:
                 return self.strings(n_items, what)
             return self.numbers(item_kind, n_items, what)
@@ -270,7 +270,7 @@ class _Header:
         )
         self.n_strings += n_items
         self.check(self.n_strings <= MAX_STRINGS, f"more than {MAX_STRINGS} strings, more than any model has")
-        data, size, offset, length_at = self.data, self.size, self.offset, _SCALARS[10].unpack_from
+        data, size, offset, length_at = self.data, self.size, self.offset, _SCALARS[_U64].unpack_from
         items: list[str] = []
         append = items.append
         try:
@@ -301,8 +301,8 @@ def _tensor_info(header: _Header) -> _TensorInfo:
     what = f"the description of tensor {name!r}"
     n_dims = header.scalar(_U32, what)
     header.check(n_dims <= MAX_DIMS, f"tensor {name!r} has {n_dims} dimensions, more than {MAX_DIMS}")
-    dims = tuple(header.scalar(10, what) for _ in range(n_dims)) or (1,)
-    return _TensorInfo(name, dims, header.scalar(_U32, what), header.scalar(10, what))
+    dims = tuple(header.scalar(_U64, what) for _ in range(n_dims)) or (1,)
+    return _TensorInfo(name, dims, header.scalar(_U32, what), header.scalar(_U64, what))
 
 
 def _tensors(header: _Header, infos: list[_TensorInfo], start: int, alignment: int) -> dict[str, QTensor]:
