@@ -1,0 +1,205 @@
+"""The command line on tiny models: what goes to standard output, what to standard error, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from hostile.cases import CASES
+from tiny import tiny
+
+from edgelm.cli import main, readable
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny("llama-gqa", folder=tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny("bert-mean", folder=tmp_path_factory.mktemp("models"))
+
+
+def edgelm(*arguments: object, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments], input=stdin)
+
+
+def test_run_prints_the_completion_alone(model: Path) -> None:
+    result = edgelm("run", model, "-p", "hello", "-n", 8, "--temp", 0)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    again = edgelm("run", "-m", model, "-n", 8, "--temp", 0, stdin="hello")
+    assert again.stdout == result.stdout
+    echoed = edgelm("run", model, "-p", "hello", "-n", 8, "--temp", 0, "--echo", "--stats")
+    assert echoed.stdout == "hello" + result.stdout
+    assert "tokens/s" in echoed.stderr
+
+
+def test_run_json_counts_and_logprobs(model: Path) -> None:
+    result = edgelm("run", model, "-p", "hello", "-n", 4, "--temp", 0, "--json", "--logprobs", 3, "--ignore-eos")
+    record = json.loads(result.stdout)
+    assert record["generation_tokens"] == 4 and record["finish_reason"] == "length"
+    assert len(record["logprobs"]) == 4
+    for step in record["logprobs"]:
+        assert len(step["top_logprobs"]) == 3
+        assert step["token"] == step["top_logprobs"][0][0]  # greedy takes the likeliest
+        assert step["logprob"] == pytest.approx(step["top_logprobs"][0][1])
+
+
+def test_a_seed_repeats_an_answer_and_samplers_are_heard(model: Path) -> None:
+    flags = ("-p", "hello", "-n", 12, "-s", 7, "--temp", 1.5, "--ignore-eos")
+    first, second = (edgelm("run", model, *flags).stdout for _ in range(2))
+    assert first == second
+    forced = edgelm("run", model, "-p", "hello", "-n", 3, "--logit-bias", "65+1000", "--json", "--logprobs", 0)
+    assert [step["token"] for step in json.loads(forced.stdout)["logprobs"]] == [65, 65, 65]
+    assert edgelm("run", model, "-p", "x", "-n", 1, "--samplers", "top_k;temperature").exit_code == 0
+    assert edgelm("run", model, "-p", "x", "-n", 1, "--sampler-seq", "kt").exit_code == 0
+
+
+def test_chat_answers_a_piped_input_line_by_line(model: Path) -> None:
+    flags = ("--chat-template", "chatml", "--temp", 0, "-n", 6, "-q")
+    both = edgelm("chat", model, *flags, stdin="one\ntwo\n")
+    assert both.exit_code == 0, both.output
+    first = edgelm("chat", model, *flags, stdin="one\n")
+    assert both.stdout.startswith(first.stdout) and len(both.stdout) > len(first.stdout)
+    single = edgelm("chat", model, *flags, "-st", stdin="one\ntwo\n")
+    assert single.stdout == first.stdout
+
+
+def test_embed_gives_a_line_for_each_text(encoder: Path) -> None:
+    result = edgelm("embed", encoder, "-p", "hello", "-p", "there")
+    rows = [[float(x) for x in line.split()] for line in result.stdout.splitlines()]
+    assert len(rows) == 2 and len(rows[0]) == 64
+    assert sum(x * x for x in rows[0]) == pytest.approx(1, abs=1e-5)
+    record = json.loads(edgelm("embed", encoder, "--json", stdin="hello\nthere\n").stdout)
+    assert [d["index"] for d in record["data"]] == [0, 1]
+    assert record["data"][0]["embedding"] == pytest.approx(rows[0], rel=1e-5, abs=1e-6)
+
+
+def test_tokenize_shows_ids_and_texts(model: Path) -> None:
+    ids = json.loads(edgelm("tokenize", model, "-p", "hello there", "--ids").stdout)
+    table = json.loads(edgelm("tokenize", model, "-p", "hello there", "--json").stdout)
+    assert [t["id"] for t in table] == ids
+    assert edgelm("tokenize", model, "-p", "hello there", "--show-count").stdout.strip() == str(len(ids))
+    assert len(edgelm("tokenize", model, "-p", "hello there").stdout.splitlines()) == len(ids)
+
+
+def test_info_comes_from_the_header(model: Path) -> None:
+    facts = json.loads(edgelm("info", model, "--json", "-c", 64).stdout)
+    assert facts["architecture"] == "llama" and facts["memory"]["context"] == 64
+    double = json.loads(edgelm("info", model, "--json", "-c", 128).stdout)
+    assert double["memory"]["kv_cache"] == 2 * facts["memory"]["kv_cache"]
+    assert "bits per weight" in edgelm("info", model).stdout
+
+
+def test_eval_against_itself_is_no_distance(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
+    flags = ("-f", text, "-c", 32, "--chunks", 2, "--json")
+    report = json.loads(edgelm("eval", model, *flags, "--against", model).stdout)
+    assert report["perplexity"] > 1 and report["n_chunks"] == 2
+    assert report["mean_kl"] == pytest.approx(0, abs=1e-9)
+    assert report["same_top"] in (1, 100)
+    assert {"kl_99", "rms_dp"} <= set(report)
+
+
+def test_bench_prints_llama_bench_records(model: Path) -> None:
+    result = edgelm("bench", model, "-p", 16, "-n", 4, "-t", 1, "-r", 2, "-o", "json", "-q")
+    records = json.loads(result.stdout)
+    assert [(r["n_prompt"], r["n_gen"], r["n_threads"]) for r in records] == [(16, 0, 1), (0, 4, 1)]
+    for record in records:
+        assert len(record["samples_ts"]) == 2
+        assert record["avg_ts"] == pytest.approx(sum(record["samples_ts"]) / 2)
+        assert record["stddev_ts"] >= 0
+    table = edgelm("bench", model, "-p", 16, "-n", 0, "-pg", "8,2", "-d", 8, "-t", 1, "-r", 1, "-q").stdout
+    assert "pp 16 @ d8" in table and "pp 8+tg 2 @ d8" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("run", "no-such-file.gguf", "-p", "x"), "no-such-file.gguf"),
+        (("run", "{model}", "-m", "{model}", "-p", "x"), "two models"),
+        (("run", "{model}", "-p", "x", "--top-p", "-3"), "top_p"),
+        (("run", "{model}", "-p", "x", "--logit-bias", "nonsense"), "logit bias"),
+        (("run", "{model}", "-p", "x", "-c", "4", "-n", "2"), None),
+        (("run", "{model}", "-p", "hello " * 200), "context"),
+        (("chat", "{model}", "--chat-template", "no-such-template"), "no-such-template"),
+        (("embed", "{model}", "-p", "x", "--embd-normalize", "1"), "--embd-normalize"),
+        (("bench", "{model}", "-p", "a,b"), "-p"),
+        (("bench", "{model}", "-p", "0", "-n", "0"), "nothing to measure"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(model: Path, arguments: tuple[str, ...], said: str | None) -> None:
+    result = edgelm(*(a.replace("{model}", str(model)) for a in arguments), stdin="")
+    if said is None:
+        assert result.exit_code in (0, 2)
+        return
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert said in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_hostile_files_end_in_one_line(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(CASES[name]())
+    result = edgelm("run", path, "-p", "x", "-n", 1, "-q")
+    assert result.exception is None or isinstance(result.exception, SystemExit), (name, result.exception)
+    assert result.exit_code in (0, 2), (name, result.output)
+    if result.exit_code == 2:
+        assert len(result.stderr.strip().splitlines()) == 1, (name, result.stderr)
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = edgelm("--debug", "run", "no-such-file.gguf", "-p", "x")
+    assert result.exception is not None and not isinstance(result.exception, SystemExit)
+
+
+def test_every_command_and_flag_has_help() -> None:
+    for name, command in main.commands.items():
+        assert command.help, name
+        shown = edgelm(name, "--help")
+        assert shown.exit_code == 0 and "Usage" in shown.stdout
+        for option in command.params:
+            if isinstance(option, click.Option):
+                assert option.opts[0] in shown.stdout, (name, option.opts)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """What makes `edgelm --help` immediate: no numeric library, no tokenizer, no terminal toolkit is imported for it."""
+    code = (
+        "import sys\n"
+        "from click.testing import CliRunner\n"
+        "from edgelm.cli import main\n"
+        "assert CliRunner().invoke(main, ['--help']).exit_code == 0\n"
+        "print(*sorted({'numpy', 'numba', 'llvmlite', 'tokenizers', 'jinja2', 'rich', 'prompt_toolkit'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_a_closed_pipe_is_no_error(model: Path) -> None:
+    command = [sys.executable, "-P", "-m", "edgelm", "run", str(model), "-p", "x", "-n", "64", "--ignore-eos", "-q"]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True)
+    os.close(write_end)
+    assert "Traceback" not in done.stderr and done.returncode in (2, 141)
+
+
+def test_readable_names_and_sizes() -> None:
+    facts = {"n_bytes": 2048, "types": {"Q4_0": 3}, "rows": [{"a": 1, "b": "x"}], "ratio": 1.23456789}
+    lines = readable(facts)
+    assert lines[0].split() == ["n", "bytes", "2.0", "KiB"]
+    assert lines[2].split() == ["Q4_0", "3"]
+    assert lines[4].split() == ["1", "x"]
+    assert lines[5].split() == ["ratio", "1.23457"]
