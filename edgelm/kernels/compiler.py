@@ -6,8 +6,9 @@ inlines from, and keeps the bitcode of every part. So a kernel is linked with al
 a few kilobytes that needs nothing but the C library, and llvmlite alone loads it in a later process: Numba is only
 imported to compile. Hence kernels cannot raise, allocate, or touch Python.
 
-Objects lie in a folder of the user's cache named by what may change them: the sources of this package, the versions of
-Python, Numba and llvmlite, and the processor. Knows nothing of what kernels do.
+Objects lie in the user's cache under what may change them: the versions of Python, Numba and llvmlite, the processor,
+and a hash of the sources that a kernel's module is made of, itself and what it imports of edgelm. Knows nothing of what
+kernels do.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import importlib.util
 import os
 import platform
+import re
 import sys
 import tempfile
 import threading
@@ -29,7 +32,9 @@ from types import FunctionType
 from typing import Any
 
 Kernel = Callable[[int, int, int, int], None]
-KEEP_DAYS = 30  # folders of other versions that were not used for so long are removed
+VERSION = 1  # to be raised when `_compile` makes other code of the same source
+KEEP_DAYS = 30  # compiled code that was not used for so long is removed
+ROOT = Path(__file__).parents[1]
 
 _lock = threading.RLock()
 _loaded: dict[Kernel | str, int] = {}
@@ -40,20 +45,8 @@ _symbols: dict[str, int] = {}  # the same, by name: a kernel may be given both w
 # --- where compiled code is kept ---------------------------------------------------------------------------------
 
 @functools.cache
-def fingerprint() -> str:
-    """Hash of what compiled kernels depend on, but for the processor."""
-    digest = hashlib.sha256()
-    for package in ("numba", "llvmlite"):
-        digest.update(f"{package} {metadata.version(package)}\n".encode())
-    digest.update(f"{sys.implementation.cache_tag} {sys.platform} {platform.machine()}\n".encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-@functools.cache
 def cache_dir() -> Path:
-    """Folder for compiled code: below NUMBA_CACHE_DIR, else of the user's cache; a temporary one where that fails."""
+    """Folder for compiled code: below NUMBA_CACHE_DIR, else in the user's cache; a temporary one where that fails."""
     chosen = os.environ.get("NUMBA_CACHE_DIR")
     if chosen:
         base = Path(chosen)
@@ -61,46 +54,69 @@ def cache_dir() -> Path:
         import platformdirs
 
         base = Path(platformdirs.user_cache_dir("edgelm", appauthor=False)) / "kernels"
-    folder = base / fingerprint()
+    versions = [sys.implementation.cache_tag, *(f"{name}-{metadata.version(name)}" for name in ("numba", "llvmlite"))]
+    folder = base / "-".join([*versions, sys.platform, platform.machine(), f"v{VERSION}"])
     try:
-        new = not folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        os.utime(folder)
-        if new and not chosen:
-            _prune(base, folder)
     except OSError:
         return Path(tempfile.mkdtemp(prefix="edgelm-kernels-"))
     return folder
 
 
-def _prune(base: Path, current: Path) -> None:
-    """Removes what versions that nobody uses any more have left."""
-    import shutil
-
-    for folder in base.iterdir():
+def prune(folder: Path) -> None:
+    """Removes compiled code below `folder` that nothing has used for a long time."""
+    for file in folder.rglob("*.o"):
         with contextlib.suppress(OSError):
-            if folder != current and time.time() - folder.stat().st_mtime > KEEP_DAYS * 86400:
-                shutil.rmtree(folder, ignore_errors=True)
+            if time.time() - file.stat().st_mtime > KEEP_DAYS * 86400:
+                file.unlink()
 
 
 def prepare() -> None:
-    """Points Numba's own cache to our folder, for functions called from Python. Comes before Numba is imported."""
-    folder = str(cache_dir())
-    config = sys.modules.get("numba.core.config")
-    if config is None:
-        os.environ.setdefault("NUMBA_CACHE_DIR", folder)
-    elif not config.CACHE_DIR:
-        config.CACHE_DIR = folder  # the application imported Numba first
+    """Gives Numba's own cache, for functions called from Python, a folder of ours. Comes before Numba is imported."""
+    if "NUMBA_CACHE_DIR" not in os.environ and "numba" not in sys.modules:
+        os.environ["NUMBA_CACHE_DIR"] = str(cache_dir())
+
+
+_IMPORTS = re.compile(r"^[ \t]*from[ \t]+(edgelm[\w.]*|\.+[\w.]*)[ \t]+import[ \t]+(\([^)]*\)|[^\n]*)", re.MULTILINE)
 
 
 @functools.cache
-def _source_hash(file: str) -> str:
+def _read_source(file: Path) -> tuple[bytes, tuple[Path, ...]]:
+    """Hash of a source file, and the files of edgelm that it imports from."""
     try:
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+        data = file.read_bytes()
     except OSError:
-        return "none"
+        return b"", ()
+    found: dict[Path, None] = {}
+    for start, names in _IMPORTS.findall(data.decode(errors="replace")):
+        if start.startswith("."):
+            folder = file.parents[len(start) - len(start.lstrip(".")) - 1]
+        else:
+            folder = ROOT.parent
+        place = folder.joinpath(*filter(None, start.split(".")))
+        for candidate in (place, *(place / name for name in re.findall(r"\w+", names))):
+            for path in (candidate.with_suffix(".py"), candidate / "__init__.py"):
+                if path.is_file() and path != Path(__file__):
+                    found[path] = None
+    return hashlib.sha256(data).digest(), tuple(found)
+
+
+@functools.cache
+def _source_hash(file: Path) -> str:
+    """Hash of a source file and of all it imports from edgelm, directly or not; of this file, `VERSION` stands in."""
+    seen: dict[Path, bytes] = {}
+    todo = [file]
+    while todo:
+        path = todo.pop()
+        if path not in seen:
+            seen[path], imports = _read_source(path)
+            todo.extend(imports)
+    digest = hashlib.sha256()
+    for path in sorted(seen):
+        digest.update(path.name.encode() + seen[path])
+    return digest.hexdigest()[:16]
 
 
 # --- addresses ---------------------------------------------------------------------------------------------------
@@ -154,13 +170,11 @@ def _find(kernel: Kernel | str) -> int:
     if isinstance(kernel, str):
         module, _, name = kernel.partition(":")
         module = module if "." in module else f"edgelm.kernels.{module}"
-        source = ""
+        file = _file_of(module)
     else:
         assert isinstance(kernel, FunctionType)
-        module, name = kernel.__module__, kernel.__qualname__
-        inside = module.startswith("edgelm.kernels.")  # then the fingerprint knows its source
-        source = "" if inside else "." + _source_hash(kernel.__code__.co_filename)
-    symbol = f"{module}.{name}{source}"
+        module, name, file = kernel.__module__, kernel.__qualname__, Path(kernel.__code__.co_filename)
+    symbol = f"{module}.{name}.{_source_hash(file)}"
     if symbol in _symbols:
         return _symbols[symbol]
     path = cache_dir() / _processor() / f"{symbol}.o"
@@ -173,6 +187,14 @@ def _find(kernel: Kernel | str) -> int:
     return _symbols[symbol]
 
 
+def _file_of(module: str) -> Path:
+    """Where a module's source is, without importing it."""
+    if module.startswith("edgelm.kernels."):
+        return Path(__file__).with_name(module.rpartition(".")[2] + ".py")
+    spec = importlib.util.find_spec(module)
+    return Path(spec.origin if spec and spec.origin else "")
+
+
 def _read(path: Path) -> bytes | None:
     """The object file at `path`, if it is there and whole: it ends with its own checksum."""
     try:
@@ -180,12 +202,19 @@ def _read(path: Path) -> bytes | None:
     except OSError:
         return None
     code, checksum = data[:-32], data[-32:]
-    return code if hashlib.sha256(code).digest() == checksum else None
+    if hashlib.sha256(code).digest() != checksum:
+        return None
+    if time.time() - path.stat().st_mtime > 86400:
+        with contextlib.suppress(OSError):
+            os.utime(path)  # still in use
+    return code
 
 
 def _write(path: Path, code: bytes) -> None:
     with contextlib.suppress(OSError):  # then it is compiled again next time
-        path.parent.mkdir(exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir()
+            prune(cache_dir().parent)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(code + hashlib.sha256(code).digest())
         os.replace(file.name, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -137,12 +136,26 @@ def test_progress_is_told() -> None:
     assert told == [("double", 1, 2), ("walk:spin", 2, 2)]
 
 
-def test_folders_of_old_versions_are_removed(tmp_path: Path) -> None:
-    for name, days in (("old", 40), ("recent", 1), ("current", 400)):
-        (tmp_path / name / "cpu").mkdir(parents=True)
-        (tmp_path / name / "cpu" / "k.o").write_text("code")
-        then = (tmp_path / name).stat().st_mtime - days * 86400
-        os.utime(tmp_path / name, (then, then))
-    compiler._prune(tmp_path, tmp_path / "current")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["current", "recent"]
-    shutil.rmtree(tmp_path / "recent")
+def test_code_that_nobody_uses_is_removed(tmp_path: Path) -> None:
+    for name, days in (("old.o", 40), ("recent.o", 1), ("other.txt", 400)):
+        (tmp_path / "cpu").mkdir(exist_ok=True)
+        file = tmp_path / "cpu" / name
+        file.write_text("code")
+        then = file.stat().st_mtime - days * 86400
+        os.utime(file, (then, then))
+    compiler.prune(tmp_path)
+    assert sorted(p.name for p in (tmp_path / "cpu").iterdir()) == ["other.txt", "recent.o"]
+
+
+def test_source_hash_sees_what_is_imported(tmp_path: Path) -> None:
+    """A kernel's code depends on every file of edgelm that its module imports from, at any distance."""
+    kernels = Path(compiler.__file__).parent
+    files, todo = set(), [kernels / "elementwise_kernels.py"]
+    while todo:
+        file = todo.pop()
+        if file not in files:
+            files.add(file)
+            todo.extend(compiler._read_source(file)[1])
+    names = {f.name for f in files}
+    assert {"elementwise_kernels.py", "abi.py", "simd.py", "vector_math.py"} <= names
+    assert not {"walk.py", "executor.py", "compiler.py"} & names

@@ -1,0 +1,264 @@
+"""Programs against the reference interpreter, and against themselves: however a text is cut, the bits are the same."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tiny import ALL, VARIANTS, tiny
+
+from edgelm import gguf
+from edgelm.arch import Config
+from edgelm.cache import Batch, Sequence
+from edgelm.errors import ContextFull, UsageError
+from edgelm.models import model_of
+from edgelm.program import Program
+from edgelm.reference import Reference
+from edgelm.weights import Weights
+
+DECODERS = [name for name in ALL if VARIANTS[name].arch != "bert"]
+Make = Callable[..., Program]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def make(folder: Path) -> Iterator[Make]:
+    """Makes programs of tiny models: make(variant, fmt, **options); `runner=Reference` for the other interpreter."""
+    made: list[Program] = []
+
+    def make(name: str, fmt: str = "F32", runner: type = Program, **options: object) -> Program:
+        path = folder / f"{name}-{fmt}.gguf"
+        if not path.exists():
+            tiny(name, fmt=fmt, folder=folder).rename(path)
+        file = gguf.read(path)
+        config = Config.from_gguf(file.metadata)
+        weights = Weights.from_gguf(config, file.tensors)
+        program = runner(model_of(config), config, weights, **{"n_ctx": VARIANTS[name].n_ctx, **options})
+        if runner is Program:
+            made.append(program)
+        return program
+
+    yield make
+    for program in made:
+        program.close()
+
+
+def text(program: Program, n: int, seed: int = 0) -> NDArray[np.int32]:
+    return np.random.default_rng(seed).integers(0, program.config.vocab_size, n).astype(np.int32)
+
+
+def run(program: Program, tokens: NDArray[np.int32], sequence: Sequence | None = None) -> NDArray[np.float32]:
+    """All outputs of a text computed at once."""
+    return program.forward(Batch.of([(sequence or program.new_cache().new_sequence(), tokens, "all")]))
+
+
+def nmse(value: NDArray[np.float32], truth: NDArray[np.float32]) -> float:
+    return float(np.mean((value - truth) ** 2) / np.mean(truth**2))
+
+
+# --- against the reference ---
+
+@pytest.mark.parametrize("name", ALL)
+def test_float_weights_agree_with_the_reference(make: Make, name: str) -> None:
+    program, reference = make(name, n_threads=2), make(name, runner=Reference)
+    tokens = text(program, 60)
+    got = run(program, tokens, program.new_cache("f32").new_sequence())
+    expected = run(reference, tokens, reference.new_cache("f32").new_sequence())
+    assert got.shape == expected.shape
+    assert np.abs(got - expected).max() <= 1e-4 * max(1.0, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("fmt", ["Q4_0", "Q8_0"])
+def test_quantized_weights_agree_with_the_reference(make: Make, name: str, fmt: str) -> None:
+    """What remains is the rounding of activations to eight bits."""
+    program, reference = make(name, fmt, n_threads=2), make(name, fmt, runner=Reference)
+    tokens = text(program, 40)
+    assert nmse(run(program, tokens), run(reference, tokens)) < 1e-3
+
+
+def test_hidden_states(make: Make) -> None:
+    for name in ("llama-gqa", "gemma2"):
+        program, reference = make(name, head="hidden"), make(name, runner=Reference, head="hidden")
+        tokens = text(program, 20)
+        got = run(program, tokens, program.new_cache("f32").new_sequence())
+        assert got.shape == (20, program.config.dim)
+        np.testing.assert_allclose(got, run(reference, tokens), atol=1e-4)
+
+
+# --- against themselves, bit for bit ---
+
+def chunks(n: int, sizes: list[int]) -> list[tuple[int, int]]:
+    """[0, n) cut into pieces of these sizes, again and again."""
+    cuts, at, i = [], 0, 0
+    while at < n:
+        cuts.append((at, min(n, at + sizes[i % len(sizes)])))
+        at, i = cuts[-1][1], i + 1
+    return cuts
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("fmt", ["F32", "Q4_0"])
+def test_cutting_a_text_changes_no_bit(make: Make, name: str, fmt: str) -> None:
+    n = 62
+    once = make(name, fmt, n_threads=1)
+    tokens = text(once, n)
+    expected = run(once, tokens)
+    for n_threads in (1, 2, 3):
+        program = make(name, fmt, n_threads=n_threads)
+        for sizes in ([n], [1], [7], [3, 20, 1, 9], [33]):
+            sequence = program.new_cache().new_sequence()
+            parts = [run(program, tokens[a:b], sequence) for a, b in chunks(n, sizes)]
+            assert np.array_equal(np.concatenate(parts), expected), (n_threads, sizes)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_other_sequences_change_no_bit(make: Make, name: str) -> None:
+    """A text beside others, cut into runs of few tokens, in another order, and with some outputs only."""
+    program, small = make(name, "Q4_0", n_threads=2), make(name, "Q4_0", n_threads=2, max_tokens=16)
+    texts = [text(program, n, seed=n) for n in (23, 1, 40, 5, 60)]
+    expected = [run(program, t) for t in texts]
+    for runner in (program, small):
+        cache = runner.new_cache()
+        together = runner.forward(Batch.of([(cache.new_sequence(), t, "all") for t in texts]))
+        assert np.array_equal(together, np.concatenate(expected))
+        order = [3, 0, 4, 2, 1]
+        wanted = ["last", "none", "all", "last", "none"]
+        some = runner.forward(
+            Batch.of([(cache.new_sequence(), texts[i], w) for i, w in zip(order, wanted, strict=True)])
+        )
+        assert np.array_equal(some, np.concatenate([expected[3][-1:], expected[4], expected[2][-1:]]))
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma3"])
+def test_batched_decoding_changes_no_bit(make: Make, name: str) -> None:
+    """Sequences of different lengths that grow by a token each, all in one batch: as if each were alone."""
+    program = make(name, "Q4_0", n_threads=3)
+    texts = [text(program, n, seed=n) for n in (50, 31, 64)]
+    expected = [run(program, t) for t in texts]
+    cache = program.new_cache()
+    sequences = [cache.new_sequence() for _ in texts]
+    at = [n - 20 for n in map(len, texts)]
+    program.forward(Batch.of([(s, t[:n], "none") for s, t, n in zip(sequences, texts, at, strict=True)]))
+    for step in range(20):
+        parts = [(s, t[n + step : n + step + 1], "all") for s, t, n in zip(sequences, texts, at, strict=True)]
+        out = program.forward(Batch.of(parts))
+        for row, logits, n in zip(out, expected, at, strict=True):
+            assert np.array_equal(row, logits[n + step])
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+def test_going_back_and_forking_change_no_bit(make: Make, kv_type: str) -> None:
+    program = make("gemma3", "Q4_0")
+    tokens, cache = text(program, 100), program.new_cache(kv_type)
+    expected = run(program, tokens, cache.new_sequence())
+    sequence = cache.new_sequence()
+    run(program, tokens[:90], sequence)
+    fork = sequence.fork()
+    sequence.truncate(70)
+    assert np.array_equal(run(program, tokens[70:], sequence), expected[70:])
+    assert np.array_equal(run(program, tokens[90:], fork), expected[90:])
+
+
+# --- the rest of the contract ---
+
+def test_several_threads_may_call(make: Make) -> None:
+    program = make("llama-gqa", "Q4_0", n_threads=2)
+    texts = [text(program, 30, seed=i) for i in range(4)]
+    expected = [run(program, t) for t in texts]
+    same: list[bool] = []
+
+    def work(i: int) -> None:
+        for _ in range(5):
+            sequence = program.new_cache().new_sequence()
+            parts = [run(program, texts[i][a:b], sequence) for a, b in chunks(30, [11, 1])]
+            same.append(np.array_equal(np.concatenate(parts), expected[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert same == [True] * 20
+
+
+def test_results_are_the_callers(make: Make) -> None:
+    program = make("llama-gqa")
+    tokens = text(program, 8)
+    first = run(program, tokens)
+    kept = first.copy()
+    run(program, tokens[::-1].copy())
+    assert np.array_equal(first, kept)
+
+
+def test_batches_that_make_no_sense_are_refused(make: Make) -> None:
+    program = make("llama-gqa")
+    sequence = program.new_cache().new_sequence()
+    for bad in (-1, program.config.vocab_size):
+        with pytest.raises(UsageError, match="vocabulary"):
+            run(program, np.array([1, bad], np.int32), sequence)
+        with pytest.raises(UsageError, match="vocabulary"):
+            run(program, np.array([bad], np.int32), sequence)
+    run(program, text(program, 128), sequence)
+    with pytest.raises(ContextFull):
+        run(program, text(program, 1), sequence)
+    with pytest.raises(ContextFull):
+        run(program, text(program, 129))
+    assert sequence.length == 128
+    other = make("gemma3").new_cache().new_sequence()
+    with pytest.raises(UsageError, match="another model"):
+        run(program, text(program, 1), other)
+    mixed = [(program.new_cache(kv).new_sequence(), text(program, 2), "all") for kv in ("f16", "f32")]
+    with pytest.raises(UsageError, match="same kind"):
+        program.forward(Batch.of(mixed))
+
+
+def test_weights_are_packed_once(make: Make) -> None:
+    """llama-mqa has tied embeddings: one matrix is both the first and the last layer."""
+    program = make("llama-mqa")
+    packed = program._resources.packed
+    assert len({p.address for p in packed.values()}) == len(packed) == 1 + 7 * program.config.n_layers
+
+
+def test_rows_of_a_layer(make: Make) -> None:
+    """What is fused, and where threads must wait for each other."""
+    program = make("llama-gqa", "Q4_0", n_threads=1)
+    plan = program._plans["f16"]
+    layer = ["rms_norm", "linear", "linear", "linear", "store_kv", "attention", "quantize", "linear"]
+    feed_forward = ["rms_norm", "gated", "quantize", "linear"]
+    assert plan.names[: 1 + 12] == ["embed", *layer, *feed_forward]
+    assert plan.names[-2:] == ["rms_norm", "logits"]
+
+
+def test_progress_is_told(make: Make) -> None:
+    told: list[tuple[str, int, int]] = []
+    make("llama-gqa", "Q8_0", progress=lambda *progress: told.append(progress))
+    assert told
+    for stage in {stage for stage, _, _ in told}:
+        done = [(done, total) for s, done, total in told if s == stage]
+        assert done == sorted(done) and done[-1][0] == done[-1][1]
+
+
+@pytest.mark.model
+def test_real_model_agrees_with_the_reference(smollm2_path: Path) -> None:
+    file = gguf.read(smollm2_path)
+    config = Config.from_gguf(file.metadata)
+    weights = Weights.from_gguf(config, file.tensors)
+    program = Program(model_of(config), config, weights, n_ctx=512)
+    reference = Reference(model_of(config), config, weights, n_ctx=512)
+    tokens = text(program, 48)
+    got, expected = run(program, tokens), run(reference, tokens)
+    assert nmse(got, expected) < 1e-3
+    assert (got.argmax(1) == expected.argmax(1)).mean() > 0.9
+    sequence = program.new_cache().new_sequence()
+    parts = [run(program, tokens[a:b], sequence) for a, b in chunks(48, [19, 1, 1])]
+    assert np.array_equal(np.concatenate(parts), got)
+    program.close()
