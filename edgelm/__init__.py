@@ -27,13 +27,14 @@ from .errors import (
 if TYPE_CHECKING:
     from .chat import ChatTemplate
     from .model import Model, generate, load, stream_generate
-    from .sampling import Sampling
+    from .sampling import GREEDY, Sampling
     from .session import Response, Session
     from .tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GREEDY",
     "ChatTemplate",
     "ContextFull",
     "EdgelmError",
@@ -55,6 +56,7 @@ __all__ = [
 
 _HOME = {  # where a name that is not loaded yet lives
     "ChatTemplate": "chat",
+    "GREEDY": "sampling",
     "Model": "model",
     "Response": "session",
     "Sampling": "sampling",

@@ -53,7 +53,7 @@ def load(
     ctx_size: int = 0,
     threads: int | None = None,
     threads_batch: int | None = None,
-    kv_type: str = "f16",
+    kv_type: str | None = None,
     interpreter: str = "auto",
     chat_template: str | None = None,
     max_tokens_per_run: int | None = None,
@@ -66,7 +66,7 @@ def load(
         source: a GGUF file, a known name, hf:…, pypi:… (see `edgelm.hub`); None for the default model.
         ctx_size: context window in tokens; 0 for that of the model.
         threads, threads_batch: for single tokens and for prompts; None for the physical cores.
-        kv_type: what keys and values are stored as, "f16" or "f32".
+        kv_type: what keys and values are stored as, "f16" or "f32"; None for "f16", for the reference "f32".
         interpreter: "program" (compiled kernels), "reference" (NumPy, slow and exact), "auto" for the first of them
             that can run here.
         chat_template: source or built-in name of a template to use instead of the file's own.
@@ -123,24 +123,25 @@ class Model:
         ctx_size: int = 0,
         threads: int | None = None,
         threads_batch: int | None = None,
-        kv_type: str = "f16",
+        kv_type: str | None = None,
         interpreter: str = "auto",
         chat_template: str | None = None,
         max_tokens_per_run: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.gguf, self.kv_type = file, kv_type
+        self.gguf = file
         self.config = Config.from_gguf(file.metadata)
         self.weights = Weights.from_gguf(self.config, file.tensors)
         self.tokenizer = Tokenizer.from_gguf(file.metadata)
         self.n_ctx = context_window(self.config, ctx_size)
         self.interpreter = _choose(interpreter)
+        self.kv_type = kv_type or ("f32" if self.interpreter == "reference" else "f16")
         self._chat_template = chat_template
         self._threads, self._max_tokens = (threads, threads_batch), max_tokens_per_run
         if chat_template is not None:
             _ = self.template  # a wrong one is said now
         self.runner = self._new_runner("hidden" if self.is_encoder else "logits", progress)
-        self._cache = self.runner.new_cache(kv_type)
+        self._cache = self.runner.new_cache(self.kv_type)
 
     # ------------------------------------------------------------------------------------------------------- what it is
 

@@ -53,12 +53,18 @@ def fit_messages(
         first += 1
     first += request.overflow == "truncate-middle"
     while len(tokens) > target and len(kept) - first > 1:
-        del kept[first]
-        while len(kept) - first > 1 and kept[first].get("role") != ("assistant" if first and
-                                                                     kept[first - 1].get("role") == "user" else "user"):
-            del kept[first]  # templates want the roles to alternate
+        _drop_exchange(kept, first)
         tokens = render(kept)
     return tokens, n_all - len(tokens)
+
+
+def _drop_exchange(messages: list[Message], at: int) -> None:
+    """Takes out a message and what follows up to the next of its role: templates want the roles to alternate."""
+    role = messages.pop(at).get("role")
+    while len(messages) - at > 1 and messages[at].get("role") != role:
+        del messages[at]
+    if at and messages[at].get("role") == messages[at - 1].get("role"):  # only the last message is left
+        del messages[at - 1]
 
 
 def shift(tokens: list[int], n_fixed: int) -> tuple[list[int], int]:
