@@ -44,6 +44,9 @@ class Evaluated(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    def require_logits(self) -> None:
+        """Raises UsageError for an encoder."""
+
     def new_cache(self) -> KVCache: ...
 
 
@@ -121,10 +124,14 @@ def perplexity(
         progress: called with ("evaluate", chunks done, chunks).
 
     Raises:
-        UsageError: the text is shorter than two chunks, or the two models have different vocabularies.
+        UsageError: the text is shorter than two chunks, the two models have different vocabularies, or one is an
+            encoder, which predicts nothing.
         ContextFull: n_ctx is more than a model can do.
         FormatError: a model computes something that is not a number.
     """
+    for each in (model, against):
+        if each is not None:
+            each.require_logits()
     if n_ctx < 4:
         raise UsageError(f"n_ctx is {n_ctx}; a chunk needs at least 4 tokens")
     if chunks is not None and chunks < 1:

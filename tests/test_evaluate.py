@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+import edgelm
 from edgelm.arch import CacheGroup
 from edgelm.cache import KVCache
 from edgelm.errors import FormatError, UsageError
 from edgelm.evaluate import EvalReport, perplexity, score
+from tests.tiny import tiny
 
 VOCAB, BOS = 50, 1
 
@@ -34,6 +36,9 @@ class Bigram:
             add_bos=add_bos, bos_id=BOS, encode=lambda text, **how: self.asked.append(how) or [ord(c) for c in text]
         )
         self.asked, self.fed, self.n_rows = [], [], []
+
+    def require_logits(self):
+        pass
 
     def new_cache(self):
         self.cache = KVCache((CacheGroup((0,), 1, 8, 8, 0),), "f16")
@@ -55,7 +60,8 @@ class Bigram:
 def log_softmax(row):
     """The definition, in float64."""
     row = np.asarray(row, np.float64)
-    return row - math.log(sum(math.exp(x - max(row)) for x in row)) - max(row)
+    best = max(row)
+    return row - best - math.log(sum(math.exp(x - best) for x in row))
 
 
 def expected(model, tokens, n_ctx, chunks, base=None):
@@ -87,7 +93,8 @@ def expected(model, tokens, n_ctx, chunks, base=None):
         low, part = int(at), at - int(at)
         figures |= {
             "base_perplexity": math.exp(sum(base_nlls) / n), "ppl_ratio": math.exp(mean - sum(base_nlls) / n),
-            "mean_kl": sum(kls) / n, "kl_max": kls[-1], "kl_99": (1 - part) * kls[low] + part * kls[min(low + 1, n - 1)],
+            "mean_kl": sum(kls) / n, "kl_max": kls[-1],
+            "kl_99": (1 - part) * kls[low] + part * kls[min(low + 1, n - 1)],
             "kl_median": kls[n // 2] if n % 2 else (kls[n // 2] + kls[n // 2 - 1]) / 2, "same_top": sum(tops) / n,
             "mean_dp": sum(dps) / n, "rms_dp": math.sqrt(sum(x * x for x in dps) / n),
         }  # fmt: skip
@@ -130,10 +137,33 @@ def test_what_the_model_is_fed():
     assert model.cache.n_pages == 0
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma3", "gpt2"])
+def test_a_model_from_a_file(name, tmp_path):
+    """A Q8_0 file against its F32 original: the figures follow from the logits that both give by themselves."""
+    models = [edgelm.load(tiny(name, fmt=fmt, folder=tmp_path), interpreter="reference") for fmt in ("Q8_0", "F32")]
+    tokens = [t % 300 for t in range(7, 7 + 11 * 70, 11)]
+    report = perplexity(models[0], tokens, n_ctx=32, against=models[1])
+    scores = []
+    for chunk in (tokens[:32], tokens[32:64]):
+        start = [models[0].tokenizer.bos_id] if models[0].tokenizer.add_bos else chunk[:1]
+        logits, base = (model.logits([*start, *chunk[1:]])[16:31] for model in models)
+        scores.append(score(logits, np.array(chunk[17:]), base))
+    assert report.n_tokens == 30 and report.n_chunks == 2
+    assert report.perplexity == pytest.approx(math.exp(np.concatenate([s.nll for s in scores]).mean()), rel=1e-4)
+    assert report.mean_kl == pytest.approx(np.concatenate([s.kl for s in scores]).mean(), rel=1e-2)
+    assert 0 < report.mean_kl < 0.01
+
+
+def test_an_encoder_predicts_nothing(tmp_path):
+    model = edgelm.load(tiny("bert-mean", folder=tmp_path), interpreter="reference")
+    with pytest.raises(UsageError, match="encoder"):
+        perplexity(model, TOKENS, n_ctx=20)
+
+
 def test_text_is_tokenized_as_text():
     model = Bigram(0, vocab_size=128)
-    text = "\x02\x03\x04\x05" * 5 + "\n\n"
-    assert perplexity(model, text, n_ctx=8).to_dict() == perplexity(model, list(b"\x02\x03\x04\x05" * 5 + b"\n"), 8).to_dict()
+    text = "abcd" * 5 + "\n\n"
+    assert perplexity(model, text, n_ctx=8) == perplexity(model, list(text[:-1].encode()), n_ctx=8)
     assert model.asked == [{"add_special": True, "parse_special": False}]
 
 
@@ -205,7 +235,7 @@ def test_a_small_divergence_keeps_its_digits():
 
 
 def test_an_impossible_token():
-    """Logits of -inf are a prediction like any other: infinite surprise, and no divergence where the reference agrees."""
+    """Logits of -inf are a prediction like any other: infinite surprise, no divergence where both models agree."""
     base = np.array([[0.0, 0.0, -math.inf]], np.float32)
     assert score(base, np.array([0]), base).kl[0] == 0
     assert score(base, np.array([2])).nll[0] == math.inf
