@@ -1,16 +1,4 @@
-"""Activations as int8: the record that every integer kernel multiplies with.
-
-A record holds one row of activations: for each block of 32 inputs 64 bytes, one cache line,
-
-    0   int8 (32,)   q: round to nearest even of x / d
-    32  float32      d: max|x| / 127 of the block; 0 where that is no normal float32
-    36  float32      d * sum(q), for weights that have a minimum; at 40 and 44 the same of inputs 0-15 and 16-31
-    48  int32        -128 * sum(q), for weights stored with an offset; at 52 and 56 of inputs 0-15 and 16-31
-
-and is padded to an odd number of cache lines, so that the records of a batch do not all meet in the same lines of the
-cache. The number of blocks is rounded up to even; a block that pads is zero.
-
-Knows nothing of weights.
+"""Writing the records of `records`: activations as int8. Knows nothing of weights.
 """
 
 from __future__ import annotations
@@ -18,8 +6,19 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from edgelm.kernels import compiler
 from edgelm.kernels.abi import WORD, Env, Row
+from edgelm.kernels.records import (
+    BLOCK,
+    OFFSET,
+    OFFSET_HIGH,
+    OFFSET_LOW,
+    RECORD,
+    SCALE,
+    SCALED_SUM,
+    SCALED_SUM_HIGH,
+    SCALED_SUM_LOW,
+    activation_bytes,
+)
 from edgelm.kernels.simd import (
     abs_f32,
     lanes_max_f32,
@@ -35,21 +34,12 @@ from edgelm.kernels.simd import (
     to_i8,
 )
 
-BLOCK = 32  # inputs that share a scale
-RECORD = 64  # bytes of a block
-SCALE, SCALED_SUM, SCALED_SUM_LOW, SCALED_SUM_HIGH = 32, 36, 40, 44
-OFFSET, OFFSET_LOW, OFFSET_HIGH = 48, 52, 56
+__all__ = ["activation_bytes", "quantize", "quantize_row"]
 
 _TINY = np.float32(np.finfo(np.float32).tiny)
 _F32 = np.float32
 _WORKSPACE = WORD * Env.WORKSPACE
 _X, _X_STRIDE, _N_COLS, _Q, _Q_STRIDE = (WORD * (Row.ARGS + i) for i in range(5))
-
-
-def activation_bytes(n_cols: int) -> int:
-    """Bytes from one record to the next; a multiple of 64. `n_cols` activations, a multiple of 32."""
-    n_blocks = n_cols // BLOCK
-    return RECORD * (n_blocks + n_blocks % 2 + 1)
 
 
 @njit
@@ -91,16 +81,3 @@ def quantize(op, env, begin, end):
     n_cols, x_stride, q_stride = load_i64(op + _N_COLS), load_i64(op + _X_STRIDE), load_i64(op + _Q_STRIDE)
     for token in range(begin, end):
         quantize_row(x + token * x_stride, n_cols, q + token * q_stride)
-
-
-def row_quantize(x_off: int, x_stride: int, n_cols: int, q_off: int, count: int = Env.N_TOKENS) -> list[int]:
-    """The op table row that writes the records of (count, n_cols) float32 at `x_off` to `q_off`.
-
-    Offsets into the workspace; strides in bytes; records lie `activation_bytes(n_cols)` apart.
-    """
-    row = [0] * Row.SIZE
-    row[Row.KERNEL] = compiler.address(quantize)
-    row[Row.UNITS], row[Row.UNITS_PER], row[Row.COUNT] = 1, 1, int(count)
-    row[Row.GRAIN], row[Row.BARRIER] = max(1, 4096 // n_cols), 1
-    row[Row.ARGS : Row.ARGS + 5] = [x_off, x_stride, n_cols, q_off, activation_bytes(n_cols)]
-    return row

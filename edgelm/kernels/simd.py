@@ -12,11 +12,28 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
-F16, F32 = ir.HalfType(), ir.FloatType()
+from edgelm.kernels.emit import (
+    F16,
+    F32,
+    I1,
+    I8,
+    I16,
+    I32,
+    I64,
+    call,
+    emit_fma,
+    load_at,
+    narrow_f16,
+    repeat,
+    spread,
+    store_at,
+    target,
+    widen_f16,
+)
+
+__all__ = ["F16", "F32", "I1", "I8", "I16", "I32", "I64", "call", "load_at", "store_at", "target"]  # of `emit`
 LANES = 16
 
 
@@ -54,80 +71,11 @@ VECS = {v.name: v for v in (f32x16, i32x16, i16x16, i8x16, i8x64, i1x16)}
 # --- building blocks for code generators: plain functions over an IR builder -----------------------------------
 
 def const(vec: Vec, value: float) -> ir.Constant:
-    return ir.Constant(vec.llvm, [value] * vec.lanes)
+    return repeat(vec.llvm, value)
 
 
 def splat(b: ir.IRBuilder, scalar: ir.Value, vec: Vec) -> ir.Value:
-    one = b.insert_element(ir.Constant(vec.llvm, ir.Undefined), scalar, I32(0))
-    zeros = ir.Constant(ir.VectorType(I32, vec.lanes), None)
-    return b.shuffle_vector(one, ir.Constant(vec.llvm, ir.Undefined), zeros)
-
-
-def call(b: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
-    """Calls an LLVM intrinsic or an external function by name."""
-    fn = cgutils.get_or_insert_function(b.module, ir.FunctionType(result, [a.type for a in args]), name)
-    return b.call(fn, args)
-
-
-def load_at(b: ir.IRBuilder, address: ir.Value, type_: ir.Type, align: int = 1) -> ir.Value:
-    return b.load(b.inttoptr(address, type_.as_pointer()), align=align)
-
-
-def store_at(b: ir.IRBuilder, value: ir.Value, address: ir.Value, align: int = 1) -> None:
-    b.store(value, b.inttoptr(address, value.type.as_pointer()), align=align)
-
-
-def target(context: Any) -> tuple[str, frozenset[str]]:
-    """(machine, features) that Numba compiles for; its disk cache is keyed by the same."""
-    triple, _, features = context.codegen().magic_tuple()
-    return triple.split("-")[0], frozenset(f[1:] for f in features.split(",") if f.startswith("+"))
-
-
-def emit_fma(context: Any, b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
-    """x * y + z of float32 vectors: rounded once where the machine can, else twice (a library call would be slow)."""
-    machine, features = target(context)
-    if machine not in ("x86_64", "i686") or features & {"fma", "fma4", "avx512f"}:
-        return call(b, f"llvm.fma.v{x.type.count}f32", x.type, x, y, z)
-    return b.fadd(b.fmul(x, y), z)
-
-
-def widen_f16(context: Any, b: ir.IRBuilder, bits: ir.Value) -> ir.Value:
-    """Bits of float16 (a vector of int16 or one int16) to float32, exactly, subnormals and infinities included."""
-    vector = isinstance(bits.type, ir.VectorType)
-    shape = (lambda t: ir.VectorType(t, bits.type.count)) if vector else (lambda t: t)
-    machine, features = target(context)
-    if machine == "aarch64" or "f16c" in features:
-        return b.fpext(b.bitcast(bits, shape(F16)), shape(F32))
-    # Without the instruction LLVM would call a library function that is not there.
-    k = (lambda v: ir.Constant(shape(I32), [v] * bits.type.count)) if vector else (lambda v: I32(v))
-    wide = b.zext(bits, shape(I32))
-    magnitude = b.shl(b.and_(wide, k(0x7FFF)), k(13))
-    scale = ir.Constant(shape(F32), [2.0**112] * bits.type.count if vector else 2.0**112)
-    scaled = b.bitcast(b.fmul(b.bitcast(magnitude, shape(F32)), scale), shape(I32))  # rebias the exponent
-    special = b.icmp_unsigned(">=", magnitude, k(0x1F << 23))
-    scaled = b.select(special, b.or_(magnitude, k(0xFF << 23)), scaled)
-    return b.bitcast(b.or_(scaled, b.shl(b.and_(wide, k(0x8000)), k(16))), shape(F32))
-
-
-def narrow_f16(context: Any, b: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    """float32 to the bits of float16, rounded to nearest even. Scalar or vector."""
-    vector = isinstance(value.type, ir.VectorType)
-    shape = (lambda t: ir.VectorType(t, value.type.count)) if vector else (lambda t: t)
-    machine, features = target(context)
-    if machine == "aarch64" or "f16c" in features:
-        return b.bitcast(b.fptrunc(value, shape(F16)), shape(I16))
-    k = (lambda v: ir.Constant(shape(I32), [v] * value.type.count)) if vector else (lambda v: I32(v))
-    bits = b.bitcast(value, shape(I32))
-    sign = b.and_(b.lshr(bits, k(16)), k(0x8000))
-    magnitude = b.and_(bits, k(0x7FFFFFFF))
-    odd = b.and_(b.lshr(magnitude, k(13)), k(1))
-    normal = b.lshr(b.add(b.sub(magnitude, k(112 << 23)), b.add(odd, k(0xFFF))), k(13))
-    half = ir.Constant(shape(F32), [0.5] * value.type.count if vector else 0.5)
-    tiny = b.sub(b.bitcast(b.fadd(b.bitcast(magnitude, shape(F32)), half), shape(I32)), k(126 << 23))
-    out = b.select(b.icmp_unsigned("<", magnitude, k(113 << 23)), tiny, normal)
-    out = b.select(b.icmp_unsigned(">=", magnitude, k(0x47800000)), k(0x7C00), out)
-    out = b.select(b.icmp_unsigned(">", magnitude, k(0x7F800000)), k(0x7E00), out)
-    return b.trunc(b.or_(out, sign), shape(I16))
+    return spread(b, scalar, vec.llvm)
 
 
 # --- the same, as functions for Numba code ----------------------------------------------------------------------
@@ -169,6 +117,14 @@ def load_f16(typingctx, address):
     def codegen(context, b, sig, args):
         return widen_f16(context, b, load_at(b, args[0], I16))
     return types.float32(types.int64), codegen
+
+
+@intrinsic
+def bits_f32(typingctx, bits):
+    """The float32 with these bits."""
+    def codegen(context, b, sig, args):
+        return b.bitcast(args[0], F32)
+    return types.float32(types.int32), codegen
 
 
 @intrinsic

@@ -1,0 +1,288 @@
+"""The formats whose packed form holds the file's own bits: one class each, registered by being defined.
+
+Legacy blocks, K-quants, formats with a table of levels; and `INT8`, a form of our own (int8 with a float32 scale for
+each 16 weights) that holds the value of every other ggml type without loss. The meaning of the bits is defined in
+`edgelm.formats`; here they are only moved. Products of a super-block's scale and a block's are exact in float32.
+
+Knows nothing of how machines multiply.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+from edgelm.kernels.blocks import Blocks, Int, Value, at, f16_lanes, f32_lanes, i8_lanes, u8_lanes
+from edgelm.kernels.emit import F32x16, I32x16, repeat
+
+Scales = tuple[list[Value], list[Value]]
+
+
+def nibbles(source: Int) -> list[Int]:
+    """Sixteen bytes: low nibbles are inputs 0-15, high nibbles 16-31."""
+    words = [(source + 4 * i).load() for i in range(4)]
+    return [word & 0x0F0F0F0F for word in words] + [(word >> 4) & 0x0F0F0F0F for word in words]
+
+
+def spread(word: Int, shift: int) -> Int:
+    """Bits shift … shift + 3 of `word` to the bottom bits of four bytes."""
+    return (((word >> shift) & 15) * 0x00204081) & 0x01010101
+
+
+# --- blocks of 32 with one scale, and perhaps a minimum
+
+
+class _Scaled(Blocks):
+    """float16 scale at the start of the block; two blocks to a unit, so that vectors lie on cache lines."""
+
+    blocks, file_blocks, header = 2, 1, 64
+
+    def scales(self, context: Any, b: ir.IRBuilder, unit: Value, block: Value) -> Scales:
+        return [f16_lanes(context, b, at(b, unit, 0, block, 32))], []
+
+    def pack_scales(self, source: Int, part: Int, unit: Int, block: Int, lane: Int) -> None:
+        (unit + block * 32 + lane * 2).store(source.load(16), 16)
+
+
+class _ScaledMinimum(Blocks):
+    blocks, file_blocks, header = 1, 1, 64
+    zero, minimum = False, True
+
+    def scales(self, context: Any, b: ir.IRBuilder, unit: Value, block: Value) -> Scales:
+        return [f16_lanes(context, b, unit)], [f16_lanes(context, b, at(b, unit, 32))]
+
+    def pack_scales(self, source: Int, part: Int, unit: Int, block: Int, lane: Int) -> None:
+        (unit + lane * 2).store(source.load(16), 16)
+        (unit + lane * 2 + 32).store((source + 2).load(16), 16)
+
+
+class Q8_0(_Scaled):
+    file_bytes, planes, bits = 34, ((8, 0),), 8
+
+    def words(self, source: Int, part: Int) -> list[Int]:
+        return [(source + 2 + 4 * i).load() for i in range(8)]
+
+
+class Q4_0(_Scaled):
+    file_bytes = 18
+
+    def words(self, source: Int, part: Int) -> list[Int]:
+        return nibbles(source + 2)
+
+
+class Q4_1(_ScaledMinimum):
+    file_bytes = 20
+
+    def words(self, source: Int, part: Int) -> list[Int]:
+        return nibbles(source + 4)
+
+
+def _five_bits(source: Int) -> list[Int]:
+    """Four bytes of fifth bits, then nibbles."""
+    high = source.load()
+    return [word | spread(high, 4 * i) << 4 for i, word in enumerate(nibbles(source + 4))]
+
+
+class Q5_0(_Scaled):
+    file_bytes, planes, bits = 22, ((4, 0), (1, 4)), 5
+
+    def words(self, source: Int, part: Int) -> list[Int]:
+        return _five_bits(source + 2)
+
+
+class Q5_1(_ScaledMinimum):
+    file_bytes, planes, bits = 24, ((4, 0), (1, 4)), 5
+
+    def words(self, source: Int, part: Int) -> list[Int]:
+        return _five_bits(source + 4)
+
+
+# --- K-quants: super-blocks of 256. Small scales are widened to a byte; `part` is the block of 32 in the super-block
+
+
+def _times(b: ir.IRBuilder, factor: Value, integers: Value) -> Value:
+    return b.fmul(factor, b.sitofp(integers, F32x16))
+
+
+class _ScalesAndMinima(Blocks):
+    """Q4_K and Q5_K: d, dmin, then eight scales and eight minima of 6 bits."""
+
+    header = 64 + 2 * 128
+    zero, minimum = False, True
+
+    def scales(self, context: Any, b: ir.IRBuilder, unit: Value, block: Value) -> Scales:
+        scale = _times(b, f16_lanes(context, b, unit), u8_lanes(b, at(b, unit, 64, block, 16)))
+        minimum = _times(b, f16_lanes(context, b, at(b, unit, 32)), u8_lanes(b, at(b, unit, 192, block, 16)))
+        return [scale], [b.fneg(minimum)]
+
+    def pack_scales(self, source: Int, part: Int, unit: Int, block: Int, lane: Int) -> None:
+        (unit + lane * 2).store(source.load(16), 16)
+        (unit + lane * 2 + 32).store((source + 2).load(16), 16)
+        packed = source + 4 + part
+        first, i = part.below(4), part.value.type
+        low = packed.load(8)  # scale of blocks 0-3, minimum of 4-7 less 4
+        mid = (packed + Int(part.b, part.b.select(first, i(4), i(0)))).load(8)
+        high = (packed + Int(part.b, part.b.select(first, i(0), i(4)))).load(8)
+        top = (packed + Int(part.b, part.b.select(first, i(0), i(-4)))).load(8)  # its upper bits: of scale part
+        scale = (low & 63).where((high & 15) | ((top >> 6) << 4), first)
+        minimum = (mid & 63).where((high >> 4) | ((low >> 6) << 4), first)
+        (unit + block * 16 + lane + 64).store(scale, 8)
+        (unit + block * 16 + lane + 192).store(minimum, 8)
+
+
+class Q4_K(_ScalesAndMinima):
+    file_bytes = 144
+
+    def words(self, source: Int, part: Int) -> list[Int]:
+        start, shift = source + 16 + (part >> 1) * 32, ((part & 1) * 4).i32()
+        return [((start + 4 * i).load() >> shift) & 0x0F0F0F0F for i in range(8)]
+
+
+class Q5_K(_ScalesAndMinima):
+    file_bytes, planes, bits = 176, ((4, 0), (1, 4)), 5
+
+    def words(self, source: Int, part: Int) -> list[Int]:
+        start, shift, bit = source + 48 + (part >> 1) * 32, ((part & 1) * 4).i32(), part.i32()
+        low = [((start + 4 * i).load() >> shift) & 0x0F0F0F0F for i in range(8)]
+        return [w | (((source + 16 + 4 * i).load() >> bit) & 0x01010101) << 4 for i, w in enumerate(low)]
+
+
+class _ScalesOfHalves(Blocks):
+    """d, then sixteen signed scales."""
+
+    header, halves = 320, 2
+
+    def scales(self, context: Any, b: ir.IRBuilder, unit: Value, block: Value) -> Scales:
+        d = f16_lanes(context, b, unit)
+        return [_times(b, d, i8_lanes(b, at(b, unit, 64 + 16 * half, block, 32))) for half in range(2)], []
+
+    def _store(self, unit: Int, block: Int, lane: Int, d: Int, scales: list[Int]) -> None:
+        (unit + lane * 2).store(d, 16)
+        for half, scale in enumerate(scales):
+            (unit + block * 32 + lane + 64 + 16 * half).store(scale, 8)
+
+
+class Q6_K(_ScalesOfHalves):
+    file_bytes, planes, bits = 210, ((4, 0), (2, 4)), 6
+
+    def words(self, source: Int, part: Int) -> list[Int]:
+        half, quarter = part >> 2, part & 3
+        low, shift_low = source + half * 64 + (quarter & 1) * 32, ((quarter >> 1) * 4).i32()
+        high, shift_high = source + 128 + half * 32, (quarter * 2).i32()
+        words = [((low + 4 * i).load() >> shift_low) & 0x0F0F0F0F for i in range(8)]
+        return [w | (((high + 4 * i).load() >> shift_high) & 0x03030303) << 4 for i, w in enumerate(words)]
+
+    def pack_scales(self, source: Int, part: Int, unit: Int, block: Int, lane: Int) -> None:
+        scales = [(source + 192 + part * 2 + half).load(8) for half in range(2)]
+        self._store(unit, block, lane, (source + 208).load(16), scales)
+
+
+class Q3_K(_ScalesOfHalves):
+    file_bytes, planes, bits, header = 110, ((2, 0), (1, 2)), 3, 288 + 32
+
+    def words(self, source: Int, part: Int) -> list[Int]:
+        low, shift, bit = source + 32 + (part >> 2) * 32, ((part & 3) * 2).i32(), part.i32()
+        words = [((low + 4 * i).load() >> shift) & 0x03030303 for i in range(8)]
+        return [w | (((source + 4 * i).load() >> bit) & 0x01010101) << 2 for i, w in enumerate(words)]
+
+    def pack_scales(self, source: Int, part: Int, unit: Int, block: Int, lane: Int) -> None:
+        scales = []
+        for half in range(2):
+            i = part * 2 + half
+            low = ((source + 96 + (i & 7)).load(8) >> ((i >> 3) * 4).i32()) & 15
+            high = ((source + 104 + (i & 3)).load(8) >> ((i >> 2) * 2).i32()) & 3
+            scales.append((low | high << 4) - 32)
+        self._store(unit, block, lane, (source + 108).load(16), scales)
+
+
+class Q2_K(Blocks):
+    """d, dmin, then sixteen bytes: scale in the low nibble, minimum in the high one."""
+
+    file_bytes, header, planes, bits = 84, 64 + 256, ((2, 0),), 2
+    zero, minimum, halves = False, True, 2
+
+    def scales(self, context: Any, b: ir.IRBuilder, unit: Value, block: Value) -> Scales:
+        d, dmin = f16_lanes(context, b, unit), f16_lanes(context, b, at(b, unit, 32))
+        both = [u8_lanes(b, at(b, unit, 64 + 16 * half, block, 32)) for half in range(2)]
+        scales = [_times(b, d, b.and_(pair, repeat(I32x16, 15))) for pair in both]
+        minima = [_times(b, dmin, b.lshr(pair, repeat(I32x16, 4))) for pair in both]
+        return scales, [b.fneg(minimum) for minimum in minima]
+
+    def words(self, source: Int, part: Int) -> list[Int]:
+        low, shift = source + 16 + (part >> 2) * 32, ((part & 3) * 2).i32()
+        return [((low + 4 * i).load() >> shift) & 0x03030303 for i in range(8)]
+
+    def pack_scales(self, source: Int, part: Int, unit: Int, block: Int, lane: Int) -> None:
+        (unit + lane * 2).store((source + 80).load(16), 16)
+        (unit + lane * 2 + 32).store((source + 82).load(16), 16)
+        for half in range(2):
+            (unit + block * 32 + lane + 64 + 16 * half).store((source + part * 2 + half).load(8), 8)
+
+
+# --- levels from a table
+
+_IQ4_LEVELS = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+_E2M1_TWICE = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
+
+
+class IQ4_NL(_Scaled):
+    file_bytes, bits, table = 18, 8, _IQ4_LEVELS
+
+    def words(self, source: Int, part: Int) -> list[Int]:
+        return nibbles(source + 2)
+
+
+class IQ4_XS(Blocks):
+    """d, upper two bits of the scales, lower four bits of the scales, nibbles."""
+
+    file_bytes, header, bits, table = 136, 64 + 128, 8, _IQ4_LEVELS
+
+    def scales(self, context: Any, b: ir.IRBuilder, unit: Value, block: Value) -> Scales:
+        return [_times(b, f16_lanes(context, b, unit), i8_lanes(b, at(b, unit, 64, block, 16)))], []
+
+    def words(self, source: Int, part: Int) -> list[Int]:
+        return nibbles(source + 8 + part * 16)
+
+    def pack_scales(self, source: Int, part: Int, unit: Int, block: Int, lane: Int) -> None:
+        (unit + lane * 2).store(source.load(16), 16)
+        high = ((source + 2).load(16) >> (part * 2).i32()) & 3
+        low = ((source + 4 + (part >> 1)).load(8) >> ((part & 1) * 4).i32()) & 15
+        (unit + block * 16 + lane + 64).store((low | high << 4) - 32, 8)
+
+
+class MXFP4(Blocks):
+    """One byte of exponent: half the scale is 2 ** (e - 128), as the table holds twice the values."""
+
+    file_bytes, file_blocks, blocks, header = 17, 1, 2, 32
+    bits, table = 8, _E2M1_TWICE
+
+    def scales(self, context: Any, b: ir.IRBuilder, unit: Value, block: Value) -> Scales:
+        e = u8_lanes(b, at(b, unit, 0, block, 16))
+        normal = b.shl(b.sub(e, repeat(I32x16, 1)), repeat(I32x16, 23))
+        subnormal = b.shl(repeat(I32x16, 1 << 21), e)
+        bits = b.select(b.icmp_unsigned("<", e, repeat(I32x16, 2)), subnormal, normal)
+        return [b.bitcast(bits, F32x16)], []
+
+    def words(self, source: Int, part: Int) -> list[Int]:
+        return nibbles(source + 1)
+
+    def pack_scales(self, source: Int, part: Int, unit: Int, block: Int, lane: Int) -> None:
+        (unit + block * 16 + lane).store(source.load(8), 8)
+
+
+class INT8(Blocks):
+    """What formats without kernels of their own become: two float32 scales, then 32 int8 (40 bytes a block)."""
+
+    file_bytes, file_blocks, blocks, header = 40, 1, 1, 128
+    planes, bits, halves = ((8, 0),), 8, 2
+
+    def scales(self, context: Any, b: ir.IRBuilder, unit: Value, block: Value) -> Scales:
+        return [f32_lanes(b, unit), f32_lanes(b, at(b, unit, 64))], []
+
+    def words(self, source: Int, part: Int) -> list[Int]:
+        return [(source + 8 + 4 * i).load() for i in range(8)]
+
+    def pack_scales(self, source: Int, part: Int, unit: Int, block: Int, lane: Int) -> None:
+        for half in range(2):
+            (unit + lane * 4 + 64 * half).store((source + 4 * half).load())

@@ -1,0 +1,220 @@
+"""Packed weights: how a format's bits lie in memory once 16 rows stand side by side, and how they become vectors.
+
+A packed matrix is a sequence of groups of 16 rows. A group is a sequence of units of `blocks` blocks of 32 inputs:
+first the scales of the unit, lane by lane, then for each block its quants as bit planes. A plane of p bits is p vectors
+of 64 bytes; bit field k of vector v holds *chunk* v + p * k, a chunk being four neighbouring inputs of each of the 16
+rows: row r in lane r of 32 bits. So unpacking a chunk is a shift, a mask and, for formats of two planes, an or.
+
+`Blocks` turns that description into code: vectors for the kernels, scalar words for packing. The formats themselves are
+in `block_formats`. Zero bytes are zero weights in every format, so what pads needs no care.
+
+Knows nothing of activations or of how a machine multiplies, except the form it wants weights in (`isa.Form`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from llvmlite import ir
+
+from edgelm.kernels.emit import I8, I16, I32, F32x16, I8x64, I32x16, load_at, repeat, store_at, widen_f16
+from edgelm.kernels.isa import Form, Isa
+
+Value = ir.Value
+ROWS = 16  # rows of a group
+CHUNKS = 8  # of a block of 32 inputs
+BLOCKS: dict[str, Blocks] = {}
+
+
+class Int:
+    """An integer of the generated code that can be calculated with as in C; shifts to the right bring in zeros."""
+
+    def __init__(self, b: ir.IRBuilder, value: Value) -> None:
+        self.b, self.value = b, value
+
+    def _with(self, emit: Any, other: Int | int) -> Int:
+        return Int(self.b, emit(self.value, other.value if isinstance(other, Int) else self.value.type(other)))
+
+    def __add__(self, other: Int | int) -> Int:
+        return self._with(self.b.add, other)
+
+    def __sub__(self, other: Int | int) -> Int:
+        return self._with(self.b.sub, other)
+
+    def __mul__(self, other: Int | int) -> Int:
+        return self._with(self.b.mul, other)
+
+    def __and__(self, other: Int | int) -> Int:
+        return self._with(self.b.and_, other)
+
+    def __or__(self, other: Int | int) -> Int:
+        return self._with(self.b.or_, other)
+
+    def __lshift__(self, other: Int | int) -> Int:
+        return self._with(self.b.shl, other)
+
+    def __rshift__(self, other: Int | int) -> Int:
+        return self._with(self.b.lshr, other)
+
+    def where(self, other: Int, condition: Value) -> Int:
+        return Int(self.b, self.b.select(condition, self.value, other.value))
+
+    def below(self, other: int) -> Value:
+        return self.b.icmp_signed("<", self.value, self.value.type(other))
+
+    def i32(self) -> Int:
+        return Int(self.b, self.b.trunc(self.value, I32))
+
+    def load(self, bits: int = 32) -> Int:
+        """The unsigned integer of `bits` bits at this address, as an int32."""
+        found = load_at(self.b, self.value, ir.IntType(bits))
+        return Int(self.b, found if bits == 32 else self.b.zext(found, I32))
+
+    def store(self, number: Int, bits: int = 32) -> None:
+        store_at(self.b, number.value if bits == 32 else self.b.trunc(number.value, ir.IntType(bits)), self.value)
+
+
+class Blocks:
+    """A weight format, packed. One instance for each subclass, in `BLOCKS` by name.
+
+    blocks: blocks of 32 inputs in a unit; header: bytes before the quants of a unit; planes: (bits, lowest bit of the
+    quant that they are) of each bit plane; bits: of a weight as the kernels see it; zero: whether 2 ** (bits - 1)
+    stands for zero; halves: 2 when each 16 inputs have a scale of their own; minimum: whether there is something to add
+    to each weight; table: values that quants are indices of; file_blocks, file_bytes: a block in the file.
+    """
+
+    name: ClassVar[str]
+    blocks: ClassVar[int] = 8
+    header: ClassVar[int]
+    planes: ClassVar[tuple[tuple[int, int], ...]] = ((4, 0),)
+    bits: ClassVar[int] = 4
+    zero: ClassVar[bool] = True
+    halves: ClassVar[int] = 1
+    minimum: ClassVar[bool] = False
+    table: ClassVar[list[int] | None] = None
+    file_blocks: ClassVar[int] = 8
+    file_bytes: ClassVar[int]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        if hasattr(cls, "file_bytes"):
+            cls.name = cls.__name__
+            BLOCKS[cls.name] = cls()
+
+    @property
+    def quant_bytes(self) -> int:
+        """Bytes of the quants of a block."""
+        return 64 * sum(bits for bits, _ in self.planes)
+
+    @property
+    def unit_bytes(self) -> int:
+        return self.header + self.blocks * self.quant_bytes
+
+    # --- what differs between formats
+
+    def scales(self, context: Any, b: ir.IRBuilder, unit: Value, block: Value) -> tuple[list[Value], list[Value]]:
+        """Scales and minima of a block of the unit at address `unit`: one or two F32x16, and as many or no minima."""
+        raise NotImplementedError
+
+    def words(self, source: Int, part: Int) -> list[Int]:
+        """The eight chunks of one row as int32, a quant in each byte: block `part` of the file's block at `source`."""
+        raise NotImplementedError
+
+    def pack_scales(self, source: Int, part: Int, unit: Int, block: Int, lane: Int) -> None:
+        """Stores scales and minima of the same to block `block` of `unit`, row `lane`."""
+        raise NotImplementedError
+
+    # --- vectors
+
+    def form(self, isa: Isa) -> Form:
+        return isa.form(self.bits, self.zero)
+
+    def factor(self, form: Form) -> float:
+        """What sums of products must be multiplied with at the end: exact, a power of two."""
+        return 2.0 ** (self.bits - 8) if form is Form.TOP else 1.0
+
+    def quants(self, b: ir.IRBuilder, isa: Isa, unit: Value, block: Value, form: Form) -> list[Value]:
+        """The eight chunks of a block as I8x64 in `form`."""
+        start = b.add(b.add(unit, unit.type(self.header)), b.mul(block, unit.type(self.quant_bytes)))
+        vectors: list[list[Value]] = []
+        for bits, _ in self.planes:
+            vectors.append([load_at(b, b.add(start, unit.type(64 * v)), I32x16) for v in range(bits)])
+            start = b.add(start, unit.type(64 * bits))
+        return [self._chunk(b, isa, vectors, chunk, form) for chunk in range(CHUNKS)]
+
+    def _chunk(self, b: ir.IRBuilder, isa: Isa, vectors: list[list[Value]], chunk: int, form: Form) -> Value:
+        top = 8 - self.bits if form is Form.TOP and self.table is None else 0
+        value = None
+        for (bits, at), plane in zip(self.planes, vectors, strict=True):
+            part = _field(b, plane[chunk % bits], bits * (chunk // bits), at + top, bits)
+            value = part if value is None else b.or_(value, part)
+        value = b.bitcast(value, I8x64)
+        if self.table is not None:
+            shift = 128 if form is Form.TOP else 0
+            return isa.lookup(b, [entry + shift for entry in self.table], value)
+        if self.bits == 8:
+            return b.xor(value, repeat(I8x64, 128)) if form is Form.TOP else value
+        if self.zero and form is Form.SIGNED:
+            return b.sub(value, repeat(I8x64, 1 << (self.bits - 1)))
+        return value
+
+    # --- packing
+
+    def pack(self, source: Int, part: Int, unit: Int, block: Int, lane: Int) -> None:
+        """Code that packs one block of one row."""
+        words = self.words(source, part)
+        target = unit + block * self.quant_bytes + lane * 4 + self.header
+        for bits, at in self.planes:
+            for v in range(bits):
+                value = None
+                for k, word in enumerate(words[v::bits]):
+                    field = _shift(word, at, bits * k)
+                    field = field if bits == 8 else field & _bytes(((1 << bits) - 1) << (bits * k))
+                    value = field if value is None else value | field
+                (target + 64 * v).store(value)
+            target = target + 64 * bits
+        self.pack_scales(source, part, unit, block, lane)
+
+
+def _bytes(value: int) -> int:
+    """`value` in each of four bytes."""
+    return value * 0x01010101
+
+
+def _shift(word: Int, at: int, to: int) -> Int:
+    return word if at == to else word << (to - at) if to > at else word >> (at - to)
+
+
+def _field(b: ir.IRBuilder, vector: Value, at: int, to: int, bits: int) -> Value:
+    """In each byte of an I32x16, the `bits` bits from bit `at` on moved to bit `to`, and nothing else."""
+    if bits == 8:
+        return vector
+    if at != to:
+        vector = b.shl(vector, repeat(I32x16, to - at)) if to > at else b.lshr(vector, repeat(I32x16, at - to))
+    return b.and_(vector, ir.Constant(I32x16, [_bytes(((1 << bits) - 1) << to)] * 16))
+
+
+# --- scales, for the formats
+
+
+def f16_lanes(context: Any, b: ir.IRBuilder, address: Value) -> Value:
+    """Sixteen float16 as F32x16."""
+    return widen_f16(context, b, load_at(b, address, ir.VectorType(I16, ROWS)))
+
+
+def f32_lanes(b: ir.IRBuilder, address: Value) -> Value:
+    return load_at(b, address, F32x16)
+
+
+def u8_lanes(b: ir.IRBuilder, address: Value) -> Value:
+    """Sixteen unsigned bytes as I32x16."""
+    return b.zext(load_at(b, address, ir.VectorType(I8, ROWS)), I32x16)
+
+
+def i8_lanes(b: ir.IRBuilder, address: Value) -> Value:
+    return b.sext(load_at(b, address, ir.VectorType(I8, ROWS)), I32x16)
+
+
+def at(b: ir.IRBuilder, unit: Value, offset: int, block: Value | None = None, stride: int = 0) -> Value:
+    """unit + offset + block * stride"""
+    address = b.add(unit, unit.type(offset))
+    return address if block is None else b.add(address, b.mul(block, unit.type(stride)))

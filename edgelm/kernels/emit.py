@@ -1,0 +1,97 @@
+"""Pieces of LLVM code that generators share: types, constants, loads, conversions, over an IR builder.
+
+Imports no Numba, so that the descriptions of formats, which emit code when asked, can be read without it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+F32x16, I32x16, I16x16, I8x16, I8x64 = (
+    ir.VectorType(element, lanes) for element, lanes in ((F32, 16), (I32, 16), (I16, 16), (I8, 16), (I8, 64))
+)
+
+
+def repeat(type_: ir.VectorType, value: float) -> ir.Constant:
+    """A constant with `value` in each lane."""
+    return ir.Constant(type_, [value] * type_.count)
+
+
+def spread(b: ir.IRBuilder, scalar: ir.Value, type_: ir.VectorType) -> ir.Value:
+    """A vector with `scalar` in each lane."""
+    one = b.insert_element(ir.Constant(type_, ir.Undefined), scalar, I32(0))
+    zeros = ir.Constant(ir.VectorType(I32, type_.count), None)
+    return b.shuffle_vector(one, ir.Constant(type_, ir.Undefined), zeros)
+
+
+def call(b: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
+    """Calls an LLVM intrinsic or an external function by name."""
+    fn = b.module.globals.get(name)
+    if fn is None:
+        fn = ir.Function(b.module, ir.FunctionType(result, [a.type for a in args]), name)
+    return b.call(fn, args)
+
+
+def load_at(b: ir.IRBuilder, address: ir.Value, type_: ir.Type, align: int = 1) -> ir.Value:
+    return b.load(b.inttoptr(address, type_.as_pointer()), align=align)
+
+
+def store_at(b: ir.IRBuilder, value: ir.Value, address: ir.Value, align: int = 1) -> None:
+    b.store(value, b.inttoptr(address, value.type.as_pointer()), align=align)
+
+
+def target(context: Any) -> tuple[str, frozenset[str]]:
+    """(machine, features) that Numba compiles for; its disk cache is keyed by the same."""
+    triple, _, features = context.codegen().magic_tuple()
+    return triple.split("-")[0], frozenset(f[1:] for f in features.split(",") if f.startswith("+"))
+
+
+def emit_fma(context: Any, b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+    """x * y + z of float32 vectors: rounded once where the machine can, else twice (a library call would be slow)."""
+    machine, features = target(context)
+    if machine not in ("x86_64", "i686") or features & {"fma", "fma4", "avx512f"}:
+        return call(b, f"llvm.fma.v{x.type.count}f32", x.type, x, y, z)
+    return b.fadd(b.fmul(x, y), z)
+
+
+def widen_f16(context: Any, b: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+    """Bits of float16 (a vector of int16 or one int16) to float32, exactly, subnormals and infinities included."""
+    vector = isinstance(bits.type, ir.VectorType)
+    shape = (lambda t: ir.VectorType(t, bits.type.count)) if vector else (lambda t: t)
+    machine, features = target(context)
+    if machine == "aarch64" or "f16c" in features:
+        return b.fpext(b.bitcast(bits, shape(F16)), shape(F32))
+    # Without the instruction LLVM would call a library function that is not there.
+    k = (lambda v: ir.Constant(shape(I32), [v] * bits.type.count)) if vector else (lambda v: I32(v))
+    wide = b.zext(bits, shape(I32))
+    magnitude = b.shl(b.and_(wide, k(0x7FFF)), k(13))
+    scale = ir.Constant(shape(F32), [2.0**112] * bits.type.count if vector else 2.0**112)
+    scaled = b.bitcast(b.fmul(b.bitcast(magnitude, shape(F32)), scale), shape(I32))  # rebias the exponent
+    special = b.icmp_unsigned(">=", magnitude, k(0x1F << 23))
+    scaled = b.select(special, b.or_(magnitude, k(0xFF << 23)), scaled)
+    return b.bitcast(b.or_(scaled, b.shl(b.and_(wide, k(0x8000)), k(16))), shape(F32))
+
+
+def narrow_f16(context: Any, b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """float32 to the bits of float16, rounded to nearest even. Scalar or vector."""
+    vector = isinstance(value.type, ir.VectorType)
+    shape = (lambda t: ir.VectorType(t, value.type.count)) if vector else (lambda t: t)
+    machine, features = target(context)
+    if machine == "aarch64" or "f16c" in features:
+        return b.bitcast(b.fptrunc(value, shape(F16)), shape(I16))
+    k = (lambda v: ir.Constant(shape(I32), [v] * value.type.count)) if vector else (lambda v: I32(v))
+    bits = b.bitcast(value, shape(I32))
+    sign = b.and_(b.lshr(bits, k(16)), k(0x8000))
+    magnitude = b.and_(bits, k(0x7FFFFFFF))
+    odd = b.and_(b.lshr(magnitude, k(13)), k(1))
+    normal = b.lshr(b.add(b.sub(magnitude, k(112 << 23)), b.add(odd, k(0xFFF))), k(13))
+    half = ir.Constant(shape(F32), [0.5] * value.type.count if vector else 0.5)
+    tiny = b.sub(b.bitcast(b.fadd(b.bitcast(magnitude, shape(F32)), half), shape(I32)), k(126 << 23))
+    out = b.select(b.icmp_unsigned("<", magnitude, k(113 << 23)), tiny, normal)
+    out = b.select(b.icmp_unsigned(">=", magnitude, k(0x47800000)), k(0x7C00), out)
+    out = b.select(b.icmp_unsigned(">", magnitude, k(0x7F800000)), k(0x7E00), out)
+    return b.trunc(b.or_(out, sign), shape(I16))

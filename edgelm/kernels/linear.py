@@ -1,0 +1,157 @@
+"""Rows of the op table that quantize activations, multiply with packed weights, or look rows of them up.
+
+Knows the arguments of the kernels in `quantize`, `linear_kernels` and `embed_kernels`. Imports no Numba: kernels are
+named, and compiled only if they never were on this machine. Packed weights come from `packing`.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+
+from edgelm.errors import UnsupportedError
+from edgelm.kernels import compiler
+from edgelm.kernels.abi import Env, Row
+from edgelm.kernels.packing import Packed, is_float, pack, pack_all
+from edgelm.kernels.records import activation_bytes
+
+__all__ = [
+    "Packed", "activation_bytes", "can_gate", "is_float", "linear_kernel", "pack", "pack_all", "row_embed", "row_gated",
+    "row_linear", "row_quantize",
+]  # fmt: skip
+
+ACTIVATIONS = {"silu": 1, "gelu": 2}
+_MAX_TOKENS = 128  # of a unit of work
+_CACHE = 1 << 19  # bytes of activation records that a unit may go over again and again
+_GRAIN = 1 << 15  # bytes of weights that are worth going to the shared counter for
+
+
+class Arg(IntEnum):
+    """Arguments of a linear kernel, from `Row.ARGS` on."""
+
+    WEIGHTS = 0
+    SECOND = 1  # weights of the up projection, or 0
+    GROUP_BYTES = 2
+    N_GROUPS = 3
+    N_UNITS = 4  # of packed weights in a group
+    X = 5
+    X_STRIDE = 6
+    Y = 7  # offset, or -1: the environment's logits
+    Y_STRIDE = 8
+    N_ROWS = 9
+    BIAS = 10  # address or 0
+    RESIDUAL = 11  # offset or -1
+    RESIDUAL_STRIDE = 12
+    ACTIVATION = 13
+
+
+# --- rows of the op table
+
+
+def _row(kernel: str, units: int, units_per: int, count: int, grain: int, args: list[int]) -> list[int]:
+    row = [0] * Row.SIZE
+    row[Row.KERNEL] = compiler.address(kernel)
+    row[Row.UNITS], row[Row.UNITS_PER], row[Row.COUNT] = units, units_per, int(count)
+    row[Row.GRAIN], row[Row.BARRIER] = grain, 1
+    row[Row.ARGS : Row.ARGS + len(args)] = args
+    return row
+
+
+def row_quantize(x_off: int, x_stride: int, n_cols: int, q_off: int, count: int = Env.N_TOKENS) -> list[int]:
+    """Writes the records of (count, n_cols) float32 at `x_off` to `q_off`, `activation_bytes(n_cols)` apart.
+
+    Offsets into the workspace; strides in bytes. A unit is a token.
+    """
+    args = [x_off, x_stride, n_cols, q_off, activation_bytes(n_cols)]
+    return _row("quantize:quantize", 1, 1, count, max(1, 4096 // n_cols), args)
+
+
+def linear_kernel(format: str) -> str:
+    """Name, for `compiler`, of the kernel of `row_linear` and `row_gated` for a packed format."""
+    return f"linear_kernels:linear_{format.lower()}"
+
+
+def row_linear(
+    packed: Packed,
+    x_off: int,
+    x_stride: int,
+    y_off: int,
+    y_stride: int,
+    bias_address: int = 0,
+    residual_off: int = -1,
+    residual_stride: int = 0,
+    count: int = Env.N_TOKENS,
+    to_logits: bool = False,
+) -> list[int]:
+    """y = x @ W.T + bias + residual for (count, n_cols) activations: float32 if `is_float(packed.format)`, else records.
+
+    Offsets into the workspace, strides in bytes. Rows of y and of the residual must have room for whole groups of 16
+    columns, except with `to_logits`: then y is `Env.LOGITS`, rows of n_rows float32 without gaps. The residual may be y.
+    """
+    units = -(-packed.n_groups // 2)
+    y = (-1, 4 * packed.n_rows) if to_logits else (y_off, y_stride)
+    return _linear(packed, None, units, (x_off, x_stride), y, count, bias_address, residual_off, residual_stride, 0)
+
+
+def row_gated(
+    gate: Packed,
+    up: Packed,
+    x_off: int,
+    x_stride: int,
+    y_off: int,
+    y_stride: int,
+    activation: str = "silu",
+    count: int = Env.N_TOKENS,
+) -> list[int]:
+    """y = activation(x @ gate.T) * (x @ up.T), "silu" or "gelu" (tanh form), else as `row_linear`.
+
+    Raises:
+        UnsupportedError: the two have different formats or shapes (`can_gate` tells before).
+    """
+    if not can_gate(gate, up):
+        raise UnsupportedError(f"gate ({gate.format}) and up ({up.format}) projections do not fit into one kernel")
+    kind = ACTIVATIONS[activation]
+    return _linear(gate, up, gate.n_groups, (x_off, x_stride), (y_off, y_stride), count, 0, -1, 0, kind)
+
+
+def can_gate(gate: Packed, up: Packed) -> bool:
+    """Whether `row_gated` can do these two in one pass."""
+    return (gate.format, gate.n_rows, gate.n_cols) == (up.format, up.n_rows, up.n_cols)
+
+
+def _linear(
+    packed: Packed,
+    second: Packed | None,
+    units: int,
+    x: tuple[int, int],
+    y: tuple[int, int],
+    count: int,
+    bias: int,
+    residual: int,
+    residual_stride: int,
+    activation: int,
+) -> list[int]:
+    args = [0] * len(Arg)
+    args[Arg.WEIGHTS], args[Arg.SECOND] = packed.address, second.address if second else 0
+    args[Arg.GROUP_BYTES], args[Arg.N_GROUPS], args[Arg.N_UNITS] = packed.group_bytes, packed.n_groups, packed.n_units
+    args[Arg.X], args[Arg.X_STRIDE] = x
+    args[Arg.Y], args[Arg.Y_STRIDE] = y
+    args[Arg.N_ROWS], args[Arg.BIAS], args[Arg.ACTIVATION] = packed.n_rows, bias, activation
+    args[Arg.RESIDUAL], args[Arg.RESIDUAL_STRIDE] = residual, residual_stride
+    tokens = min(_MAX_TOKENS, max(32, _CACHE // x[1] // 8 * 8))
+    grain = max(1, _GRAIN // (2 * packed.group_bytes))
+    return _row(linear_kernel(packed.format), units, tokens, count, grain, args)
+
+
+def row_embed(
+    packed: Packed, y_off: int, y_stride: int, by: str = "tokens", offset: int = 0, scale: float = 1.0
+) -> list[int]:
+    """y = rows of the matrix times `scale`, chosen by `Env.TOKENS` or by `Env.POSITIONS` plus `offset`. (T, n_cols)
+
+    Offsets into the workspace, strides in bytes. A unit is a token. Values are those of `QTensor.dequantize`.
+    """
+    ids = {"tokens": Env.TOKENS, "positions": Env.POSITIONS}[by]
+    bits = int(np.float32(scale).view(np.int32))
+    args = [packed.address, packed.group_bytes, packed.n_cols, int(ids), offset, y_off, y_stride, bits]
+    return _row(f"embed_kernels:embed_{packed.format.lower()}", 1, 1, Env.N_TOKENS, 4, args)

@@ -1,0 +1,145 @@
+"""Matrix products of packed weights with activation records: one kernel for each format, from one body.
+
+A unit of work is up to UNITS_PER tokens times two groups of 16 rows: neighbours of one matrix, or the same group of the
+gate and the up projection, whose activation and product are then part of it. One token is multiplied straight from the
+packed weights. More tokens: eight blocks at a time are unpacked to a slab on the stack, and all tokens go over it.
+
+`linear` builds the rows of the op table for these kernels.
+"""
+
+from __future__ import annotations
+
+from numba import njit
+
+from edgelm.kernels.abi import WORD, Env, Row
+from edgelm.kernels.linear import Arg
+from edgelm.kernels.records import RECORD
+from edgelm.kernels.simd import (
+    add_f32,
+    load_f32,
+    load_f32x16,
+    load_i64,
+    mul_f32,
+    splat_f32,
+    store,
+)
+from edgelm.kernels.tiles import MAX_SLAB_BYTES, SLAB, Code, call_function, linear_code, scratch
+from edgelm.kernels.vector_math import gelu_f32, silu_f32
+
+MAX_TOKENS = 128  # of a unit
+ROW = 64  # bytes of 16 float32
+PAIR = 2 * ROW
+SLAB_SCRATCH, OUT_SCRATCH = 2 * MAX_SLAB_BYTES, MAX_TOKENS * PAIR
+(
+    _WEIGHTS, _SECOND, _GROUP_BYTES, _N_GROUPS, _N_UNITS, _X, _X_STRIDE, _Y, _Y_STRIDE, _N_ROWS, _BIAS, _RESIDUAL,
+    _RESIDUAL_STRIDE, _ACTIVATION,
+) = (WORD * (Row.ARGS + arg) for arg in Arg)  # fmt: skip
+_WORKSPACE, _LOGITS, _COUNT, _UNITS, _UNITS_PER = (
+    WORD * field for field in (Env.WORKSPACE, Env.LOGITS, Row.COUNT, Row.UNITS, Row.UNITS_PER)
+)
+_DIRECT, _UNPACK, _TILES, _TOKENS, _BLOCKS, _UNIT_BYTES, _SLAB_BLOCK_BYTES, _FACTOR = (
+    WORD * field
+    for field in (
+        Code.DIRECT, Code.UNPACK, Code.TILES, Code.TOKENS, Code.BLOCKS, Code.UNIT_BYTES,
+        Code.SLAB_BLOCK_BYTES, Code.FACTOR,
+    )
+)  # fmt: skip
+
+
+@njit
+def products(code, first, second, n_units, records, stride, n_tokens, slab, out):
+    """Sums of two groups at `first` and `second` with `n_tokens` records, as (token, 2, 16) float32 at `out`."""
+    if n_tokens == 1:
+        call_function(load_i64(code + _DIRECT), first, n_units, records, out)
+        call_function(load_i64(code + _DIRECT), second, n_units, records, out + ROW)
+        return
+    zero = splat_f32(0.0)
+    for i in range(0, n_tokens * PAIR, ROW):
+        store(out + i, zero)
+    unit_blocks, unit_bytes = load_i64(code + _BLOCKS), load_i64(code + _UNIT_BYTES)
+    unpack, slab_bytes = load_i64(code + _UNPACK), SLAB * load_i64(code + _SLAB_BLOCK_BYTES)
+    n_blocks = n_units * unit_blocks
+    for block in range(0, n_blocks, SLAB):
+        n = min(SLAB, n_blocks - block)
+        offset = block // unit_blocks * unit_bytes
+        call_function(unpack, first + offset, n, slab)
+        call_function(unpack, second + offset, n, slab + slab_bytes)
+        t = 0
+        for size in range(0, 24, 8):
+            tile, tokens = load_i64(code + _TILES + size), load_i64(code + _TOKENS + size)
+            while t + tokens <= n_tokens:
+                record = records + t * stride + block * RECORD
+                call_function(tile, slab, slab_bytes, n, record, stride, out + t * PAIR, PAIR)
+                t += tokens
+
+
+@njit
+def finish(value, n, y, bias, residual):
+    """Stores the first `n` of 16 results, plus 16 float32 at `bias` and at `residual` (0: none), to `y`."""
+    if n >= 16:
+        if bias != 0:
+            value = add_f32(value, load_f32x16(bias))
+        if residual != 0:
+            value = add_f32(value, load_f32x16(residual))
+        store(y, value)
+        return
+    rest = scratch(64)
+    store(rest, value)
+    for i in range(0, 4 * n, 4):
+        single = load_f32(rest + i)
+        if bias != 0:
+            single += load_f32(bias + i)
+        if residual != 0:
+            single += load_f32(residual + i)
+        store(y + i, single)
+
+
+@njit
+def units(code, op, env, begin, end):
+    """The body of a kernel: units `begin` to `end` of the operation `op`. code: address of a `tiles.Code`."""
+    workspace, n_all = load_i64(env + _WORKSPACE), load_i64(env + load_i64(op + _COUNT) * WORD)
+    units_per_chunk, chunk_tokens = load_i64(op + _UNITS), load_i64(op + _UNITS_PER)
+    weights, up = load_i64(op + _WEIGHTS), load_i64(op + _SECOND)
+    group_bytes, n_groups, n_units = load_i64(op + _GROUP_BYTES), load_i64(op + _N_GROUPS), load_i64(op + _N_UNITS)
+    n_rows, bias, activation = load_i64(op + _N_ROWS), load_i64(op + _BIAS), load_i64(op + _ACTIVATION)
+    x_stride, y_stride = load_i64(op + _X_STRIDE), load_i64(op + _Y_STRIDE)
+    x, y = workspace + load_i64(op + _X), load_i64(op + _Y)
+    y = load_i64(env + _LOGITS) if y < 0 else workspace + y
+    residual, residual_stride = load_i64(op + _RESIDUAL), load_i64(op + _RESIDUAL_STRIDE)
+    residual = residual + workspace if residual >= 0 else 0
+    slab, out = scratch(SLAB_SCRATCH), scratch(OUT_SCRATCH)
+    power = splat_f32(load_f32(code + _FACTOR))
+    for unit in range(begin, end):
+        chunk = unit // units_per_chunk
+        group = unit - chunk * units_per_chunk
+        first_token = chunk * chunk_tokens
+        n_tokens = min(chunk_tokens, n_all - first_token)
+        if up != 0:
+            first, second = weights + group * group_bytes, up + group * group_bytes
+        else:
+            group *= 2
+            first = weights + group * group_bytes
+            second = first + group_bytes if group + 1 < n_groups else first
+        products(code, first, second, n_units, x + first_token * x_stride, x_stride, n_tokens, slab, out)
+        column, left = group * ROW, n_rows - group * 16
+        for t in range(n_tokens):
+            low, high = mul_f32(load_f32x16(out + t * PAIR), power), mul_f32(load_f32x16(out + t * PAIR + ROW), power)
+            target = y + (first_token + t) * y_stride + column
+            if up != 0:
+                gated = mul_f32(silu_f32(low) if activation == 1 else gelu_f32(low), high)
+                finish(gated, left, target, 0, 0)
+            else:
+                b = bias + column if bias != 0 else 0
+                r = residual + (first_token + t) * residual_stride + column if residual != 0 else 0
+                finish(low, left, target, b, r)
+                if left > 16:
+                    b, r = b + ROW if b != 0 else 0, r + ROW if r != 0 else 0
+                    finish(high, left - 16, target + ROW, b, r)
+
+
+def linear_q4_1(op, env, begin, end):
+    units(linear_code("Q4_1"), op, env, begin, end)
+
+
+def linear_q8_0(op, env, begin, end):
+    units(linear_code("Q8_0"), op, env, begin, end)

@@ -1,0 +1,372 @@
+"""Generators of the innermost code: for each format and machine a few functions in LLVM's language.
+
+    direct   16 rows x 1 token, straight from packed weights
+    unpack   packed weights to a slab: eight int8 vectors, scales and minima of each block, ready to multiply
+    tile     32 rows x several tokens, from two slabs
+    embed    one row of packed weights as float32
+    pack     16 rows of a file to packed weights
+
+For every row and token, `direct` and `tile` do the same operations in the same order, so that the number of tokens in a
+call changes no bit of the result:
+
+    one scale    acc = fma(float(sum of q * x), scale * d, acc)
+    two scales   acc = fma(fma(float(sum1), scale1, float(sum0) * scale0), d, acc)
+    minima       acc = fma(minimum, d * sum of x, acc), after that
+
+where d is the scale of the activations' block.
+
+Knows formats as `blocks.Blocks`, machines as `isa.Isa`, activations as the record of `quantize`.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from functools import partial
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from edgelm.kernels import block_formats  # noqa: F401  (defines them)
+from edgelm.kernels import isa as isas
+from edgelm.kernels.blocks import BLOCKS, CHUNKS, Blocks, Int, at
+from edgelm.kernels.emit import F32, I8, I32, I64, F32x16, I8x64, I32x16, emit_fma, load_at, spread, store_at
+from edgelm.kernels.isa import Form, Isa
+from edgelm.kernels.records import (
+    OFFSET,
+    OFFSET_HIGH,
+    OFFSET_LOW,
+    RECORD,
+    SCALE,
+    SCALED_SUM,
+    SCALED_SUM_HIGH,
+    SCALED_SUM_LOW,
+)
+
+Value = ir.Value
+ROW = 64  # bytes of 16 float32
+SLAB = 8  # blocks that are unpacked at a time: they stay in the first-level cache
+
+
+def slab_block_bytes(fmt: Blocks) -> int:
+    """Bytes of a block in a slab: quants, scales, minima."""
+    return 64 * (CHUNKS + fmt.halves * (2 if fmt.minimum else 1))
+
+
+MAX_SLAB_BYTES = SLAB * 64 * (CHUNKS + 4)
+
+
+# --- one block
+
+
+class _Tile:
+    """Accumulators of `groups` x `tokens` vectors of 16 rows, in registers."""
+
+    def __init__(self, context: Any, b: ir.IRBuilder, fmt: Blocks, groups: int, tokens: int) -> None:
+        self.context, self.b, self.fmt = context, b, fmt
+        self.isa: Isa = isas.select(context)
+        self.form: Form = fmt.form(self.isa)
+        zero = ir.Constant(F32x16, None)
+        self.acc = [[cgutils.alloca_once_value(b, zero) for _ in range(tokens)] for _ in range(groups)]
+
+    def add_block(self, weights: list[Any], scales: list[Any], minima: list[Any], records: list[Value]) -> None:
+        """Adds the products of one block. weights[group](chunk), scales[group][half], minima[group][half]."""
+        b, fmt = self.b, self.fmt
+        halves, per_half = fmt.halves, CHUNKS // fmt.halves
+        groups = range(len(weights))
+        fields = (OFFSET,) if halves == 1 else (OFFSET_LOW, OFFSET_HIGH)
+        sums = {}
+        for half in range(halves):
+            for t, record in enumerate(records):
+                for g in groups:
+                    sums[g, t] = self.isa.start(b, record, fields[half], self.form, fmt.bits, fmt.zero)
+            for chunk in range(half * per_half, (half + 1) * per_half):
+                w = [weights[g](chunk) for g in groups]
+                for t, record in enumerate(records):
+                    x = self.isa.input(b, record, chunk)
+                    for g in groups:
+                        sums[g, t] = self.isa.step(b, sums[g, t], w[g], x, self.form, fmt.bits)
+            for t in range(len(records)):
+                for g in groups:
+                    sums[g, t, half] = b.sitofp(self.isa.end(b, sums[g, t]), F32x16)
+        for t, record in enumerate(records):
+            d = self._float(record, SCALE)
+            for g in groups:
+                self._add(g, t, [sums[g, t, half] for half in range(halves)], scales[g], minima[g], d, record)
+
+    def _add(self, g: int, t: int, sums: list, scales: list, minima: list, d: Value, record: Value) -> None:
+        b, acc = self.b, self.b.load(self.acc[g][t])
+        if len(sums) == 1:
+            acc = self._fma(sums[0], b.fmul(scales[0], d), acc)
+        else:
+            acc = self._fma(self._fma(sums[1], scales[1], b.fmul(sums[0], scales[0])), d, acc)
+        fields = (SCALED_SUM,) if len(sums) == 1 else (SCALED_SUM_LOW, SCALED_SUM_HIGH)
+        for minimum, field in zip(minima, fields, strict=False):
+            acc = self._fma(minimum, self._float(record, field), acc)
+        b.store(acc, self.acc[g][t])
+
+    def _float(self, record: Value, field: int) -> Value:
+        return spread(self.b, load_at(self.b, at(self.b, record, field), F32, 4), F32x16)
+
+    def _fma(self, x: Value, y: Value, z: Value) -> Value:
+        return emit_fma(self.context, self.b, x, y, z)
+
+
+def _vectors(b: ir.IRBuilder, values: list[Value]) -> Any:
+    return lambda chunk: values[chunk]
+
+
+# --- the functions
+
+
+def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) -> None:
+    """(weights, n_units, record, out): the products of a packed group with one record, 16 float32, to `out`."""
+    weights, n_units, record, out = args
+    tile = _Tile(context, b, blocks, 1, 1)
+    with cgutils.for_range(b, n_units, intp=I64) as loop:
+        unit = b.add(weights, b.mul(loop.index, I64(blocks.unit_bytes)))
+        records = b.add(record, b.mul(loop.index, I64(RECORD * blocks.blocks)))
+        with cgutils.for_range(b, I64(blocks.blocks), intp=I64) as inner:
+            block = inner.index
+            scales, minima = blocks.scales(context, b, unit, block)
+            values = blocks.quants(b, tile.isa, unit, block, tile.form)
+            here = b.add(records, b.mul(block, I64(RECORD)))
+            tile.add_block([_vectors(values)], [scales], [minima], [here])
+    store_at(b, b.load(tile.acc[0][0]), out, 64)
+
+
+def _unpack(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) -> None:
+    """(weights, n_blocks, slab): blocks (whole units) of a packed group on to a slab."""
+    weights, n_blocks, slab = args
+    isa = isas.select(context)
+    with cgutils.for_range(b, n_blocks, intp=I64) as loop:
+        unit, block = _locate(b, blocks, weights, loop.index)
+        target = b.add(slab, b.mul(loop.index, I64(slab_block_bytes(blocks))))
+        _unpack_block(context, b, isa, blocks, unit, block, target, blocks.form(isa))
+
+
+def _locate(b: ir.IRBuilder, blocks: Blocks, weights: Value, index: Value) -> tuple[Value, Value]:
+    """Address of the unit of block `index` of a group, and the number of the block in it."""
+    unit = b.udiv(index, I64(blocks.blocks))
+    return b.add(weights, b.mul(unit, I64(blocks.unit_bytes))), b.sub(index, b.mul(unit, I64(blocks.blocks)))
+
+
+def _unpack_block(context, b, isa, blocks: Blocks, unit, block, target, form) -> None:
+    scales, minima = blocks.scales(context, b, unit, block)
+    for k, vector in enumerate([*blocks.quants(b, isa, unit, block, form), *scales, *minima]):
+        store_at(b, vector, at(b, target, 64 * k), 64)
+
+
+def _tile(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_tokens: int) -> None:
+    """(slab, slab_stride, n_blocks, record, record_stride, out, out_stride): adds products of two groups of rows.
+
+    slab + slab_stride * group: blocks from `unpack`; record + record_stride * token; out + out_stride * token + 64 *
+    group: 16 float32. Strides in bytes.
+    """
+    slab, slab_stride, n_blocks, record, record_stride, out, out_stride = args
+    n_groups = isas.select(context).groups
+    with cgutils.for_range(b, I64(2 // n_groups), intp=I64) as loop:
+        slab = b.add(slab, b.mul(slab_stride, loop.index))
+        out = b.add(out, b.mul(loop.index, I64(ROW)))
+        slabs = [b.add(slab, b.mul(slab_stride, I64(g))) for g in range(n_groups)]
+        records = [b.add(record, b.mul(record_stride, I64(t))) for t in range(n_tokens)]
+        rows = [b.add(out, b.mul(out_stride, I64(t))) for t in range(n_tokens)]
+        outs = [[at(b, row, ROW * g) for row in rows] for g in range(n_groups)]
+        _slab_products(context, b, blocks, slabs, n_blocks, records, outs)
+
+
+def _slab_products(context, b, blocks: Blocks, slabs: list, n_blocks: Value, records: list, outs: list) -> None:
+    tile = _Tile(context, b, blocks, len(slabs), len(records))
+    for accs, addresses in zip(tile.acc, outs, strict=True):
+        for acc, address in zip(accs, addresses, strict=True):
+            b.store(load_at(b, address, F32x16, 64), acc)
+    with cgutils.for_range(b, n_blocks, intp=I64) as loop:
+        step = b.mul(loop.index, I64(slab_block_bytes(blocks)))
+        here = [b.add(slab, step) for slab in slabs]
+        step = b.mul(loop.index, I64(RECORD))
+        tile.add_block(
+            [_loads(b, address) for address in here],
+            [_floats(b, address, CHUNKS, blocks.halves) for address in here],
+            [_floats(b, address, CHUNKS + blocks.halves, blocks.halves * blocks.minimum) for address in here],
+            [b.add(record, step) for record in records],
+        )
+    for accs, addresses in zip(tile.acc, outs, strict=True):
+        for acc, address in zip(accs, addresses, strict=True):
+            store_at(b, b.load(acc), address, 64)
+
+
+def _vectors(values: list[Value]) -> Any:
+    return lambda chunk: values[chunk]
+
+
+def _loads(b: ir.IRBuilder, slab: Value) -> Any:
+    return lambda chunk: load_at(b, at(b, slab, 64 * chunk), I8x64, 64)
+
+
+def _floats(b: ir.IRBuilder, slab: Value, first: int, n: int) -> list[Value]:
+    return [load_at(b, at(b, slab, 64 * (first + i)), F32x16, 64) for i in range(n)]
+
+
+def _embed(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) -> None:
+    """(weights, n_blocks, lane, out, scale): row `lane` of a packed group as float32; scale: bits of a float32."""
+    weights, n_blocks, lane, out, scale = args
+    isa, form = isas.select(context), Form.SIGNED if blocks.zero else Form.LOW
+    slab = _stack(b, slab_block_bytes(blocks))
+    own = b.add(slab, b.mul(lane, I64(4)))
+    factor = spread(b, b.bitcast(b.trunc(scale, I32), F32), F32x16)
+    with cgutils.for_range(b, n_blocks, intp=I64) as loop:
+        _unpack_block(context, b, isa, blocks, *_locate(b, blocks, weights, loop.index), slab, form)
+        target = b.add(out, b.mul(loop.index, I64(128)))
+        for half in range(2):
+            words = ir.Constant(ir.VectorType(I32, 4), ir.Undefined)
+            for i in range(4):
+                words = b.insert_element(words, load_at(b, at(b, own, 64 * (4 * half + i)), I32, 4), I32(i))
+            integers = b.bitcast(words, ir.VectorType(I8, 16))
+            integers = (b.sext if form is Form.SIGNED else b.zext)(integers, I32x16)
+            which = half if blocks.halves == 2 else 0
+            value = b.fmul(b.sitofp(integers, F32x16), _lane(b, own, CHUNKS + which))
+            if blocks.minimum:
+                value = b.fadd(value, _lane(b, own, CHUNKS + blocks.halves + which))
+            store_at(b, b.fmul(value, factor), at(b, target, 64 * half))
+
+
+def _stack(b: ir.IRBuilder, n_bytes: int) -> Value:
+    """Address of uninitialised memory on the stack (`cgutils.alloca_once` would fill it with zeros, for minutes)."""
+    with b.goto_entry_block():
+        memory = b.alloca(ir.ArrayType(I8, n_bytes))
+        memory.align = 64
+        return b.ptrtoint(memory, I64)
+
+
+def _lane(b: ir.IRBuilder, own: Value, k: int) -> Value:
+    return spread(b, load_at(b, at(b, own, 64 * k), F32, 4), F32x16)
+
+
+def _pack(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) -> None:
+    """(source, row_bytes, n_rows, n_blocks, target): rows of a file, at most 16, to a packed group."""
+    source, row_bytes, n_rows, n_blocks, target = args
+    with cgutils.for_range(b, n_blocks, intp=I64) as loop:
+        unit, block = _locate(b, blocks, target, loop.index)
+        place = b.udiv(loop.index, I64(blocks.file_blocks))
+        part = b.sub(loop.index, b.mul(place, I64(blocks.file_blocks)))
+        place = b.add(source, b.mul(place, I64(blocks.file_bytes)))
+        with cgutils.for_range(b, n_rows, intp=I64) as inner:
+            row = b.add(place, b.mul(inner.index, row_bytes))
+            blocks.pack(*(Int(b, value) for value in (row, part, unit, block, inner.index)))
+
+
+# --- the way to them from Numba
+
+
+def _function(context: Any, module: ir.Module, name: str, n_args: int, emit: Any) -> ir.Function:
+    """A function of int64 arguments in `module`: apart, as LLVM takes minutes over one that has everything in it."""
+    found = module.globals.get(name)
+    if found is None:
+        found = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * n_args), name)
+        found.linkage = "internal"
+        found.attributes.add("noinline")
+        found.attributes.add("nounwind")
+        b = ir.IRBuilder(found.append_basic_block())
+        emit(context, b, list(found.args))
+        b.ret_void()
+    return found
+
+
+def _address_of(emit: Any, n_args: int, *numbers: int) -> Any:
+    """An intrinsic of one format's name (a literal) that returns the address of what `emit` emits for it."""
+
+    @intrinsic(prefer_literal=True)
+    def address(typingctx, fmt):
+        if not isinstance(fmt, types.StringLiteral):
+            return None
+        blocks = BLOCKS[fmt.literal_value]
+
+        def codegen(context, b, sig, args):
+            def body(context, b, args):
+                emit(context, b, blocks, args, *numbers)
+
+            name = ".".join(["edgelm", emit.__name__, blocks.name, *map(str, numbers)])
+            return b.ptrtoint(_function(context, b.module, name, n_args, body), I64)
+
+        return types.int64(fmt), codegen
+
+    return address
+
+
+embed_code = _address_of(_embed, 5)
+pack_code = _address_of(_pack, 5)
+
+
+class Code(IntEnum):
+    """Fields, int64 each, of what the body of a linear kernel knows of its format."""
+
+    DIRECT = 0  # addresses of functions
+    UNPACK = 1
+    TILES = 2  # three, of fewer and fewer tokens, and their numbers of tokens, the last 1
+    TOKENS = 5
+    BLOCKS = 8  # of a unit
+    UNIT_BYTES = 9
+    SLAB_BLOCK_BYTES = 10
+    FACTOR = 11  # of the sums: a power of two, as the bits of a float32
+    SIZE = 12
+
+
+@intrinsic(prefer_literal=True)
+def linear_code(typingctx, fmt):
+    """Address of the `Code` of a format."""
+    if not isinstance(fmt, types.StringLiteral):
+        return None
+    blocks = BLOCKS[fmt.literal_value]
+
+    def codegen(context, b, sig, args):
+        def function(emit, n_args, *numbers):
+            name = ".".join(["edgelm", emit.__name__, blocks.name, *map(str, numbers)])
+            body = partial(_emit, emit, blocks, numbers)
+            return _function(context, b.module, name, n_args, body).ptrtoint(I64)
+
+        isa = isas.select(context)
+        fields = [I64(0)] * Code.SIZE
+        fields[Code.DIRECT], fields[Code.UNPACK] = function(_direct, 4), function(_unpack, 3)
+        for i, tokens in enumerate(isa.tokens):
+            fields[Code.TILES + i], fields[Code.TOKENS + i] = function(_tile, 7, tokens), I64(tokens)
+        fields[Code.BLOCKS], fields[Code.UNIT_BYTES] = I64(blocks.blocks), I64(blocks.unit_bytes)
+        fields[Code.SLAB_BLOCK_BYTES] = I64(slab_block_bytes(blocks))
+        factor = np.float32(blocks.factor(blocks.form(isa)))
+        fields[Code.FACTOR] = I64(int(factor.view(np.int32)))
+        array = ir.Constant(ir.ArrayType(I64, len(fields)), fields)
+        table = cgutils.global_constant(b, f"edgelm.code.{blocks.name}", array)
+        return b.ptrtoint(table, I64)
+
+    return types.int64(fmt), codegen
+
+
+def _emit(emit: Any, blocks: Blocks, numbers: tuple, context: Any, b: ir.IRBuilder, args: list[Value]) -> None:
+    emit(context, b, blocks, args, *numbers)
+
+
+@intrinsic
+def call_function(typingctx, function, *args):
+    """Calls a function of int64 arguments by its address."""
+
+    def codegen(context, b, sig, args):
+        values = cgutils.unpack_tuple(b, args[1])
+        type_ = ir.FunctionType(ir.VoidType(), [I64] * len(values))
+        b.call(b.inttoptr(args[0], type_.as_pointer()), values)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.StarArgTuple([types.int64] * len(args))), codegen
+
+
+@intrinsic(prefer_literal=True)
+def scratch(typingctx, n_bytes):
+    """Address of `n_bytes` (a literal) on the stack, at a multiple of 64; good until the kernel returns."""
+    if not isinstance(n_bytes, types.IntegerLiteral):
+        return None
+
+    def codegen(context, b, sig, args):
+        return _stack(b, n_bytes.literal_value)
+
+    return types.int64(n_bytes), codegen
