@@ -156,7 +156,7 @@ class Config:
         "hidden_activation", "hidden_activation|hidden_act|activation_function", default="silu", parse=_activation
     )
     causal: bool = key("attention.causal", "is_causal", default=True)
-    pooling: str = key("pooling_type", default="none", parse=_pooling)
+    pooling: str = key("pooling_type", "pooling_type", default="none", parse=_pooling)
     n_token_types: int = key("tokenizer.ggml.token_type_count", "type_vocab_size", default=0, low=0, high=1 << 16)
     attention_scale: float = key(
         "attention.scale",

@@ -183,7 +183,7 @@ VARIANTS: dict[str, Variant] = {
         "phi3", {**_PHI3, "rope_parameters": _LONGROPE, "original_max_position_embeddings": 64}, _SPM, n_ctx=64
     ),
     "bert-mean": Variant("bert", _BERT, ("wordpiece", ""), ("token_types.weight",)),
-    "bert-cls": Variant("bert", {**_BERT, "pooling": 2}, ("wordpiece", ""), ("token_types.weight",)),
+    "bert-cls": Variant("bert", {**_BERT, "pooling_type": 2}, ("wordpiece", ""), ("token_types.weight",)),
 }
 ALL = tuple(VARIANTS)
 # The names that Hugging Face used before it agreed on those of COMMON.
@@ -263,7 +263,10 @@ def tiny(name: str, *, fmt: str = "F32", folder: Path, n_layers: int = 2, **over
     name = name if name in VARIANTS else next(v for v in ALL if VARIANTS[v].arch == name)
     format = by_name(fmt)
     if format.block > 32:
-        overrides = {"hidden_size": 256, "intermediate_size": 512, **overrides}
+        heads = {"num_attention_heads": 16}
+        if VARIANTS[name].hf.get("num_key_value_heads") == COMMON["num_attention_heads"]:
+            heads["num_key_value_heads"] = 16
+        overrides = {"hidden_size": 256, "intermediate_size": 512, **heads, **overrides}
     hf = hf_config(name, n_layers, **overrides)
     config = Config.from_hf(hf)
     weights = {

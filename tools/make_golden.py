@@ -1,9 +1,11 @@
 """Write tests/golden/NAME.npz: what `transformers` computes for every tiny model of tests/tiny.py.
 
     python tools/make_golden.py [NAME ...]          in an environment with torch, transformers, gguf and NumPy
+    python tools/make_golden.py FOLDER/minilm       all-MiniLM-L6-v2 as its Hugging Face folder
 
 Weights are not stored: both sides make them from their names. Each file holds the tokens of one text and the float32
-logits (for encoders: hidden states) that the model gives at some positions of it.
+logits (for encoders: hidden states) that the model gives at some positions of it; minilm.npz the tokens of three texts
+and their sentence embeddings.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def golden(name: str) -> dict[str, np.ndarray]:
 
     hf = tiny.hf_config(name)
     config = Config.from_hf(hf)
-    settings = {key: value for key, value in hf.items() if key not in ("architectures", "model_type", "pooling")}
+    settings = {key: value for key, value in hf.items() if key not in ("architectures", "model_type", "pooling_type")}
     hf_config = transformers.AutoConfig.for_model(hf["model_type"], **settings, attn_implementation="eager")
     hf_config.bos_token_id = hf_config.eos_token_id = None
     model: Any = getattr(transformers, hf["architectures"][0])(hf_config).eval().float()
@@ -55,11 +57,34 @@ def golden(name: str) -> dict[str, np.ndarray]:
     }
 
 
+TEXTS = ("The capital of France is Paris.", "Paris is where the French government sits.", "A recipe for onion soup.")
+
+
+def embeddings(path: Path) -> dict[str, np.ndarray]:
+    """Of each of TEXTS its tokens (padded with -1) and its normalised mean embedding, by the model in a folder."""
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    model = transformers.AutoModel.from_pretrained(path, attn_implementation="eager").eval().float()
+    rows = [tokenizer(text)["input_ids"] for text in TEXTS]
+    tokens = np.full((len(rows), max(map(len, rows))), -1, np.int32)
+    means = []
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+        with torch.no_grad():
+            mean = model(torch.tensor([row])).last_hidden_state[0].mean(0).numpy()
+        means.append(mean / np.linalg.norm(mean))
+    return {"tokens": tokens, "embeddings": np.array(means, np.float32)}
+
+
 def main(names: list[str]) -> None:
     folder = ROOT / "tests" / "golden"
     folder.mkdir(exist_ok=True)
     for name in names or tiny.ALL:
-        np.savez_compressed(folder / f"{name}.npz", **golden(name))
+        made = golden(name) if name in tiny.ALL else embeddings(Path(name))
+        name = name if name in tiny.ALL else "minilm"
+        np.savez_compressed(folder / f"{name}.npz", **made)
         print(f"{name}: {(folder / f'{name}.npz').stat().st_size} bytes")
 
 
