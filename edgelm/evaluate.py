@@ -23,7 +23,8 @@ from .errors import FormatError, UsageError
 from .tokenizer import Tokenizer
 
 _MAX_LOGIT_BYTES = 64 << 20  # of one forward pass, per model
-_BLOCK = 1 << 18  # logits scored at once: what stays in a core's cache
+_BLOCK = 1 << 16  # logits scored at once: what stays in a core's cache, and is not fetched anew from the system
+_ROWS = 8
 
 
 class Runner(Protocol):
@@ -172,9 +173,9 @@ def _chunk_scores(chunk: NDArray[np.int64], model: Evaluated, against: Evaluated
         logits = next(rows)
         base = None if base_rows is None else next(base_rows)
         targets = chunk[start + 1 : start + 1 + len(logits)]
-        n = max(1, _BLOCK // logits.shape[1])
-        for at in range(0, len(logits), n):
-            yield score(logits[at : at + n], targets[at : at + n], None if base is None else base[at : at + n])
+        for at in range(0, len(logits), _ROWS):
+            rows_here = slice(at, at + _ROWS)
+            yield score(logits[rows_here], targets[rows_here], None if base is None else base[rows_here])
 
 
 def _rows_at_once(model: Evaluated) -> int:
@@ -199,41 +200,47 @@ def _logits(model: Evaluated, chunk: NDArray[np.int64], first: int, step: int) -
         sequence.release()
 
 
-def score(
-    logits: NDArray[np.float32], targets: NDArray[np.int64], base: NDArray[np.float32] | None = None
-) -> Scores:
+@np.errstate(invalid="ignore")
+def score(logits: NDArray[np.float32], targets: NDArray[np.int64], base: NDArray[np.float32] | None = None) -> Scores:
     """Scores of some rows: exponentials in float32, everything that is summed in float64.
 
     Args:
         logits: (n, vocabulary) of the model.
         targets: (n,) the tokens that came.
         base: (n, vocabulary) of the reference model.
+
+    Raises:
+        FormatError: a model computed NaN.
     """
-    shifted, _, log_sum = _softmax(logits)
-    at = np.arange(len(logits)), targets
-    nll = log_sum - shifted[at]
-    none = np.zeros(0)
-    if base is None:
-        return Scores(nll, none, none, none)
-    base_shifted, base_weights, base_log_sum = _softmax(base)
-    # KL = sum p (log p - log q): only the differences of the logits depend on the token
-    terms = np.zeros_like(base_weights)
-    np.subtract(base_shifted, shifted, out=terms, where=base_weights > 0)
-    terms *= base_weights
-    kl = terms.sum(axis=1, dtype=np.float64) / np.exp(base_log_sum) + log_sum - base_log_sum
+    n, at = len(logits), (np.arange(len(logits)), targets)
+    top = logits.max(axis=1, keepdims=True)
+    base_top = None if base is None else base.max(axis=1, keepdims=True)
+    sums, base_sums, products = np.zeros(n), np.zeros(n), np.zeros(n)
+    width = max(1, _BLOCK // n)
+    for begin in range(0, logits.shape[1], width):
+        columns = slice(begin, begin + width)
+        x = logits[:, columns] - top
+        sums += np.exp(x).sum(axis=1, dtype=np.float64)
+        if base is not None and base_top is not None:
+            base_x = base[:, columns] - base_top
+            p = np.exp(base_x)
+            base_sums += p.sum(axis=1, dtype=np.float64)
+            x = base_x - x  # KL = sum p (log p - log q), and but for two constants log p - log q is this
+            x *= p
+            products += (x if x.min() > -math.inf else np.where(p > 0, x, 0)).sum(axis=1, dtype=np.float64)
+    nll = np.log(sums) - (logits[at] - top[:, 0])
+    if base is None or base_top is None:
+        return _checked(Scores(nll, *np.zeros((3, 0))))
+    base_nll = np.log(base_sums) - (base[at] - base_top[:, 0])
+    kl = products / base_sums + np.log(sums) - np.log(base_sums)
     same = logits.argmax(axis=1) == base.argmax(axis=1)
-    return Scores(nll, base_log_sum - base_shifted[at], kl, same.astype(np.float64))
+    return _checked(Scores(nll, base_nll, kl, same.astype(np.float64)))
 
 
-@np.errstate(invalid="ignore")
-def _softmax(logits: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float64]]:
-    """(logits minus their maximum, exponentials of that, logarithms of their sums) by row."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    weights = np.exp(shifted)
-    sums = weights.sum(axis=1, dtype=np.float64)
-    if not np.isfinite(sums).all():
+def _checked(scores: Scores) -> Scores:
+    if any(np.isnan(getattr(scores, field.name)).any() for field in dataclasses.fields(scores)):
         raise FormatError("the model computed a logit that is not a number; its file is probably damaged")
-    return shifted, weights, np.log(sums)
+    return scores
 
 
 def summarise(scores: Scores, n_chunks: int, n_ctx: int) -> EvalReport:
