@@ -243,12 +243,13 @@ def _checked(scores: Scores) -> Scores:
     return scores
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def summarise(scores: Scores, n_chunks: int, n_ctx: int) -> EvalReport:
     """The report of all scored tokens."""
     nll, stderr = _mean(scores.nll)
     own = EvalReport(
-        perplexity=math.exp(nll),
-        stderr=math.exp(nll) * stderr,
+        perplexity=_exp(nll),
+        stderr=_exp(nll) * stderr,
         n_tokens=len(scores.nll),
         n_chunks=n_chunks,
         n_ctx=n_ctx,
@@ -260,9 +261,9 @@ def summarise(scores: Scores, n_chunks: int, n_ctx: int) -> EvalReport:
     dp = np.exp(-scores.nll) - np.exp(-scores.base_nll)
     return dataclasses.replace(
         own,
-        base_perplexity=math.exp(_mean(scores.base_nll)[0]),
-        ppl_ratio=math.exp(ratio),
-        ppl_ratio_stderr=math.exp(ratio) * ratio_stderr,
+        base_perplexity=_exp(_mean(scores.base_nll)[0]),
+        ppl_ratio=_exp(ratio),
+        ppl_ratio_stderr=_exp(ratio) * ratio_stderr,
         mean_kl=kl,
         mean_kl_stderr=kl_stderr,
         kl_median=float(np.median(scores.kl)),
@@ -277,3 +278,7 @@ def summarise(scores: Scores, n_chunks: int, n_ctx: int) -> EvalReport:
 def _mean(x: NDArray[np.float64]) -> tuple[float, float]:
     """(mean, standard error of the mean)."""
     return float(x.mean()), float(x.std()) / math.sqrt(max(len(x) - 1, 1))
+
+
+def _exp(x: float) -> float:
+    return float(np.exp(x))

@@ -242,6 +242,12 @@ def test_an_impossible_token():
     assert score(np.array([[0.0, -math.inf, 0.0]], np.float32), np.array([0]), base).kl[0] == math.inf
 
 
+def test_a_hopeless_model_has_an_infinite_perplexity():
+    model = Bigram(0)
+    model.table *= 1e5
+    assert perplexity(model, TOKENS, n_ctx=20).perplexity == math.inf
+
+
 def test_a_report_without_a_reference_has_no_empty_figures():
     report = EvalReport(perplexity=2.0, stderr=0.1, n_tokens=5, n_chunks=1, n_ctx=8)
     assert report.to_dict() == {"perplexity": 2.0, "stderr": 0.1, "n_tokens": 5, "n_chunks": 1, "n_ctx": 8}
