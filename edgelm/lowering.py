@@ -32,7 +32,7 @@ class Plan:
 
     Attributes:
         table: int64 (rows, Row.SIZE).
-        names: of the rows, for people.
+        steps: what each row is, for people.
         workspace_bytes: of all values, for the number of tokens that was planned for.
         cap: a table of one row that caps the logits where they lie, if they must be; its workspace is the logits, its
             outputs are `cap_pieces` to each row of them, so that threads can share one.
@@ -40,7 +40,7 @@ class Plan:
     """
 
     table: NDArray[np.int64]
-    names: list[str]
+    steps: list[Step]
     workspace_bytes: int
     cap: NDArray[np.int64] | None
     cap_pieces: int
@@ -156,6 +156,11 @@ class Lowering:
                 return activation, up
         return None
 
+    def _read(self, *linears: Node) -> tuple[str, int]:
+        """What is told about the weights of a step."""
+        names = (node.args["matrix"].tensor.name for node in linears)
+        return " ".join(names), sum(self._packed(node).n_bytes for node in linears)
+
     # --- values ---
 
     def _packed(self, linear: Node) -> Any:
@@ -187,11 +192,11 @@ class Lowering:
 
     def _step(
         self, node: Node, reads: Iterable[Value], row: Callable[..., list[int]], *, reuses: Value | None = None,
-        name: str = "", also: tuple[Value, ...] = (),
+        name: str = "", also: tuple[Value, ...] = (), weights: tuple[str, int] = ("", 0),
     ) -> Value:
         """Appends the step that makes `node`'s value; `row` is called with that value."""
         y = self._new(node)
-        self.steps.append(Step(name or node.kind, tuple(reads), (y, *also), partial(row, y), reuses))
+        self.steps.append(Step(name or node.kind, tuple(reads), (y, *also), partial(row, y), reuses, weights))
         return y
 
     # --- one method for each kind of node ---
@@ -228,13 +233,13 @@ class Lowering:
         if linear is self._result:
             none = Value(OUTPUTS, 0, 0)  # logits are not in the workspace
             row = lambda: self._linear.row_linear(packed, x.offset, x.stride, 0, 0, **options, to_logits=True)  # noqa: E731
-            self.steps.append(Step("logits", (x,), (none,), row))
+            self.steps.append(Step("logits", (x,), (none,), row, weights=self._read(linear)))
             return
         reads = (x,) if residual is None else (x, residual)
         self._step(node, reads, lambda y: self._linear.row_linear(
             packed, x.offset, x.stride, y.offset, y.stride, **options,
             **({} if residual is None else {"residual_off": residual.offset, "residual_stride": residual.stride}),
-        ), reuses=residual, name="linear")
+        ), reuses=residual, name="linear", weights=self._read(linear))
 
     def on_linear(self, node: Node) -> None:
         self._linear_row(node, node, None)
@@ -265,7 +270,7 @@ class Lowering:
         self._step(node, (x,), lambda y: self._linear.row_gated(
             self._packed(gate), self._packed(up), x.offset, x.stride, y.offset, y.stride,
             activation=activation.args["function"], count=COUNTS[node.rows],
-        ), name="gated")
+        ), name="gated", weights=self._read(gate, up))
 
     def _combine(self, node: Node, build: Callable[..., list[int]]) -> None:
         a, b = (self._floats[i] for i in node.inputs)
@@ -359,7 +364,7 @@ def plan(
     levels = np.array([step.level for step in steps])
     table[:, Row.BARRIER] = np.append(levels[1:] != levels[:-1], True)
     place = None if hidden is None else (hidden.offset, hidden.stride)
-    return Plan(table, [step.name for step in steps], n_bytes, *_cap(lowering), place)
+    return Plan(table, steps, n_bytes, *_cap(lowering), place)
 
 
 def _cap(lowering: Lowering) -> tuple[NDArray[np.int64] | None, int]:

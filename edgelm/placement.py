@@ -38,6 +38,7 @@ class Step:
     writes: tuple[Value, ...]
     row: Callable[[], list[int]]
     reuses: Value | None = None  # of `reads`: its place may become that of the first of `writes`
+    weights: tuple[str, int] = ("", 0)  # whose it reads, and how many bytes: for those who measure
     level: int = 0
 
 

@@ -234,8 +234,9 @@ def test_rows_of_a_layer(make: Make) -> None:
     plan = program._plans["f16"]
     layer = ["rms_norm", "linear", "linear", "linear", "store_kv", "attention", "quantize", "linear"]
     feed_forward = ["rms_norm", "gated", "quantize", "linear"]
-    assert plan.names[: 1 + 12] == ["embed", *layer, *feed_forward]
-    assert plan.names[-2:] == ["rms_norm", "logits"]
+    names = [step.name for step in plan.steps]
+    assert names[: 1 + 12] == ["embed", *layer, *feed_forward]
+    assert names[-2:] == ["rms_norm", "logits"]
 
 
 def test_progress_is_told(make: Make) -> None:
