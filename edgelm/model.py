@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -99,7 +99,9 @@ def generate(model: Model | str, prompt: str | Sequence[int], **settings: Any) -
     return (model if isinstance(model, Model) else load(model)).generate(prompt, **settings)
 
 
-def stream_generate(model: Model | str, prompt: str | Sequence[int], **settings: Any) -> Iterator[Response]:
+def stream_generate(
+    model: Model | str, prompt: str | Sequence[int], **settings: Any
+) -> Generator[Response, None, None]:
     """`Model.stream_generate` of a model, or of the one that a source names."""
     return (model if isinstance(model, Model) else load(model)).stream_generate(prompt, **settings)
 
@@ -235,7 +237,7 @@ class Model:
 
     def stream_generate(
         self, prompt: str | Sequence[int], *, progress: Progress | None = None, **settings: Any
-    ) -> Iterator[Response]:
+    ) -> Generator[Response, None, None]:
         """Continues a text, token by token; parameters and errors as for `Session.stream`."""
         return self.session().stream(prompt, progress=progress, **settings)
 
@@ -246,7 +248,7 @@ class Model:
         """
         return "".join(response.text for response in self.stream_generate(prompt, **settings))
 
-    def chat(self, messages: str | Sequence[Message], **settings: Any) -> Iterator[Response]:
+    def chat(self, messages: str | Sequence[Message], **settings: Any) -> Generator[Response, None, None]:
         """Answers a conversation, token by token; parameters and errors as for `Session.chat`.
 
         For a conversation of several turns take `session()`, which keeps what it has computed.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +126,7 @@ class Session:
 
     def stream(
         self, prompt: str | Sequence[int], *, progress: Progress | None = None, **settings: Any
-    ) -> Iterator[Response]:
+    ) -> Generator[Response, None, None]:
         """Continues `prompt`, which is the whole text (not an addition to it), token by token.
 
         Closing the iterator, or an exception such as KeyboardInterrupt, ends the answer; the session can be used on.
@@ -153,7 +153,7 @@ class Session:
         template_kwargs: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
         **settings: Any,
-    ) -> Iterator[Response]:
+    ) -> Generator[Response, None, None]:
         """Answers a conversation, written with the model's own chat template: `stream` of what the template makes.
 
         Give all messages each time; what they have in common with the last answer's is not computed again.
@@ -177,7 +177,7 @@ class Session:
 
     def _begin(
         self, tokens: list[int], dropped: int, request: Request, progress: Progress | None
-    ) -> Iterator[Response]:
+    ) -> Generator[Response, None, None]:
         """Checks everything at once, so that a wrong request fails at the call and not at the first token."""
         self.model.require_logits()
         if not tokens:
@@ -209,24 +209,26 @@ class Session:
         counts: _Counts,
         answer: int,
         progress: Progress | None,
-    ) -> Iterator[Response]:
+    ) -> Generator[Response, None, None]:
         tokenizer = self.model.tokenizer
         ends = tokenizer.eog_ids | self._stop_tokens(request)
         decoder, stops = tokenizer.stream(skip_special=True), StopStrings(request.stop)
-        with self._alone(answer):
-            logits = self._prefill(tokens, counts, progress)
-        if request.max_tokens == 0:  # somebody only wants the prompt in the cache
-            return
         for token in tokens:
             sampler.accept(token)
-        while True:
+        token, finish = -1, None
+        while finish is None:
             with self._alone(answer):
+                if token < 0:
+                    logits = self._prefill(tokens, counts, progress)
+                    if request.max_tokens == 0:  # somebody only wants the prompt in the cache
+                        return
+                else:
+                    logits = self._step(token, request, counts)
                 began = time.perf_counter()
                 token = sampler(logits)
                 sampler.accept(token)
                 counts.generation_tokens += 1
                 text, stopped = stops.push(decoder.flush() if token in ends else decoder.push(token))
-                finish: str | None = None
                 if stopped or token in ends:
                     finish = "stop"
                 elif counts.generation_tokens == request.max_tokens:
@@ -242,15 +244,6 @@ class Session:
                 text, token, own, tuple(best), counts.prompt_tokens, counts.cached_tokens, prompt_tps,
                 counts.generation_tokens, generation_tps, finish, counts.dropped_tokens,
             )  # fmt: skip
-            if finish:
-                return
-            with self._alone(answer):
-                began = time.perf_counter()
-                if len(self._tokens) >= self.n_ctx:
-                    self._shift(request, counts)
-                logits = self._compute([token])[0]
-                counts.steps += 1
-                counts.generation_s += time.perf_counter() - began
 
     def _stop_tokens(self, request: Request) -> frozenset[int]:
         """Stop strings that name a special token: those never appear in the text."""
@@ -281,6 +274,16 @@ class Session:
         counts.prompt_s = time.perf_counter() - began
         if progress is not None:
             progress("prompt", total, total)
+        return logits
+
+    def _step(self, token: int, request: Request, counts: _Counts) -> NDArray[np.float32]:
+        """Adds the token that was chosen, and gives the logits after it."""
+        began = time.perf_counter()
+        if len(self._tokens) >= self.n_ctx:
+            self._shift(request, counts)
+        logits: NDArray[np.float32] = self._compute([token])[0]
+        counts.steps += 1
+        counts.generation_s += time.perf_counter() - began
         return logits
 
     def _compute(self, tokens: Sequence[int], wanted: str = "last") -> NDArray[np.float32]:
