@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 CPUS = Path("/sys/devices/system/cpu")
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def default_threads() -> int:
@@ -41,7 +41,7 @@ def _fast_cores(cpus: set[int]) -> int:
 def _quota() -> int | None:
     """CPUs that the control groups (v2, else v1) let this process use, rounded up; None when unlimited."""
     limits = []
-    for line in (_text(Path("/proc/self/cgroup")) or "").splitlines():
+    for line in (_text(OWN_CGROUP) or "").splitlines():
         _, _, group = line.split(":", 2)
         if line.startswith("0::"):
             folder = CGROUPS / group.lstrip("/")
