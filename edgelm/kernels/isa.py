@@ -59,7 +59,9 @@ class Isa:
     machines: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[frozenset[str], ...]] = ()
     tokens: ClassVar[tuple[int, int, int]] = (4, 2, 1)  # sizes of tiles; the last must be 1
-    groups: ClassVar[int] = 1  # groups of 16 rows in a tile
+    groups: ClassVar[int] = 1  # groups of 16 rows in a tile: 1 or 2
+    float_tokens: ClassVar[tuple[int, int, int]] = (4, 2, 1)  # the same for float32 activations
+    float_groups: ClassVar[int] = 1
     n_parts: ClassVar[int] = 1  # registers that hold 64 bytes
 
     def form(self, bits: int, zero: bool) -> Form:
@@ -117,6 +119,7 @@ class Vnni512(_Bytes):
     needs = (frozenset({"avx512vnni", "avx512bw"}),)
     tokens = (8, 2, 1)
     groups = 1
+    float_tokens, float_groups = (8, 2, 1), 2
     shuffle = "llvm.x86.avx512.pshuf.b.512"
     dot = "llvm.x86.avx512.vpdpbusd.512"
 
@@ -139,6 +142,7 @@ class Vnni256(Vnni512):
     needs = (frozenset({"avxvnni"}), frozenset({"avx512vnni", "avx512vl"}))
     tokens = (4, 2, 1)
     groups = 1
+    float_tokens, float_groups = (4, 2, 1), 1
     n_parts = 2
     shuffle = "llvm.x86.avx2.pshuf.b"
     dot = "llvm.x86.avx512.vpdpbusd.256"

@@ -84,10 +84,11 @@ def row_linear(
     count: int = Env.N_TOKENS,
     to_logits: bool = False,
 ) -> list[int]:
-    """y = x @ W.T + bias + residual for (count, n_cols) activations: float32 if `is_float(packed.format)`, else records.
+    """y = x @ W.T + bias + residual.
 
-    Offsets into the workspace, strides in bytes. Rows of y and of the residual must have room for whole groups of 16
-    columns, except with `to_logits`: then y is `Env.LOGITS`, rows of n_rows float32 without gaps. The residual may be y.
+    x: (count, n_cols) activations, float32 if `is_float(packed.format)`, else records. Offsets into the workspace,
+    strides in bytes. Rows of y and of the residual must have room for whole groups of 16 columns, except with
+    `to_logits`: then y is `Env.LOGITS`, rows of n_rows float32 without gaps. The residual may be y.
     """
     units = -(-packed.n_groups // 2)
     y = (-1, 4 * packed.n_rows) if to_logits else (y_off, y_stride)

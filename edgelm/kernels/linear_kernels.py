@@ -12,8 +12,8 @@ from __future__ import annotations
 from numba import njit
 
 from edgelm.kernels.abi import WORD, Env, Row
+from edgelm.kernels.float_tiles import float_linear_code
 from edgelm.kernels.linear import Arg
-from edgelm.kernels.records import RECORD
 from edgelm.kernels.simd import (
     add_f32,
     load_f32,
@@ -23,7 +23,7 @@ from edgelm.kernels.simd import (
     splat_f32,
     store,
 )
-from edgelm.kernels.tiles import MAX_SLAB_BYTES, SLAB, Code, call_function, linear_code, scratch
+from edgelm.kernels.tiles import MAX_SLAB_BYTES, Code, call_function, linear_code, scratch
 from edgelm.kernels.vector_math import gelu_f32, silu_f32
 
 MAX_TOKENS = 128  # of a unit
@@ -37,11 +37,13 @@ SLAB_SCRATCH, OUT_SCRATCH = 2 * MAX_SLAB_BYTES, MAX_TOKENS * PAIR
 _WORKSPACE, _LOGITS, _COUNT, _UNITS, _UNITS_PER = (
     WORD * field for field in (Env.WORKSPACE, Env.LOGITS, Row.COUNT, Row.UNITS, Row.UNITS_PER)
 )
-_DIRECT, _UNPACK, _TILES, _TOKENS, _BLOCKS, _UNIT_BYTES, _SLAB_BLOCK_BYTES, _FACTOR = (
+(
+    _DIRECT, _UNPACK, _TILES, _TOKENS, _BLOCKS, _UNIT_BYTES, _RECORD_BYTES, _SLAB_BLOCKS, _SLAB_BYTES, _FACTOR,
+) = (
     WORD * field
     for field in (
-        Code.DIRECT, Code.UNPACK, Code.TILES, Code.TOKENS, Code.BLOCKS, Code.UNIT_BYTES,
-        Code.SLAB_BLOCK_BYTES, Code.FACTOR,
+        Code.DIRECT, Code.UNPACK, Code.TILES, Code.TOKENS, Code.BLOCKS, Code.UNIT_BYTES, Code.RECORD_BYTES,
+        Code.SLAB_BLOCKS, Code.SLAB_BYTES, Code.FACTOR,
     )
 )  # fmt: skip
 
@@ -49,7 +51,7 @@ _DIRECT, _UNPACK, _TILES, _TOKENS, _BLOCKS, _UNIT_BYTES, _SLAB_BLOCK_BYTES, _FAC
 @njit
 def products(code, first, second, n_units, records, stride, n_tokens, slab, out):
     """Sums of two groups at `first` and `second` with `n_tokens` records, as (token, 2, 16) float32 at `out`."""
-    if n_tokens == 1:
+    if n_tokens == 1 and load_i64(code + _DIRECT) != 0:
         call_function(load_i64(code + _DIRECT), first, n_units, records, out)
         call_function(load_i64(code + _DIRECT), second, n_units, records, out + ROW)
         return
@@ -57,20 +59,26 @@ def products(code, first, second, n_units, records, stride, n_tokens, slab, out)
     for i in range(0, n_tokens * PAIR, ROW):
         store(out + i, zero)
     unit_blocks, unit_bytes = load_i64(code + _BLOCKS), load_i64(code + _UNIT_BYTES)
-    unpack, slab_bytes = load_i64(code + _UNPACK), SLAB * load_i64(code + _SLAB_BLOCK_BYTES)
+    unpack, slab_blocks = load_i64(code + _UNPACK), load_i64(code + _SLAB_BLOCKS)
+    slab_bytes, record_bytes = load_i64(code + _SLAB_BYTES), load_i64(code + _RECORD_BYTES)
     n_blocks = n_units * unit_blocks
-    for block in range(0, n_blocks, SLAB):
-        n = min(SLAB, n_blocks - block)
+    block = 0
+    while block < n_blocks:
+        n = min(slab_blocks, n_blocks - block)
         offset = block // unit_blocks * unit_bytes
-        call_function(unpack, first + offset, n, slab)
-        call_function(unpack, second + offset, n, slab + slab_bytes)
+        low, high = first + offset, second + offset
+        if unpack != 0:
+            call_function(unpack, low, n, slab)
+            call_function(unpack, high, n, slab + slab_bytes)
+            low, high = slab, slab + slab_bytes
         t = 0
         for size in range(0, 24, 8):
             tile, tokens = load_i64(code + _TILES + size), load_i64(code + _TOKENS + size)
             while t + tokens <= n_tokens:
-                record = records + t * stride + block * RECORD
-                call_function(tile, slab, slab_bytes, n, record, stride, out + t * PAIR, PAIR)
+                record = records + t * stride + block * record_bytes
+                call_function(tile, low, high, n, record, stride, out + t * PAIR)
                 t += tokens
+        block += n
 
 
 @njit
@@ -137,9 +145,69 @@ def units(code, op, env, begin, end):
                     finish(high, left - 16, target + ROW, b, r)
 
 
+def linear_f32(op, env, begin, end):
+    units(float_linear_code("F32"), op, env, begin, end)
+
+
+def linear_f16(op, env, begin, end):
+    units(float_linear_code("F16"), op, env, begin, end)
+
+
+def linear_bf16(op, env, begin, end):
+    units(float_linear_code("BF16"), op, env, begin, end)
+
+
+def linear_q4_0(op, env, begin, end):
+    units(linear_code("Q4_0"), op, env, begin, end)
+
+
 def linear_q4_1(op, env, begin, end):
     units(linear_code("Q4_1"), op, env, begin, end)
 
 
+def linear_q5_0(op, env, begin, end):
+    units(linear_code("Q5_0"), op, env, begin, end)
+
+
+def linear_q5_1(op, env, begin, end):
+    units(linear_code("Q5_1"), op, env, begin, end)
+
+
 def linear_q8_0(op, env, begin, end):
     units(linear_code("Q8_0"), op, env, begin, end)
+
+
+def linear_q2_k(op, env, begin, end):
+    units(linear_code("Q2_K"), op, env, begin, end)
+
+
+def linear_q3_k(op, env, begin, end):
+    units(linear_code("Q3_K"), op, env, begin, end)
+
+
+def linear_q4_k(op, env, begin, end):
+    units(linear_code("Q4_K"), op, env, begin, end)
+
+
+def linear_q5_k(op, env, begin, end):
+    units(linear_code("Q5_K"), op, env, begin, end)
+
+
+def linear_q6_k(op, env, begin, end):
+    units(linear_code("Q6_K"), op, env, begin, end)
+
+
+def linear_iq4_nl(op, env, begin, end):
+    units(linear_code("IQ4_NL"), op, env, begin, end)
+
+
+def linear_iq4_xs(op, env, begin, end):
+    units(linear_code("IQ4_XS"), op, env, begin, end)
+
+
+def linear_mxfp4(op, env, begin, end):
+    units(linear_code("MXFP4"), op, env, begin, end)
+
+
+def linear_int8(op, env, begin, end):
+    units(linear_code("INT8"), op, env, begin, end)

@@ -112,7 +112,8 @@ def pack_all(
             step = max(1, _JOB // packed.group_bytes)
             for first in range(0, packed.n_groups, step):
                 last = min(first + step, packed.n_groups)
-                jobs.append((pool.submit(_pack_groups, tensor, packed, first, last), (last - first) * packed.group_bytes))
+                n_bytes = (last - first) * packed.group_bytes
+                jobs.append((pool.submit(_pack_groups, tensor, packed, first, last), n_bytes))
         done = 0
         for job, n_bytes in jobs:
             job.result()
@@ -163,6 +164,43 @@ def _pack_groups(tensor: QTensor, packed: Packed, first: int, last: int) -> None
     kernel(job.ctypes.data, 0, 0, last - first)
 
 
+# --- transcoding
+
+# Largest integers that 16 weights may be multiples of: the usual ones of codebooks first, then all that int8 holds.
+_LARGEST = tuple(dict.fromkeys([1, 43, 25, 9, 7, 15, 13, 11, 5, 3, 62, 52, 44, 36, 28, 12, 8, 6, 4, *range(1, 129)]))
+
+
 def _transcoded(tensor: QTensor, rows: slice, format: str) -> np.ndarray:
-    """Bytes of some rows in the file form of another format."""
-    raise NotImplementedError
+    """Some rows in the file form of another format: bytes (rows, bytes per row)."""
+    weights = QTensor(tensor.name, tensor.format, (rows.stop - rows.start, tensor.shape[-1]), tensor.data[rows])
+    values = weights.dequantize()
+    if format == "F32":
+        return values.view(np.uint8)
+    scales, quants = integers(values.reshape(-1, 16))
+    blocks = np.empty(len(scales) // 2, np.dtype([("d", "<f4", 2), ("q", "i1", 32)]))
+    blocks["d"], blocks["q"] = scales.reshape(-1, 2), quants.reshape(-1, 32)
+    return blocks.view(np.uint8).reshape(len(values), -1)
+
+
+def integers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 16) float32 that are int8 times one scale for each row, as (scales (n,), int8 (n, 16)).
+
+    Finds the largest integer by trial: different fractions of integers up to 128 are further apart than rounding takes
+    them. Rows that are no such multiples are rounded to 127 steps; what is not finite becomes zero or infinite.
+    """
+    with np.errstate(all="ignore"):
+        peaks = np.abs(values).max(axis=1)
+        scales, quants = np.zeros_like(peaks), np.zeros(values.shape, np.int8)
+        todo = np.flatnonzero(peaks > 0)
+        for largest in _LARGEST:
+            if len(todo) == 0:
+                break
+            steps = values[todo] / peaks[todo, None] * np.float32(largest)
+            whole = np.rint(steps)
+            fits = (np.abs(steps - whole) < 2e-3).all(axis=1) & (whole.max(axis=1) < 128)
+            found = todo[fits]
+            scales[found], quants[found] = peaks[found] / np.float32(largest), whole[fits]
+            todo = todo[~fits]
+        scales[todo] = peaks[todo] / np.float32(127)
+        quants[todo] = np.nan_to_num(np.rint(values[todo] / scales[todo, None]), posinf=127, neginf=-127)
+    return scales, quants

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from edgelm.kernels.simd import load_i64
+from edgelm.kernels.simd import load_i16, load_i32, load_i64, store
 from edgelm.kernels.tiles import call_function, pack_code
 
 
@@ -23,9 +23,87 @@ def groups(code, job, begin, end):
         call_function(code, first, row_bytes, rows, n_cols // 32, target + group * group_bytes)
 
 
+@njit
+def floats(n_bytes, job, begin, end):
+    """The same for a matrix of numbers of `n_bytes` bytes: 16 rows side by side, column after column."""
+    source, row_bytes, n_rows, n_cols = load_i64(job), load_i64(job + 8), load_i64(job + 16), load_i64(job + 24)
+    target, group_bytes = load_i64(job + 32), load_i64(job + 40)
+    for group in range(begin, end):
+        rows = min(16, n_rows - group * 16)
+        for start in range(0, n_cols, 64):
+            for lane in range(rows):
+                row = source + (group * 16 + lane) * row_bytes
+                column = target + group * group_bytes + lane * n_bytes
+                for i in range(start, min(start + 64, n_cols)):
+                    if n_bytes == 2:
+                        store(column + i * 32, load_i16(row + i * 2))
+                    else:
+                        store(column + i * 64, load_i32(row + i * 4))
+
+
+def pack_f32(job, unused, begin, end):
+    floats(4, job, begin, end)
+
+
+def pack_f16(job, unused, begin, end):
+    floats(2, job, begin, end)
+
+
+def pack_bf16(job, unused, begin, end):
+    floats(2, job, begin, end)
+
+
+def pack_q4_0(job, unused, begin, end):
+    groups(pack_code("Q4_0"), job, begin, end)
+
+
 def pack_q4_1(job, unused, begin, end):
     groups(pack_code("Q4_1"), job, begin, end)
 
 
+def pack_q5_0(job, unused, begin, end):
+    groups(pack_code("Q5_0"), job, begin, end)
+
+
+def pack_q5_1(job, unused, begin, end):
+    groups(pack_code("Q5_1"), job, begin, end)
+
+
 def pack_q8_0(job, unused, begin, end):
     groups(pack_code("Q8_0"), job, begin, end)
+
+
+def pack_q2_k(job, unused, begin, end):
+    groups(pack_code("Q2_K"), job, begin, end)
+
+
+def pack_q3_k(job, unused, begin, end):
+    groups(pack_code("Q3_K"), job, begin, end)
+
+
+def pack_q4_k(job, unused, begin, end):
+    groups(pack_code("Q4_K"), job, begin, end)
+
+
+def pack_q5_k(job, unused, begin, end):
+    groups(pack_code("Q5_K"), job, begin, end)
+
+
+def pack_q6_k(job, unused, begin, end):
+    groups(pack_code("Q6_K"), job, begin, end)
+
+
+def pack_iq4_nl(job, unused, begin, end):
+    groups(pack_code("IQ4_NL"), job, begin, end)
+
+
+def pack_iq4_xs(job, unused, begin, end):
+    groups(pack_code("IQ4_XS"), job, begin, end)
+
+
+def pack_mxfp4(job, unused, begin, end):
+    groups(pack_code("MXFP4"), job, begin, end)
+
+
+def pack_int8(job, unused, begin, end):
+    groups(pack_code("INT8"), job, begin, end)

@@ -21,7 +21,6 @@ Knows formats as `blocks.Blocks`, machines as `isa.Isa`, activations as the reco
 from __future__ import annotations
 
 from enum import IntEnum
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -161,20 +160,18 @@ def _unpack_block(context, b, isa, blocks: Blocks, unit, block, target, form) ->
 
 
 def _tile(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_tokens: int) -> None:
-    """(slab, slab_stride, n_blocks, record, record_stride, out, out_stride): adds products of two groups of rows.
+    """(slab, second, n_blocks, record, record_stride, out): adds products of two groups of rows to `out`.
 
-    slab + slab_stride * group: blocks from `unpack`; record + record_stride * token; out + out_stride * token + 64 *
-    group: 16 float32. Strides in bytes.
+    slab, second: blocks from `unpack` of either group; record + record_stride * token; out: (token, 2, 16) float32.
     """
-    slab, slab_stride, n_blocks, record, record_stride, out, out_stride = args
+    slab, second, n_blocks, record, record_stride, out = args
     n_groups = isas.select(context).groups
     with cgutils.for_range(b, I64(2 // n_groups), intp=I64) as loop:
-        slab = b.add(slab, b.mul(slab_stride, loop.index))
+        slab = b.add(slab, b.mul(b.sub(second, slab), loop.index))
         out = b.add(out, b.mul(loop.index, I64(ROW)))
-        slabs = [b.add(slab, b.mul(slab_stride, I64(g))) for g in range(n_groups)]
+        slabs = [slab, second][:n_groups]
         records = [b.add(record, b.mul(record_stride, I64(t))) for t in range(n_tokens)]
-        rows = [b.add(out, b.mul(out_stride, I64(t))) for t in range(n_tokens)]
-        outs = [[at(b, row, ROW * g) for row in rows] for g in range(n_groups)]
+        outs = [[at(b, out, ROW * (2 * t + g)) for t in range(n_tokens)] for g in range(n_groups)]
         _slab_products(context, b, blocks, slabs, n_blocks, records, outs)
 
 
@@ -211,13 +208,13 @@ def _floats(b: ir.IRBuilder, slab: Value, first: int, n: int) -> list[Value]:
 
 
 def _embed(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) -> None:
-    """(weights, n_blocks, lane, out, scale): row `lane` of a packed group as float32; scale: bits of a float32."""
-    weights, n_blocks, lane, out, scale = args
+    """(weights, n_cols, lane, out, scale): row `lane` of a packed group as float32; scale: bits of a float32."""
+    weights, n_cols, lane, out, scale = args
     isa, form = isas.select(context), Form.SIGNED if blocks.zero else Form.LOW
     slab = _stack(b, slab_block_bytes(blocks))
     own = b.add(slab, b.mul(lane, I64(4)))
     factor = spread(b, b.bitcast(b.trunc(scale, I32), F32), F32x16)
-    with cgutils.for_range(b, n_blocks, intp=I64) as loop:
+    with cgutils.for_range(b, b.udiv(n_cols, I64(32)), intp=I64) as loop:
         _unpack_block(context, b, isa, blocks, *_locate(b, blocks, weights, loop.index), slab, form)
         target = b.add(out, b.mul(loop.index, I64(128)))
         for half in range(2):
@@ -261,57 +258,40 @@ def _pack(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) -> N
 # --- the way to them from Numba
 
 
-def _function(context: Any, module: ir.Module, name: str, n_args: int, emit: Any) -> ir.Function:
-    """A function of int64 arguments in `module`: apart, as LLVM takes minutes over one that has everything in it."""
-    found = module.globals.get(name)
-    if found is None:
-        found = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * n_args), name)
-        found.linkage = "internal"
-        found.attributes.add("noinline")
-        found.attributes.add("nounwind")
-        b = ir.IRBuilder(found.append_basic_block())
-        emit(context, b, list(found.args))
-        b.ret_void()
-    return found
-
-
-def _address_of(emit: Any, n_args: int, *numbers: int) -> Any:
+def address_of(formats: dict[str, Any], emit: Any, n_args: int) -> Any:
     """An intrinsic of one format's name (a literal) that returns the address of what `emit` emits for it."""
 
     @intrinsic(prefer_literal=True)
     def address(typingctx, fmt):
         if not isinstance(fmt, types.StringLiteral):
             return None
-        blocks = BLOCKS[fmt.literal_value]
 
         def codegen(context, b, sig, args):
-            def body(context, b, args):
-                emit(context, b, blocks, args, *numbers)
-
-            name = ".".join(["edgelm", emit.__name__, blocks.name, *map(str, numbers)])
-            return b.ptrtoint(_function(context, b.module, name, n_args, body), I64)
+            return function_address(context, b.module, formats[fmt.literal_value], emit, n_args)
 
         return types.int64(fmt), codegen
 
     return address
 
 
-embed_code = _address_of(_embed, 5)
-pack_code = _address_of(_pack, 5)
+embed_code = address_of(BLOCKS, _embed, 5)
+pack_code = address_of(BLOCKS, _pack, 5)
 
 
 class Code(IntEnum):
     """Fields, int64 each, of what the body of a linear kernel knows of its format."""
 
-    DIRECT = 0  # addresses of functions
-    UNPACK = 1
+    DIRECT = 0  # addresses of functions; 0: tiles do it
+    UNPACK = 1  # 0: tiles read packed weights
     TILES = 2  # three, of fewer and fewer tokens, and their numbers of tokens, the last 1
     TOKENS = 5
     BLOCKS = 8  # of a unit
     UNIT_BYTES = 9
-    SLAB_BLOCK_BYTES = 10
-    FACTOR = 11  # of the sums: a power of two, as the bits of a float32
-    SIZE = 12
+    RECORD_BYTES = 10  # of activations for a block
+    SLAB_BLOCKS = 11  # that a tile goes over at a time
+    SLAB_BYTES = 12
+    FACTOR = 13  # of the sums: a power of two, as the bits of a float32
+    SIZE = 14
 
 
 @intrinsic(prefer_literal=True)
@@ -323,28 +303,50 @@ def linear_code(typingctx, fmt):
 
     def codegen(context, b, sig, args):
         def function(emit, n_args, *numbers):
-            name = ".".join(["edgelm", emit.__name__, blocks.name, *map(str, numbers)])
-            body = partial(_emit, emit, blocks, numbers)
-            return _function(context, b.module, name, n_args, body).ptrtoint(I64)
+            return function_address(context, b.module, blocks, emit, n_args, *numbers)
 
         isa = isas.select(context)
-        fields = [I64(0)] * Code.SIZE
-        fields[Code.DIRECT], fields[Code.UNPACK] = function(_direct, 4), function(_unpack, 3)
+        fields = {
+            Code.DIRECT: function(_direct, 4),
+            Code.UNPACK: function(_unpack, 3),
+            Code.BLOCKS: blocks.blocks,
+            Code.UNIT_BYTES: blocks.unit_bytes,
+            Code.RECORD_BYTES: RECORD,
+            Code.SLAB_BLOCKS: SLAB,
+            Code.SLAB_BYTES: SLAB * slab_block_bytes(blocks),
+            Code.FACTOR: int(np.float32(blocks.factor(blocks.form(isa))).view(np.int32)),
+        }
         for i, tokens in enumerate(isa.tokens):
-            fields[Code.TILES + i], fields[Code.TOKENS + i] = function(_tile, 7, tokens), I64(tokens)
-        fields[Code.BLOCKS], fields[Code.UNIT_BYTES] = I64(blocks.blocks), I64(blocks.unit_bytes)
-        fields[Code.SLAB_BLOCK_BYTES] = I64(slab_block_bytes(blocks))
-        factor = np.float32(blocks.factor(blocks.form(isa)))
-        fields[Code.FACTOR] = I64(int(factor.view(np.int32)))
-        array = ir.Constant(ir.ArrayType(I64, len(fields)), fields)
-        table = cgutils.global_constant(b, f"edgelm.code.{blocks.name}", array)
-        return b.ptrtoint(table, I64)
+            fields[Code.TILES + i], fields[Code.TOKENS + i] = function(_tile, 6, tokens), tokens
+        return code_address(b, blocks.name, fields)
 
     return types.int64(fmt), codegen
 
 
-def _emit(emit: Any, blocks: Blocks, numbers: tuple, context: Any, b: ir.IRBuilder, args: list[Value]) -> None:
-    emit(context, b, blocks, args, *numbers)
+def function_address(context: Any, module: ir.Module, fmt: Any, emit: Any, n_args: int, *numbers: int) -> Value:
+    """Address of the function whose body is emit(context, b, fmt, arguments, *numbers), all int64. A constant.
+
+    Functions of their own, because LLVM takes minutes over one that has everything in it.
+    """
+    name = ".".join(["edgelm", emit.__name__, fmt.name, *map(str, numbers)])
+    found = module.globals.get(name)
+    if found is None:
+        found = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * n_args), name)
+        found.linkage = "internal"
+        found.attributes.add("noinline")
+        found.attributes.add("nounwind")
+        b = ir.IRBuilder(found.append_basic_block())
+        emit(context, b, fmt, list(found.args), *numbers)
+        b.ret_void()
+    return found.ptrtoint(I64)
+
+
+def code_address(b: ir.IRBuilder, name: str, fields: dict[int, Any]) -> Value:
+    """Address of a `Code` with these fields."""
+    values = [fields.get(field, 0) for field in range(Code.SIZE)]
+    values = [I64(value) if isinstance(value, int) else value for value in values]
+    array = ir.Constant(ir.ArrayType(I64, len(values)), values)
+    return b.ptrtoint(cgutils.global_constant(b, f"edgelm.code.{name}", array), I64)
 
 
 @intrinsic
