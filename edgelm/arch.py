@@ -8,7 +8,6 @@ disagree. It knows nothing of bytes, of arithmetic or of tokens.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 
 from .architectures import ARCHS, Arch, Pairing, arch_of_hf
 from .errors import FormatError, UnsupportedError
+from .hf_config import normalised
 from .tensors import Role, TensorSpec
 
 __all__ = ["ARCHS", "Arch", "CacheGroup", "Config", "Pairing", "Role", "Rope", "TensorSpec", "tensors"]
@@ -114,7 +114,7 @@ def _activation(value: Any, c: Mapping[str, Any]) -> Any:
 
 
 def _pooling(value: Any, c: Mapping[str, Any]) -> Any:
-    if value not in range(len(_POOLING)):
+    if not isinstance(value, int) or value not in range(len(_POOLING)):
         raise FormatError(f"{c['arch']}.pooling_type is {value!r}, which is no kind of pooling")
     return _POOLING[value]
 
@@ -201,9 +201,7 @@ class Config:
         low=1,
         high=1 << 30,
     )
-    rope_attn_factor: float = key(
-        "rope.scaling.attn_factor", "rope.magnitude", default=1.0, low=1e-3, high=1e3
-    )
+    rope_attn_factor: float = key("rope.scaling.attn_factor", "rope.magnitude", default=1.0, low=1e-3, high=1e3)
     rope_yarn_attn_factor: float = key(
         "rope.scaling.yarn_attn_factor", "rope.attention_factor|rope.attn_factor", default=0.0, low=0.0, high=1e3
     )
@@ -340,7 +338,10 @@ class Config:
     def from_hf(cls, config: Mapping[str, Any]) -> Config:
         """The shape of the model that a Hugging Face config.json describes; raises as `from_gguf` does."""
         arch = arch_of_hf((config.get("architectures") or [None])[0])
-        config = _normalised(config)
+        try:
+            config = normalised(config)
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"config.json of this {arch} model lacks or garbles {error}") from None
 
         def find(f: dataclasses.Field[Any]) -> Any:
             for path in f.metadata["hf"].split("|"):
@@ -365,6 +366,8 @@ class Config:
                 if value is REQUIRED:
                     raise FormatError(f"{_gguf_keys(arch, f)[0] if source == 'gguf' else f.metadata['hf']} is missing")
             elif f.metadata["parse"] is not None:
+                if f.name != "windowed":
+                    _refuse_lists(arch, f, value)
                 value = f.metadata["parse"](value, values)
             _prove_field(arch, f, value)
             values[f.name] = float(value) if f.type == "float" else value
@@ -395,39 +398,6 @@ class Config:
         return kv
 
 
-def _normalised(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json with what its authors moved around over the years in one place: "rope" holds all of RoPE."""
-    config = {**config, **(config.get("text_config") or {})}
-    if not config.get("use_sliding_window", True):
-        config["sliding_window"] = None
-    if scalar := config.get("query_pre_attn_scalar"):
-        config["query_pre_attn_scalar"] = scalar**-0.5
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    if "full_attention" in rope:
-        config.setdefault("rope_local_base_freq", rope.get("sliding_attention", {}).get("rope_theta"))
-        rope = dict(rope["full_attention"])
-    rope.setdefault("rope_theta", config.get("rope_theta"))
-    rope.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings"))
-    if partial := rope.get("partial_rotary_factor") or config.get("partial_rotary_factor"):
-        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        rope["dim"] = int(head_dim * partial)
-    kind = rope.setdefault("rope_type", rope.get("type"))
-    if kind == "llama3":  # its numbers become the tensor rope_freqs: see rope.factors_from_hf
-        rope["rope_type"] = rope["factor"] = None
-        rope["original_max_position_embeddings"] = None
-    elif kind in ("longrope", "su"):  # its lists become tensors, its factor is implied by the context lengths
-        rope["magnitude"], rope["factor"] = rope.get("attention_factor") or _longrope_magnitude(config, rope), None
-    config["rope"] = rope
-    return config
-
-
-def _longrope_magnitude(config: Mapping[str, Any], rope: Mapping[str, Any]) -> float:
-    """What Phi-3's authors chose: sqrt(1 + ln(stretch) / ln(original context))."""
-    original = rope["original_max_position_embeddings"]
-    stretch = config["max_position_embeddings"] / original
-    return math.sqrt(1.0 + math.log(stretch) / math.log(original)) if stretch > 1.0 else 1.0
-
-
 def _default(arch: str, f: dataclasses.Field[Any], values: Mapping[str, Any]) -> Any:
     """The value of a field that nothing sets, REQUIRED if there is none; `values` are the fields above it."""
     value = ARCHS[arch].defaults.get(f.name, f.metadata["default"])
@@ -440,11 +410,15 @@ def _gguf_keys(arch: str, f: dataclasses.Field[Any]) -> list[str]:
     return [k if k.startswith("tokenizer.") else f"{arch}.{k}" for k in f.metadata["gguf"].split("|")]
 
 
+def _refuse_lists(arch: str, f: dataclasses.Field[Any], value: Any) -> None:
+    if isinstance(value, np.ndarray | list):
+        raise UnsupportedError(f"{_gguf_keys(arch, f)[0]} differs from layer to layer, which is not supported")
+
+
 def _prove_field(arch: str, f: dataclasses.Field[Any], value: Any) -> None:
     """Type and range of one hyperparameter."""
     name = _gguf_keys(arch, f)[0]
-    if isinstance(value, np.ndarray | list):
-        raise UnsupportedError(f"{name} differs from layer to layer, which is not supported")
+    _refuse_lists(arch, f, value)
     kinds = {"int": (int,), "float": (float, int), "str": (str,), "bool": (bool,), "tuple[bool, ...]": (tuple,)}[
         str(f.type)
     ]

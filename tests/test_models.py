@@ -226,6 +226,7 @@ def test_smollm2_knows_the_capital_of_france(smollm2_path: Path) -> None:
 PERPLEXITY = {"smollm2_path": (57.1268, 1e-5), "gemma3_path": (53.5466, 1e-4)}
 
 
+@pytest.mark.model
 @pytest.mark.parametrize("fixture", PERPLEXITY)
 def test_perplexity_is_that_of_llama_cpp(fixture: str, request: pytest.FixtureRequest) -> None:
     file = gguf.read(request.getfixturevalue(fixture))
