@@ -204,8 +204,9 @@ def _fetch_rest(client: Client, url: str, part: Path, start: int, progress: Prog
             if start and (error.headers.get("Content-Range") or "").endswith(f"/{start}"):
                 return
             part.unlink(missing_ok=True)
-        raise _Interrupted(f"the server answered {error.code} {error.reason}",
-                           error.code in (408, 416, 425, 429) or error.code >= 500) from error
+        raise _Interrupted(
+            f"the server answered {error.code} {error.reason}", error.code in (408, 416, 425, 429) or error.code >= 500
+        ) from error
     except urllib.error.URLError as error:
         permanent = isinstance(error.reason, ssl.SSLCertVerificationError)
         raise _Interrupted(_reason(error), worth_retrying=not permanent) from error

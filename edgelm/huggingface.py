@@ -34,8 +34,11 @@ def select(files: list[str], selector: str, where: str) -> list[str]:
     Raises:
         SourceError: nothing fits, or several models do; the message lists what there is.
     """
-    models = sorted(f for f in files if f.lower().endswith(".gguf")
-                    and not re.search(r"(?i)(^|[-._/])(mmproj|imatrix)", PurePosixPath(f).name))
+    models = sorted(
+        f
+        for f in files
+        if f.lower().endswith(".gguf") and not re.search(r"(?i)(^|[-._/])(mmproj|imatrix)", PurePosixPath(f).name)
+    )
     if selector.lower().endswith(".gguf"):
         fitting = [f for f in files if f == selector] or [f for f in models if fnmatch.fnmatchcase(f, selector)]
     else:

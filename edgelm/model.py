@@ -347,7 +347,7 @@ class Model:
 
 
 def _choose(interpreter: str) -> str:
-    """"program" or "reference"."""
+    """ "program" or "reference"."""
     if interpreter not in INTERPRETERS:
         raise UsageError(f"interpreter is {interpreter!r}; it must be one of {', '.join(INTERPRETERS)}")
     has_numba = importlib.util.find_spec("numba") is not None

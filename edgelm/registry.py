@@ -89,8 +89,10 @@ class Registry:
             if found := select(files, name, version, kind):
                 return found
             have = sorted({v for f in files if (v := version_of(f.filename, name, kind))}, key=_sortable)
-            said.append(f"{redacted(index)}: no {kind} of version {version}"
-                        + (f", only of {', '.join(have[-8:])}" if have else ""))
+            said.append(
+                f"{redacted(index)}: no {kind} of version {version}"
+                + (f", only of {', '.join(have[-8:])}" if have else "")
+            )
         for folder in self.find_links:
             try:
                 files = self._links(folder)
@@ -115,8 +117,11 @@ class Registry:
         """A folder of files, a folder with an index.html, or a page of links."""
         if re.match(r"https?://", place):
             return self._listing(place)
-        path = Path(urllib.request.url2pathname(urllib.parse.urlsplit(place).path)) if place.startswith("file:") \
+        path = (
+            Path(urllib.request.url2pathname(urllib.parse.urlsplit(place).path))
+            if place.startswith("file:")
             else Path(place).expanduser()
+        )
         page = path / "index.html" if path.is_dir() else path
         if page.is_file():
             return parse_html(page.read_text("utf-8", "replace"), page.resolve().as_uri())
@@ -130,8 +135,9 @@ def _same_credentials(found: Distribution, index: str) -> Distribution:
     asked, given = urllib.parse.urlsplit(index), urllib.parse.urlsplit(found.url)
     userinfo, at, host = asked.netloc.rpartition("@")
     if at and given.netloc == host and given.scheme == asked.scheme:
-        return Distribution(found.filename, urllib.parse.urlunsplit(given._replace(netloc=f"{userinfo}@{host}")),
-                            found.sha256)
+        return Distribution(
+            found.filename, urllib.parse.urlunsplit(given._replace(netloc=f"{userinfo}@{host}")), found.sha256
+        )
     return found
 
 
@@ -173,8 +179,14 @@ def parse_json(data: bytes, base: str) -> list[Distribution]:
     try:
         page = json.loads(data)
         files = page["files"]
-        return [_checked(str(f["filename"]), urllib.parse.urljoin(base, str(f["url"])),
-                         str((f.get("hashes") or {}).get("sha256", ""))) for f in files]
+        return [
+            _checked(
+                str(f["filename"]),
+                urllib.parse.urljoin(base, str(f["url"])),
+                str((f.get("hashes") or {}).get("sha256", "")),
+            )
+            for f in files
+        ]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(f"{redacted(base)} is not a page of a package index: {error!r}") from error
 
@@ -245,14 +257,21 @@ def _pip_files(environ: Mapping[str, str]) -> list[Path]:
     home = Path(os.path.expanduser("~"))
     if os.name == "nt":
         name = "pip.ini"
-        files = [Path(environ.get("PROGRAMDATA", "C:/ProgramData")) / "pip" / name, home / "pip" / name,
-                 Path(environ.get("APPDATA", str(home))) / "pip" / name]
+        files = [
+            Path(environ.get("PROGRAMDATA", "C:/ProgramData")) / "pip" / name,
+            home / "pip" / name,
+            Path(environ.get("APPDATA", str(home))) / "pip" / name,
+        ]
     else:
         name = "pip.conf"
         shared = (environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(":")
         own = Path(environ.get("XDG_CONFIG_HOME") or home / ".config")
-        files = [*(Path(d) / "pip" / name for d in reversed(shared) if d), Path("/etc") / name,
-                 home / ".pip" / name, own / "pip" / name]
+        files = [
+            *(Path(d) / "pip" / name for d in reversed(shared) if d),
+            Path("/etc") / name,
+            home / ".pip" / name,
+            own / "pip" / name,
+        ]
         if sys.platform == "darwin":
             files[:0] = [Path("/Library/Application Support/pip") / name]
             files.append(home / "Library/Application Support/pip" / name)

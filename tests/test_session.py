@@ -255,8 +255,10 @@ def test_chat_turns_compute_only_what_is_new(model: Model, computed: list[int]) 
 
 
 def test_a_text_is_a_message_of_the_user(model: Model) -> None:
-    assert read(model.chat("the fox", max_tokens=5, **GREEDY)) [:2] == read(
-        model.chat([{"role": "user", "content": "the fox"}], max_tokens=5, **GREEDY))[:2]
+    assert (
+        read(model.chat("the fox", max_tokens=5, **GREEDY))[:2]
+        == read(model.chat([{"role": "user", "content": "the fox"}], max_tokens=5, **GREEDY))[:2]
+    )
 
 
 def test_the_bos_token_comes_once(load: Callable[..., Model]) -> None:
@@ -440,8 +442,10 @@ def test_an_answer_that_is_not_read_to_its_end(model: Model) -> None:
         for _ in range(n):
             next(answer)
         answer.close()
-    assert read(session.stream(PROMPT, max_tokens=8, **GREEDY))[:2] == read(
-        model.session().stream(PROMPT, max_tokens=8, **GREEDY))[:2]
+    assert (
+        read(session.stream(PROMPT, max_tokens=8, **GREEDY))[:2]
+        == read(model.session().stream(PROMPT, max_tokens=8, **GREEDY))[:2]
+    )
 
 
 def test_a_keyboard_interrupt_while_computing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -463,8 +467,10 @@ def test_an_interrupt_between_the_cache_and_the_tokens(model: Model) -> None:
     session = model.session()
     list(session.stream(PROMPT, max_tokens=3, **GREEDY))
     session._tokens.pop()
-    assert read(session.stream(PROMPT, max_tokens=8, **GREEDY))[:2] == read(
-        model.session().stream(PROMPT, max_tokens=8, **GREEDY))[:2]
+    assert (
+        read(session.stream(PROMPT, max_tokens=8, **GREEDY))[:2]
+        == read(model.session().stream(PROMPT, max_tokens=8, **GREEDY))[:2]
+    )
 
 
 def test_a_later_answer_ends_an_earlier_one(model: Model) -> None:
