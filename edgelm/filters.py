@@ -67,11 +67,15 @@ def peak(c: Candidates) -> float:
         UsageError: every token is excluded.
     """
     best = float(c.logits[0] if c.ranked else c.logits.max())
-    if math.isnan(best):
-        raise FormatError("the model computed a logit that is not a number; its file is probably damaged")
-    if best == -math.inf:
-        raise UsageError("every token is excluded (all logits are -inf); allow some token in logit_bias")
+    _check_peak(best)
     return best
+
+
+def _check_peak(best: float) -> None:
+    if not best > -math.inf:
+        if math.isnan(best):
+            raise FormatError("the model computed a logit that is not a number; its file is probably damaged")
+        raise UsageError("every token is excluded (all logits are -inf); allow some token in logit_bias")
 
 
 @np.errstate(over="ignore")
@@ -96,21 +100,23 @@ def softmax(c: Candidates) -> FloatArray:
 
 
 def _largest(x: FloatArray, k: int) -> IntArray:
-    """Indices of at least the k largest of x and few more, ascending; never of -inf. 0 < k <= len(x), no NaN.
+    """Indices of at least the k largest of x and few more, ascending; never of -inf. 0 < k <= len(x).
 
     The k-th largest of the column maxima of x seen as (64, n) is a lower bound of the k-th largest element, because
     k columns hold one element each that reaches it. Only columns that reach it need a closer look.
     """
     n = len(x) // _ROWS
     if 4 * k > n:
+        _check_peak(float(x.max()))
         bound = np.partition(x, len(x) - k)[len(x) - k]
         return np.flatnonzero(x >= bound) if bound > -math.inf else np.flatnonzero(x > -math.inf)
     table = x[: n * _ROWS].reshape(_ROWS, n)
-    columns = table.max(axis=0)
-    bound = np.partition(columns, n - k)[n - k]
+    columns = np.concatenate((table.max(axis=0), x[n * _ROWS :]))
+    _check_peak(float(columns.max()))
+    bound = np.partition(columns, len(columns) - k)[len(columns) - k]
     if bound == -math.inf:
         return np.flatnonzero(x > -math.inf)
-    near = np.flatnonzero(columns >= bound)
+    near = np.flatnonzero(columns[:n] >= bound)
     row, column = np.nonzero(table[:, near] >= bound)
     found = row * n + near[column]  # ascending, because the rows are
     if n * _ROWS < len(x):
@@ -156,7 +162,6 @@ def top_k(c: Candidates, k: int) -> Candidates:
         return c
     if c.ranked:
         return c.take(slice(0, k), True) if k < len(c.logits) else c
-    peak(c)
     return c.take(_best(c.logits, min(k, len(c.logits))), True)
 
 
