@@ -21,11 +21,8 @@ TILE = 32  # tokens that a group of units works on, and the number of parts that
 SPLIT_TOKENS = 8  # most tokens of a call for which positions are divided among threads
 LARGEST_HEAD = 1024
 COUNTER = 64  # bytes of a counter of finished blocks, one for each of SPLIT_TOKENS tokens and each KV head
-
-
-def partial_bytes(v_stride: int) -> int:
-    """Bytes of what one query head makes of one block: its maximum, its sum (padded to 64 bytes), its values."""
-    return 64 + 4 * v_stride
+PARTIAL = 64  # bytes of a maximum and a sum, before the values that belong to them
+CAUSAL, HALVES, F16 = 1, 2, 4  # flags
 
 
 def scratch_bytes(layout: GroupLayout, n_heads: int, n_ctx: int) -> int:
@@ -39,7 +36,7 @@ def scratch_bytes(layout: GroupLayout, n_heads: int, n_ctx: int) -> int:
     if layout.group.window:
         positions = min(n_ctx, layout.group.window + BLOCK)
     n_blocks = max(-(-positions // BLOCK) + 1, 2 * SPLIT_TOKENS)
-    return counters + n_blocks * n_heads * partial_bytes(layout.v_stride)
+    return counters + n_blocks * n_heads * (PARTIAL + 4 * layout.v_stride)
 
 
 def _bits(low: float, high: float) -> int:
@@ -47,8 +44,8 @@ def _bits(low: float, high: float) -> int:
     return int(np.array([low, high], np.float32).view(np.int64)[0])
 
 
-def _kernel(name: str, layout: GroupLayout) -> int:
-    return compiler.address(f"attention_kernels:{name}_{layout.kv_type}")
+def _flags(layout: GroupLayout, causal: bool, halves: bool) -> int:
+    return CAUSAL * causal | HALVES * halves | F16 * (layout.kv_type == "f16")
 
 
 def row_store_kv(
@@ -65,12 +62,13 @@ def row_store_kv(
             `elementwise.row_rope`.
     """
     g, row = layout.group, [0] * Row.SIZE
-    row[Row.KERNEL] = _kernel("store_kv", layout)
+    row[Row.KERNEL] = compiler.address("attention_kernels:store_kv")
     row[Row.UNITS], row[Row.UNITS_PER], row[Row.COUNT] = g.n_kv_heads, 1, int(Env.N_TOKENS)
     row[Row.GRAIN], row[Row.BARRIER] = 4, 1
     row[Row.ARGS :] = [
         k_off, k_stride, v_off, v_stride, g.n_kv_heads, g.head_dim, g.v_head_dim, layout.k_offset(layer_in_group),
-        layout.v_offset(layer_in_group), group, scratch_off, rope, rope_dim // 2, int(halves), 0, 0,
+        layout.v_offset(layer_in_group), group, scratch_off, rope, rope_dim // 2, _flags(layout, True, halves), 0,
+        0,
     ]
     return row
 
@@ -97,13 +95,13 @@ def row_attention(
         raise UnsupportedError(f"attention heads of {size} values; at most {LARGEST_HEAD} are possible")
     if g.window and not causal:
         raise UnsupportedError("a sliding window in both directions")
-    row[Row.KERNEL] = _kernel("attention", layout)
+    row[Row.KERNEL] = compiler.address("attention_kernels:attention")
     row[Row.UNITS], row[Row.UNITS_PER], row[Row.COUNT] = g.n_kv_heads * TILE, TILE, int(Env.N_TOKENS)
     row[Row.GRAIN], row[Row.BARRIER] = 4, 1
     row[Row.ARGS :] = [
         q_off, q_stride, y_off, y_stride, g.n_kv_heads | n_heads // g.n_kv_heads << 32,
         g.head_dim | g.v_head_dim << 32, layout.k_offset(layer_in_group), layout.v_offset(layer_in_group),
-        _bits(scale, softcap), group, g.window, int(causal) | int(halves) << 1, rope, rope_dim // 2, scratch_off,
+        _bits(scale, softcap), group, g.window, _flags(layout, causal, halves), rope, rope_dim // 2, scratch_off,
         n_scratch,
     ]
     return row

@@ -15,13 +15,11 @@ from numba.extending import intrinsic
 
 from edgelm.kernels.abi import WORD, Env, Row
 from edgelm.kernels.quantize import quantize_row
-from edgelm.kernels.rope import rotate
+from edgelm.kernels.rope import rotate_head
 from edgelm.kernels.simd import (
     F32,
-    I32,
     add_f32,
     call,
-    f32x16,
     fma,
     load_f32,
     load_f32x16,
@@ -33,7 +31,7 @@ from edgelm.kernels.simd import (
     sub_f32,
     sum_f32,
 )
-from edgelm.kernels.vector_math import activation_f32
+from edgelm.kernels.vector_math import activation_f32, lane_0
 
 _F32 = np.float32
 _WORKSPACE, _POSITIONS, _OUTPUTS = WORD * Env.WORKSPACE, WORD * Env.POSITIONS, WORD * Env.OUTPUTS
@@ -49,20 +47,6 @@ def sqrt(typingctx, x):
     def codegen(context, b, sig, args):
         return call(b, "llvm.sqrt.f32", F32, *args)
     return types.float32(types.float32), codegen
-
-
-@intrinsic
-def fma_scalar(typingctx, x, y, z):
-    def codegen(context, b, sig, args):
-        return call(b, "llvm.fma.f32", F32, *args)
-    return types.float32(types.float32, types.float32, types.float32), codegen
-
-
-@intrinsic
-def lane_0(typingctx, x):
-    def codegen(context, b, sig, args):
-        return b.extract_element(args[0], I32(0))
-    return types.float32(f32x16), codegen
 
 
 @njit
@@ -90,7 +74,7 @@ def sum_of_squares(x, n, mean):
     total = sum_f32(add_f32(s, t))
     for i in range(whole, n):
         v = _F32(load_f32(x + 4 * i) - mean)
-        total = fma_scalar(v, v, total)
+        total = _F32(total + _F32(v * v))
     return total
 
 
@@ -243,6 +227,7 @@ def copy(op, env, begin, end):
 
 
 _HEADS, _ROPE, _PAIRS, _HALVES = _ARG[5:9]
+ONE = int(np.float32(1).view(np.int32))
 
 
 def rope(op, env, begin, end):
@@ -255,5 +240,5 @@ def rope(op, env, begin, end):
     for r in range(begin, end):
         at = 4 * pairs * np.int64(load_i32(positions + 4 * r))
         for h in range(heads):
-            rotate(x + r * x_stride + 4 * n * h, y + r * y_stride + 4 * n * h, n, pairs, halves, cos + at, sin + at,
-                   _F32(1))
+            source, target = x + r * x_stride + 4 * n * h, y + r * y_stride + 4 * n * h
+            rotate_head(source, target, n, pairs, halves, cos + at, sin + at, ONE)

@@ -5,70 +5,62 @@ Knows nothing of how angles come about: it gets the cosines and sines of a posit
 
 from __future__ import annotations
 
-import numpy as np
-from llvmlite import ir
-from numba import njit
+from numba import types
 from numba.extending import intrinsic
 
-from edgelm.kernels.simd import (
-    I32,
-    f32x16,
-    fma,
-    load_f32,
-    load_f32x16,
-    mul_f32,
-    splat_f32,
-    store,
-    sub_f32,
-)
+from edgelm.kernels.emit import F32, I32
+from edgelm.kernels.words import Emitter, Value, function
 
-_F32 = np.float32
+EVEN, ODD = list(range(0, 32, 2)), list(range(1, 32, 2))
+ZIP_LOW, ZIP_HIGH = ([i // 2 + 16 * (i % 2) for i in range(at, at + 16)] for at in (0, 16))
 
 
-def _shuffle(order):
-    @intrinsic
-    def shuffle(typingctx, x, y):
-        def codegen(context, b, sig, args):
-            return b.shuffle_vector(*args, ir.Constant(ir.VectorType(I32, 16), order))
-        return f32x16(f32x16, f32x16), codegen
-    return shuffle
+def _turn(e, a, b, c, s):
+    return a * c - b * s, e.fma(a, s, b * c)
 
 
-even, odd = _shuffle(list(range(0, 32, 2))), _shuffle(list(range(1, 32, 2)))
-zip_low, zip_high = (_shuffle([i // 2 + 16 * (i % 2) for i in range(at, at + 16)]) for at in (0, 16))
-
-
-@njit
-def rotate(x, y, n, pairs, halves, cos, sin, scale):
+@function
+def rotate(e, x, y, n, pairs, halves, cos, sin, scale_bits):
     """y = x rotated and times scale: n columns, of which 2 * pairs turn. y may be x.
 
-    x, y, cos, sin are addresses of float32. With `halves` column i turns with column i + pairs, else 2i with 2i + 1.
+    x, y, cos, sin are addresses of float32; scale_bits are the bits of one. With `halves` column i turns with column
+    i + pairs, else 2i with 2i + 1.
     """
-    factor = splat_f32(scale)
-    whole = pairs - pairs % 16
-    for i in range(0, whole, 16):
-        c, s = mul_f32(load_f32x16(cos + 4 * i), factor), mul_f32(load_f32x16(sin + 4 * i), factor)
-        if halves != 0:
-            a, b = load_f32x16(x + 4 * i), load_f32x16(x + 4 * (i + pairs))
-            store(y + 4 * i, sub_f32(mul_f32(a, c), mul_f32(b, s)))
-            store(y + 4 * (i + pairs), fma(a, s, mul_f32(b, c)))
-        else:
-            v, w = load_f32x16(x + 8 * i), load_f32x16(x + 8 * i + 64)
-            a, b = even(v, w), odd(v, w)
-            v, w = sub_f32(mul_f32(a, c), mul_f32(b, s)), fma(a, s, mul_f32(b, c))
-            store(y + 8 * i, zip_low(v, w))
-            store(y + 8 * i + 64, zip_high(v, w))
-    for i in range(whole, pairs):
-        c1, s1 = _F32(load_f32(cos + 4 * i) * scale), _F32(load_f32(sin + 4 * i) * scale)
-        first, second = 8 * i, 8 * i + 4
-        if halves != 0:
-            first, second = 4 * i, 4 * (i + pairs)
-        a1, b1 = load_f32(x + first), load_f32(x + second)
-        store(y + first, _F32(_F32(a1 * c1) - _F32(b1 * s1)))
-        store(y + second, _F32(_F32(a1 * s1) + _F32(b1 * c1)))
+    scale = Value(e, e.b.bitcast(e.b.trunc(scale_bits.llvm, I32), F32))
+    factor, whole = e.vector(scale), pairs - pairs % 16
+    with e.loop(0, whole, 16) as i:
+        c, s = e.load(cos + 4 * i) * factor, e.load(sin + 4 * i) * factor
+        with e.choose(halves.is_not(0)) as (then, otherwise):
+            with then:
+                first, second = 4 * i, 4 * (i + pairs)
+                a, b = _turn(e, e.load(x + first), e.load(x + second), c, s)
+                e.store(y + first, a)
+                e.store(y + second, b)
+            with otherwise:
+                v, w = e.load(x + 8 * i), e.load(x + 8 * i + 64)
+                a, b = _turn(e, e.shuffle(v, w, EVEN), e.shuffle(v, w, ODD), c, s)
+                e.store(y + 8 * i, e.shuffle(a, b, ZIP_LOW))
+                e.store(y + 8 * i + 64, e.shuffle(a, b, ZIP_HIGH))
+    with e.loop(whole, pairs) as i:  # one by one, through a vector: the same operations
+        c, s = e.vector(e.load_f32(cos + 4 * i)) * factor, e.vector(e.load_f32(sin + 4 * i)) * factor
+        first = e.select(halves.is_not(0), 4 * i, 8 * i)
+        second = e.select(halves.is_not(0), 4 * (i + pairs), 8 * i + 4)
+        a, b = _turn(e, e.vector(e.load_f32(x + first)), e.vector(e.load_f32(x + second)), c, s)
+        e.store(y + first, e.lane(a))
+        e.store(y + second, e.lane(b))
     turned = 2 * pairs
     whole = turned + (n - turned) // 16 * 16
-    for i in range(turned, whole, 16):
-        store(y + 4 * i, mul_f32(load_f32x16(x + 4 * i), factor))
-    for i in range(whole, n):
-        store(y + 4 * i, _F32(load_f32(x + 4 * i) * scale))
+    with e.loop(turned, whole, 16) as i:
+        e.store(y + 4 * i, e.load(x + 4 * i) * factor)
+    with e.loop(whole, n) as i:
+        e.store(y + 4 * i, e.load_f32(x + 4 * i) * scale)
+
+
+@intrinsic
+def rotate_head(typingctx, x, y, n, pairs, halves, cos, sin, scale_bits):
+    """`rotate`, for Numba code."""
+    def codegen(context, b, sig, args):
+        e = Emitter(context, b)
+        rotate(e, *(Value(e, argument) for argument in args))
+        return context.get_dummy_value()
+    return types.void(*[types.int64] * 8), codegen

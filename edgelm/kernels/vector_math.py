@@ -5,8 +5,8 @@ has a fused multiply-add. Within 2 units in the last place (exp: 1; erf: 4 near 
 by Remez's exchange algorithm, computed with 40 digits and rounded to float32; ranges are reduced as in Cody & Waite,
 "Software Manual for the Elementary Functions" (1980). NaN gives NaN.
 
-Each function exists twice: `emit_x(b, x)` for code generators, over an IR builder and a float32 vector of any length,
-and the intrinsic `x_f32` for Numba code, over f32x16.
+Each function exists twice: `emit_x(context, b, x)` for code generators, over an IR builder and a float32 vector of any
+length, and the intrinsic `x_f32` for Numba code, over f32x16.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
+from numba import types
 from numba.extending import intrinsic
 
-from edgelm.kernels.simd import I32, call, f32x16
+from edgelm.kernels.emit import I32, call, emit_fma
+from edgelm.kernels.simd import f32x16
 
 # exp(r) = 1 + r + r² q(r) for |r| <= ln 2 / 2, relative error 3e-9
 EXP = (0.4999999403953552, 0.1666652113199234, 0.04166838899254799, 0.008368710055947304, 0.0013814613921567798)
@@ -48,87 +50,88 @@ def _fn(b: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
     return call(b, f"llvm.{name}.v{args[0].type.count}f32", args[0].type, *args)
 
 
-def _horner(b: ir.IRBuilder, x: ir.Value, coefficients: tuple[float, ...]) -> ir.Value:
+def _horner(context: Any, b: ir.IRBuilder, x: ir.Value, coefficients: tuple[float, ...]) -> ir.Value:
     result = _k(x, coefficients[-1])
     for c in coefficients[-2::-1]:
-        result = _fn(b, "fma", result, x, _k(x, c))
+        result = emit_fma(context, b, result, x, _k(x, c))
     return result
 
 
-def _reduced_exp(b: ir.IRBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _reduced_exp(context: Any, b: ir.IRBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     """(exp(x - n ln 2), n as int32 lanes), n = x / ln 2 rounded."""
     ints = ir.VectorType(I32, x.type.count)
     magic = _k(x, 1.5 * 2.0**23)  # adding it rounds to an integer, to nearest, in the low bits
-    shifted = _fn(b, "fma", x, _k(x, LOG2_E), magic)
+    shifted = emit_fma(context, b, x, _k(x, LOG2_E), magic)
     whole = b.fsub(shifted, magic)
     n = b.sub(b.bitcast(shifted, ints), b.bitcast(magic, ints))
-    r = _fn(b, "fma", whole, _k(x, -LN2_HIGH), x)
-    r = _fn(b, "fma", whole, _k(x, -LN2_LOW), r)
-    q = _horner(b, r, EXP)
-    return b.fadd(_fn(b, "fma", b.fmul(r, r), q, r), _k(x, 1.0)), n
+    r = emit_fma(context, b, whole, _k(x, -LN2_HIGH), x)
+    r = emit_fma(context, b, whole, _k(x, -LN2_LOW), r)
+    q = _horner(context, b, r, EXP)
+    return b.fadd(emit_fma(context, b, b.fmul(r, r), q, r), _k(x, 1.0)), n
 
 
 def _power_of_2(b: ir.IRBuilder, n: ir.Value, like: ir.Value) -> ir.Value:
     return b.bitcast(b.shl(b.add(n, _ki(like, 127)), _ki(like, 23)), like.type)
 
 
-def emit_exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def emit_exp(context: Any, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """exp(x), subnormal results included."""
     x = b.select(b.fcmp_ordered(">", x, _k(x, EXP_LARGEST)), _k(x, EXP_LARGEST), x)
     x = b.select(b.fcmp_ordered("<", x, _k(x, EXP_SMALLEST)), _k(x, EXP_SMALLEST), x)
-    y, n = _reduced_exp(b, x)
+    y, n = _reduced_exp(context, b, x)
     half = b.ashr(n, _ki(x, 1))  # 2**n in two factors: n may lie beyond what one exponent holds
     return b.fmul(b.fmul(y, _power_of_2(b, half, x)), _power_of_2(b, b.sub(n, half), x))
 
 
-def emit_exp_negative(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def emit_exp_negative(context: Any, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """exp(x) of x <= 0 for softmax: what would be subnormal is 0, so exp(-inf) is."""
-    y, n = _reduced_exp(b, x)
+    y, n = _reduced_exp(context, b, x)
     zero = b.fcmp_ordered("<", x, _k(x, EXP_SMALLEST_NORMAL))
     return b.select(zero, _k(x, 0.0), b.fmul(y, _power_of_2(b, n, x)))
 
 
-def emit_tanh(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def emit_tanh(context: Any, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     size = _fn(b, "fabs", x)
     square = b.fmul(x, x)
-    small = _fn(b, "fma", b.fmul(square, x), _horner(b, square, TANH), x)
+    small = emit_fma(context, b, b.fmul(square, x), _horner(context, b, square, TANH), x)
     # 1 - 2 / (exp(2|x|) + 1); exp overflows to infinity and gives 1
-    large = b.fsub(_k(x, 1.0), b.fdiv(_k(x, 2.0), b.fadd(emit_exp(b, b.fadd(size, size)), _k(x, 1.0))))
+    large = b.fsub(_k(x, 1.0), b.fdiv(_k(x, 2.0), b.fadd(emit_exp(context, b, b.fadd(size, size)), _k(x, 1.0))))
     return _fn(b, "copysign", b.select(b.fcmp_unordered("<=", size, _k(x, TANH_SMALL)), small, large), x)
 
 
-def emit_erf(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def emit_erf(context: Any, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     size = _fn(b, "fabs", x)
     square = b.fmul(x, x)
-    small = _fn(b, "fma", x, _horner(b, square, ERF), x)
+    small = emit_fma(context, b, x, _horner(context, b, square, ERF), x)
     t = b.select(b.fcmp_ordered(">", size, _k(x, 4.0)), _k(x, 4.0), size)
-    exponent = b.fneg(_fn(b, "fma", t, _horner(b, t, ERFC), t))
-    large = b.fsub(_k(x, 1.0), emit_exp_negative(b, exponent))
+    exponent = b.fneg(emit_fma(context, b, t, _horner(context, b, t, ERFC), t))
+    large = b.fsub(_k(x, 1.0), emit_exp_negative(context, b, exponent))
     return b.select(b.fcmp_unordered("<=", size, _k(x, 1.0)), small, _fn(b, "copysign", large, x))
 
 
-def emit_sigmoid(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    return b.fdiv(_k(x, 1.0), b.fadd(_k(x, 1.0), emit_exp(b, b.fneg(x))))
+def emit_sigmoid(context: Any, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    return b.fdiv(_k(x, 1.0), b.fadd(_k(x, 1.0), emit_exp(context, b, b.fneg(x))))
 
 
-def emit_silu(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def emit_silu(context: Any, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """x * sigmoid(x)"""
-    return b.fdiv(x, b.fadd(_k(x, 1.0), emit_exp(b, b.fneg(x))))
+    return b.fdiv(x, b.fadd(_k(x, 1.0), emit_exp(context, b, b.fneg(x))))
 
 
-def emit_gelu(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def emit_gelu(context: Any, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """x/2 (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x³); as x sigmoid(2u), which cancels nothing."""
-    cubic = _fn(b, "fma", b.fmul(x, x), _k(x, -2 * 0.7978845608028654 * 0.044715), _k(x, -2 * 0.7978845608028654))
-    return b.fdiv(x, b.fadd(_k(x, 1.0), emit_exp(b, b.fmul(cubic, x))))
+    linear = -2 * 0.7978845608028654
+    cubic = emit_fma(context, b, b.fmul(x, x), _k(x, 0.044715 * linear), _k(x, linear))
+    return b.fdiv(x, b.fadd(_k(x, 1.0), emit_exp(context, b, b.fmul(cubic, x))))
 
 
-def emit_gelu_erf(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def emit_gelu_erf(context: Any, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """x/2 (1 + erf(x / sqrt 2))"""
     half = b.fmul(x, _k(x, 0.5))
-    return _fn(b, "fma", half, emit_erf(b, b.fmul(x, _k(x, 0.7071067811865476))), half)
+    return emit_fma(context, b, half, emit_erf(context, b, b.fmul(x, _k(x, 0.7071067811865476))), half)
 
 
-def emit_relu(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def emit_relu(context: Any, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return b.select(b.fcmp_unordered(">", x, _k(x, 0.0)), x, _k(x, 0.0))
 
 
@@ -136,7 +139,7 @@ def _intrinsic(emit: Any) -> Any:
     @intrinsic
     def function(typingctx, x):
         def codegen(context, b, sig, args):
-            return emit(b, args[0])
+            return emit(context, b, args[0])
         return f32x16(f32x16), codegen
     return function
 
@@ -151,8 +154,8 @@ gelu_erf_f32 = _intrinsic(emit_gelu_erf)
 relu_f32 = _intrinsic(emit_relu)
 
 ACTIVATIONS = {
-    "identity": lambda b, x: x, "silu": emit_silu, "gelu": emit_gelu, "gelu_erf": emit_gelu_erf, "relu": emit_relu,
-    "tanh": emit_tanh,
+    "identity": lambda context, b, x: x, "silu": emit_silu, "gelu": emit_gelu, "gelu_erf": emit_gelu_erf,
+    "relu": emit_relu, "tanh": emit_tanh,
 }
 
 
@@ -162,5 +165,13 @@ def activation_f32(typingctx, kind, x):
     emit = ACTIVATIONS[kind.literal_value]
 
     def codegen(context, b, sig, args):
-        return emit(b, args[1])
+        return emit(context, b, args[1])
     return f32x16(kind, f32x16), codegen
+
+
+@intrinsic
+def lane_0(typingctx, x):
+    """The first lane: for a value that fills all of them."""
+    def codegen(context, b, sig, args):
+        return b.extract_element(args[0], I32(0))
+    return types.float32(f32x16), codegen

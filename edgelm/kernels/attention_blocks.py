@@ -1,0 +1,222 @@
+"""What attention does with one block of positions: scores, softmax, weighted values; and the merging of blocks.
+
+A tile is some query heads that share a KV head, of some tokens in a row: its rows are (token, head). It lives on the
+stack of the thread that works on it. Values of positions that a query must not see are never read; keys are, and their
+scores replaced: pages hold anything beyond the end.
+
+Knows nothing of how the work is divided; see `attention_kernels`.
+"""
+
+from __future__ import annotations
+
+from edgelm.kernels.abi import WORD, Env, Row
+from edgelm.kernels.attention import BLOCK, CAUSAL, F16, HALVES
+from edgelm.kernels.attention_tiles import convert, multiply, multiply_wide
+from edgelm.kernels.rope import rotate
+from edgelm.kernels.vector_math import emit_exp_negative, emit_tanh
+from edgelm.kernels.words import function
+
+PAGE = 64
+ROWS = 48  # of a tile, a multiple of six
+TILE_FLOATS = 6144  # values of all its queries: 24 KiB
+CONVERT_ROWS = 12  # from so many rows on, half floats are converted once for all of them
+
+WORKSPACE, N_TOKENS, POSITIONS, SEQUENCES, TABLES, LENGTHS, N_GROUPS, COS, SIN = (
+    WORD * field for field in (
+        Env.WORKSPACE, Env.N_TOKENS, Env.POSITIONS, Env.ROWS, Env.TABLES, Env.LENGTHS, Env.N_GROUPS, Env.COS, Env.SIN
+    )
+)
+ARGS = tuple(WORD * (Row.ARGS + i) for i in range(Row.SIZE - Row.ARGS))
+Q, Q_STRIDE, Y, Y_STRIDE, KV_HEADS, DIM, K_OFFSET, V_OFFSET = ARGS[:8]
+SCALE, GROUP, WINDOW, FLAGS, ROPE, PAIRS, SCRATCH, N_SCRATCH = ARGS[8:]
+HEADS, V_DIM, SOFTCAP = KV_HEADS + 4, DIM + 4, SCALE + 4  # two in a field
+
+# A tile: queries, scores then weights, sums of a block, merged sums, converted values, states of rows.
+QUERIES = 0
+WEIGHTS = QUERIES + 4 * TILE_FLOATS
+SUMS = WEIGHTS + 4 * ROWS * BLOCK
+MERGED = SUMS + 4 * TILE_FLOATS
+CONVERTED = MERGED + 4 * TILE_FLOATS
+STATES = CONVERTED + 4 * PAGE * PAGE
+STATE = 64  # bytes of a row's state:
+LOW, HIGH = 0, 8  # words: the first position that it sees, and the one after the last
+TOTAL_MAX, TOTAL_SUM, MAX, SUM = 16, 20, 24, 28  # float32: of all blocks so far, and of the last
+TILE_BYTES = STATES + STATE * ROWS
+MINUS_INFINITY = float("-inf")
+
+
+def v_stride(e, op):
+    """Values of a head in a page and in tiles: v_head_dim in whole vectors."""
+    return (e.load_i32(op + V_DIM) + 15) // 16 * 16
+
+
+def limits(e, op, env, token):
+    """(first, last + 1) position that a token sees."""
+    position = e.load_i32(e.load_word(env + POSITIONS) + 4 * token)
+    sequence = e.load_i32(e.load_word(env + SEQUENCES) + 4 * token)
+    length = e.load_i32(e.load_word(env + LENGTHS) + 4 * sequence)
+    high = e.select((e.load_word(op + FLAGS) & CAUSAL).is_(0), length, position + 1)
+    window = e.load_word(op + WINDOW)
+    return e.select(window > 0, e.max(high - window, 0), 0), high
+
+
+@function
+def begin_tile(e, op, env, base, token, n_tokens, first_head, n_heads):
+    """Queries into the tile, rotated and scaled; what each row sees; nothing merged."""
+    dim, rope = e.load_i32(op + DIM), e.load_word(op + ROPE)
+    q, stride = e.load_word(env + WORKSPACE) + e.load_word(op + Q), e.load_word(op + Q_STRIDE)
+    pairs, cos, sin = e.variable(0), e.variable(0), e.variable(0)
+    with e.when(rope >= 0):
+        pairs.set(e.load_word(op + PAIRS))
+        cos.set(e.load_word(e.load_word(env + COS) + WORD * rope))
+        sin.set(e.load_word(e.load_word(env + SIN) + WORD * rope))
+    halves, scale = e.load_word(op + FLAGS) & HALVES, e.load_i32(op + SCALE)
+    with e.loop(0, n_tokens) as i:
+        low, high = limits(e, op, env, token + i)
+        angle = 4 * pairs.get() * e.load_i32(e.load_word(env + POSITIONS) + 4 * (token + i))
+        with e.loop(0, n_heads) as g:
+            row = n_heads * i + g
+            rotate(e, q + stride * (token + i) + 4 * dim * (first_head + g), base + QUERIES + 4 * dim * row, dim,
+                   pairs.get(), halves, cos.get() + angle, sin.get() + angle, scale)
+            state = base + STATES + STATE * row
+            e.store(state + LOW, low)
+            e.store(state + HIGH, high)
+            begin_row(e, state, base + MERGED + 4 * v_stride(e, op) * row, v_stride(e, op))
+
+
+@function
+def begin_row(e, state, merged, width):
+    """Nothing merged into a row yet."""
+    e.store(state + TOTAL_MAX, e.lane(e.vector(MINUS_INFINITY)))
+    e.store(state + TOTAL_SUM, e.lane(e.vector(0.0)))
+    with e.loop(0, 4 * width, 64) as i:
+        e.store(merged + i, e.vector(0.0))
+
+
+@function
+def block_scores(e, op, base, n_rows, page, keys):
+    """q·k of all rows with the block's first or second page, of a head whose keys are at `keys`."""
+    dim, half = e.load_i32(op + DIM), e.load_word(op + FLAGS) & F16
+    scores = base + WEIGHTS + 4 * PAGE * page
+    line = e.select(half.is_(0), e.word(4 * PAGE), 2 * PAGE)
+    queries, stride = base + QUERIES, 4 * dim
+    with e.choose(half.is_(0) | (n_rows < CONVERT_ROWS)) as (direct, converted):
+        with direct:
+            multiply_wide(e, half, n_rows, dim, queries, stride, keys, line, scores, 4 * BLOCK, 1)
+        with converted, e.loop(0, dim, PAGE) as d:  # as many dimensions at a time as stay in the nearest cache
+            n = e.min(dim - d, PAGE)
+            convert(e, keys + line * d, line, base + CONVERTED, n, PAGE)
+            fresh = e.select(d.is_(0), e.word(1), 0)
+            multiply_wide(e, e.word(0), n_rows, n, queries + 4 * d, stride, base + CONVERTED, 4 * PAGE, scores,
+                          4 * BLOCK, fresh)
+
+
+@function
+def block_softmax(e, op, base, n_rows, start):
+    """Scores of the block at position `start` to weights; their maximum and sum to the rows' states."""
+    cap = e.load_f32(op + SOFTCAP)
+    with e.loop(0, n_rows) as r:
+        row, state = base + WEIGHTS + 4 * BLOCK * r, base + STATES + STATE * r
+        low, high = e.load_word(state + LOW) - start, e.load_word(state + HIGH) - start
+        with e.when(cap > 0.0), e.loop(0, 4 * BLOCK, 64) as i:
+            bound = e.vector(cap)
+            e.store(row + i, bound * e.apply(emit_tanh, e.load(row + i) / bound))
+        e.store(state + MAX, e.lane(e.vector(MINUS_INFINITY)))
+        e.store(state + SUM, e.lane(e.vector(0.0)))
+        with e.when((low < BLOCK) & (high > 0)):
+            scores, largest = [], e.vector(MINUS_INFINITY)
+            for i in range(0, BLOCK, 16):
+                seen = e.between(e.lanes_from(e.word(i)), low, high)
+                scores.append(e.select(seen, e.load(row + 4 * i), MINUS_INFINITY))
+                largest = e.max(scores[-1], largest)
+            m = e.largest(largest)
+            total = e.vector(0.0)
+            for i, score in zip(range(0, BLOCK, 16), scores, strict=True):
+                weight = e.apply(emit_exp_negative, score - e.vector(m))
+                e.store(row + 4 * i, weight)
+                total = total + weight
+            e.store(state + MAX, m)
+            e.store(state + SUM, e.sum(total))
+
+
+@function
+def weigh(e, base, first_row, n_rows, width, half, weights, page_start, m, m_stride, sums, stride):
+    """Adds the values `m` of a page to the sums of some rows. `weights` is where the page's of row first_row are.
+
+    Rows are tokens in order: what all of them see lies between where the last begins and where the first ends.
+    """
+    state = base + STATES + STATE * first_row
+
+    def seen_by(r):
+        low = e.max(e.load_word(state + STATE * r + LOW) - page_start, 0)
+        return low, e.min(e.load_word(state + STATE * r + HIGH) - page_start, PAGE)
+
+    def add(r, rows, low, high):
+        with e.when(low < high):
+            multiply(e, width, half, rows, high - low, weights + 4 * BLOCK * r + 4 * low, 4 * BLOCK, m + m_stride * low,
+                     m_stride, sums + stride * r, stride, 0)
+
+    low, high = seen_by(n_rows - 1)[0], seen_by(e.word(0))[1]
+    nothing = low >= high
+    with e.loop(0, n_rows) as r:
+        mine = seen_by(r)
+        add(r, 1, mine[0], e.select(nothing, mine[1], low))
+    add(e.word(0), n_rows, low, high)
+    with e.when(low < high), e.loop(0, n_rows) as r:
+        add(r, 1, high, seen_by(r)[1])
+
+
+@function
+def block_values(e, op, base, n_rows, page, page_start, values):
+    """Adds up p·v of one page, of a head whose values are at `values`."""
+    n_columns, half = v_stride(e, op), e.load_word(op + FLAGS) & F16
+    size = e.select(half.is_(0), e.word(4), 2)
+    last = base + STATES + STATE * (n_rows - 1)
+    low = e.max(e.load_word(base + STATES + LOW) - page_start, 0)
+    high = e.min(e.load_word(last + HIGH) - page_start, PAGE)
+    even = (e.load_word(last + LOW) <= page_start) & (e.load_word(base + STATES + HIGH) >= page_start + PAGE)
+    at_a_time, stride, weights = e.select(even, n_rows, 6), 4 * n_columns, base + WEIGHTS + 4 * PAGE * page
+    column = e.variable(0)
+    with e.repeat(lambda: column.get() < n_columns):
+        c = column.get()
+        width = e.select(n_columns - c >= 64, e.word(64), 16)
+        m, m_stride, is_half = e.variable(values + size * c), e.variable(size * n_columns), e.variable(half)
+        with e.when(half.is_not(0) & (n_rows >= CONVERT_ROWS)):
+            convert(e, m.get() + m_stride.get() * low, m_stride.get(), base + CONVERTED + 4 * PAGE * low, high - low,
+                    width)
+            m.set(base + CONVERTED)
+            m_stride.set(4 * PAGE)
+            is_half.set(0)
+        row = e.variable(0)
+        with e.repeat(lambda: row.get() < n_rows):
+            r = row.get()
+            weigh(e, base, r, e.min(n_rows - r, at_a_time), width, is_half.get(), weights + 4 * BLOCK * r, page_start,
+                  m.get(), m_stride.get(), base + SUMS + stride * r + 4 * c, stride)
+            row.set(r + at_a_time)
+        column.set(c + width)
+
+
+@function
+def merge(e, width, state, merged, block, sums):
+    """Merges one block into a row's state and values: `block` is the address of its maximum and sum."""
+    m, total = e.load_f32(block), e.load_f32(block + 4)
+    with e.when(m.is_not(MINUS_INFINITY)):  # it saw something of it
+        old = e.load_f32(state + TOTAL_MAX)
+        new = e.max(m, old)
+        a = e.apply(emit_exp_negative, e.vector(old - new))
+        b = e.apply(emit_exp_negative, e.vector(m - new))
+        e.store(state + TOTAL_MAX, new)
+        so_far = e.vector(e.load_f32(state + TOTAL_SUM))
+        e.store(state + TOTAL_SUM, e.lane(e.fma(e.vector(total), b, so_far * a)))
+        with e.loop(0, 4 * width, 64) as i:
+            e.store(merged + i, e.fma(e.load(sums + i), b, e.load(merged + i) * a))
+
+
+@function
+def finish(e, n, state, merged, y):
+    """y = values / sum of weights, n of them."""
+    total, whole = e.vector(e.load_f32(state + TOTAL_SUM)), n // 16 * 16
+    with e.loop(0, whole, 16) as i:
+        e.store(y + 4 * i, e.load(merged + 4 * i) / total)
+    with e.loop(whole, n) as i:
+        e.store(y + 4 * i, e.lane(e.vector(e.load_f32(merged + 4 * i)) / total))

@@ -1,0 +1,356 @@
+"""Attention over the pages of the KV cache, and the storing of keys and values in them.
+
+What is computed for a query head is fixed, whoever computes it beside what: for each block of BLOCK positions, counted
+from the beginning of the sequence, the scores, their maximum m, weights exp(score - m), the weights' sum and the sum of
+values so weighted, position by position; and then the blocks are merged in ascending order (Milakov & Gimelshein 2018,
+Dao et al. 2022). So a prompt gives the same bits at once, in chunks, token by token, or beside other sequences.
+
+Units are (tile of TILE tokens, KV head, one of TILE parts). With many tokens a part is a token, and a thread works on
+as many neighbouring ones at a time as it was given. With few tokens and a long past a part is some of the blocks:
+results of blocks go to the scratch buffer, and the thread that finishes the last block of a KV head merges them.
+
+Knows nothing of how pages are managed.
+"""
+
+from __future__ import annotations
+
+from numba import types
+from numba.extending import intrinsic
+
+from edgelm.kernels.abi import WORD
+from edgelm.kernels.attention import BLOCK, COUNTER, F16, HALVES, LARGEST_HEAD, PARTIAL, SPLIT_TOKENS, TILE
+from edgelm.kernels.attention_blocks import (
+    ARGS,
+    COS,
+    DIM,
+    FLAGS,
+    GROUP,
+    HEADS,
+    HIGH,
+    K_OFFSET,
+    KV_HEADS,
+    LOW,
+    MAX,
+    MERGED,
+    N_GROUPS,
+    N_SCRATCH,
+    N_TOKENS,
+    PAGE,
+    POSITIONS,
+    ROWS,
+    SCRATCH,
+    SEQUENCES,
+    SIN,
+    STATE,
+    STATES,
+    SUMS,
+    TABLES,
+    TILE_BYTES,
+    TILE_FLOATS,
+    V_DIM,
+    V_OFFSET,
+    WORKSPACE,
+    Y_STRIDE,
+    Y,
+    begin_row,
+    begin_tile,
+    block_scores,
+    block_softmax,
+    block_values,
+    finish,
+    limits,
+    merge,
+    v_stride,
+)
+from edgelm.kernels.rope import rotate
+from edgelm.kernels.words import Emitter, Value, function
+
+
+@function
+def run_end(e, env, token, limit):
+    """The first token after `token` that is not its successor in the same sequence, or `limit`."""
+    rows, positions, end = e.load_word(env + SEQUENCES), e.load_word(env + POSITIONS), e.variable(token + 1)
+    follows = e.variable(1)
+    with e.repeat(lambda: (end.get() < limit) & follows.get().is_(1)):
+        at = 4 * end.get()
+        same = e.load_i32(rows + at).is_(e.load_i32(rows + 4 * token))
+        ahead = e.load_i32(positions + at) - e.load_i32(positions + 4 * token)
+        with e.choose(same & ahead.is_(end.get() - token)) as (then, otherwise):
+            with then:
+                end.set(end.get() + 1)
+            with otherwise:
+                follows.set(0)
+    return end.get()
+
+
+def pages_of(e, env, token, group):
+    """Address of the page table of a token's sequence."""
+    sequence = e.load_i32(e.load_word(env + SEQUENCES) + 4 * token)
+    return e.load_word(e.load_word(env + TABLES) + WORD * (sequence * e.load_word(env + N_GROUPS) + group))
+
+
+def blocks(e, low, high):
+    """(first, last + 1) of the blocks that positions [low, high) lie in."""
+    return low // BLOCK, (high + (BLOCK - 1)) // BLOCK
+
+
+@function
+def attend(e, op, env, base, token, n_tokens, kv_head, head, n_heads, begin, end, partial, n_partial):
+    """Query heads [head, head + n_heads) of a KV head, of tokens of one sequence, over blocks [begin, end).
+
+    Leaves them merged in the tile; or, with partial != 0, writes those of each block there: see `partials`.
+    """
+    n_rows, n_head = n_tokens * n_heads, e.load_i32(op + HEADS)
+    begin_tile(e, op, env, base, token, n_tokens, n_head * kv_head + head, n_heads)
+    low, high = e.load_word(base + STATES + LOW), e.load_word(base + STATES + STATE * (n_rows - 1) + HIGH)
+    width, pages = v_stride(e, op), pages_of(e, env, token, e.load_word(op + GROUP))
+    size = e.select((e.load_word(op + FLAGS) & F16).is_(0), e.word(4 * PAGE), 2 * PAGE)
+    k = e.load_word(op + K_OFFSET) + size * e.load_i32(op + DIM) * kv_head
+    v = e.load_word(op + V_OFFSET) + size * width * kv_head
+    first, last = blocks(e, low, high)
+    with e.loop(e.max(begin, first), e.min(end, last)) as block:
+        start = BLOCK * block
+        from_, to = e.max(start, low // PAGE * PAGE), e.min(start + BLOCK, high)
+        with e.loop(from_, to, PAGE) as at:
+            page = e.load_word(pages + WORD * (at // PAGE))
+            block_scores(e, op, base, n_rows, (at - start) // PAGE, page + k)
+        block_softmax(e, op, base, n_rows, start)
+        with e.loop(0, 4 * n_rows * width, 64) as i:
+            e.store(base + SUMS + i, e.vector(0.0))
+        with e.loop(from_, to, PAGE) as at:
+            page = e.load_word(pages + WORD * (at // PAGE))
+            block_values(e, op, base, n_rows, (at - start) // PAGE, at, page + v)
+        with e.loop(0, n_rows) as r:
+            state, sums = base + STATES + STATE * r, base + SUMS + 4 * width * r
+            with e.choose(partial.is_(0)) as (whole, part):
+                with whole:
+                    merge(e, width, state, base + MERGED + 4 * width * r, state + MAX, sums)
+                with part:
+                    row = n_head * (r // n_heads) + head + r % n_heads
+                    target = partial + (n_partial * row + block - begin) * (4 * width + PARTIAL)
+                    e.store(target, e.load_word(state + MAX))
+                    with e.loop(0, 4 * width, 64) as i:
+                        e.store(target + PARTIAL + i, e.load(sums + i))
+
+
+def result_at(e, op, env, token, head):
+    """Address of the result of a query head."""
+    y = e.load_word(env + WORKSPACE) + e.load_word(op + Y) + e.load_word(op + Y_STRIDE) * token
+    return y + 4 * e.load_i32(op + V_DIM) * head
+
+
+def rows_of_tile(e, op):
+    return e.max(e.min(e.word(TILE_FLOATS) // e.max(e.load_i32(op + DIM), v_stride(e, op)), ROWS), 1)
+
+
+# --- many tokens: each thread has some, with all their past ------------------------------------------------------
+
+@function
+def attend_tokens(e, op, env, base, first, limit, kv_head):
+    """All heads of a KV head for tokens [first, limit), of any sequences."""
+    n_head, rows, width = e.load_i32(op + HEADS), rows_of_tile(e, op), v_stride(e, op)
+    token = e.variable(first)
+    with e.repeat(lambda: token.get() < limit):
+        t = token.get()
+        end = e.min(run_end(e, env, t, limit), t + e.max(rows // n_head, 1))
+        begin, _ = blocks(e, *limits(e, op, env, t))
+        _, last = blocks(e, *limits(e, op, env, end - 1))
+        head = e.variable(0)
+        with e.repeat(lambda: head.get() < n_head):
+            h, n_heads = head.get(), e.min(n_head - head.get(), rows)
+            attend(e, op, env, base, t, end - t, kv_head, h, n_heads, begin, last, 0, 0)
+            with e.loop(0, (end - t) * n_heads) as r:
+                y = result_at(e, op, env, t + r // n_heads, n_head * kv_head + h + r % n_heads)
+                finish(e, e.load_i32(op + V_DIM), base + STATES + STATE * r, base + MERGED + 4 * width * r, y)
+            head.set(h + n_heads)
+        token.set(end)
+
+
+# --- few tokens with a long past: each thread has some of the blocks ---------------------------------------------
+
+def partial_bytes(e, op):
+    return 4 * v_stride(e, op) + PARTIAL
+
+
+@function
+def blocks_to_divide(e, op, env):
+    """The most blocks that a run of tokens sees, if their results fit into the scratch buffer; else 0."""
+    n_tokens, most = e.load_word(env + N_TOKENS), e.variable(0)
+    with e.when(n_tokens <= SPLIT_TOKENS):
+        token = e.variable(0)
+        with e.repeat(lambda: token.get() < n_tokens):
+            end = run_end(e, env, token.get(), n_tokens)
+            first, _ = blocks(e, *limits(e, op, env, token.get()))
+            _, last = blocks(e, *limits(e, op, env, end - 1))
+            most.set(e.max(most.get(), last - first))
+            token.set(end)
+    n_heads = e.load_i32(op + KV_HEADS)
+    n_results = n_tokens * n_heads * e.load_i32(op + HEADS) * most.get()
+    too_many = COUNTER * SPLIT_TOKENS * n_heads + n_results * partial_bytes(e, op) > e.load_word(op + N_SCRATCH)
+    return e.select((most.get() <= 1) | too_many, 0, most.get())
+
+
+def partials(e, op, env, token, kv_head, n_partial):
+    """Address of results of blocks: (KV heads, tokens, heads, n_partial) of maximum, sum and, at PARTIAL, values."""
+    counters = COUNTER * SPLIT_TOKENS * e.load_i32(op + KV_HEADS)
+    first = e.load_word(env + WORKSPACE) + e.load_word(op + SCRATCH) + counters
+    row = (kv_head * e.load_word(env + N_TOKENS) + token) * e.load_i32(op + HEADS)
+    return first + row * n_partial * partial_bytes(e, op)
+
+
+@function
+def attend_parts(e, op, env, base, kv_head, begin, end, n_partial):
+    """Parts [begin, end) of TILE of the past of every token, for a KV head."""
+    n_tokens, token = e.load_word(env + N_TOKENS), e.variable(0)
+    with e.repeat(lambda: token.get() < n_tokens):
+        t = token.get()
+        stop = run_end(e, env, t, n_tokens)
+        low, _ = blocks(e, *limits(e, op, env, t))
+        _, high = blocks(e, *limits(e, op, env, stop - 1))
+        n_blocks = high - low
+        first, last = low + n_blocks * begin // TILE, low + n_blocks * end // TILE
+        with e.choose((last - first).is_(n_blocks)) as (alone, together):
+            with alone:
+                attend_tokens(e, op, env, base, t, stop, kv_head)
+            with together, e.when(first < last):
+                attend_part(e, op, env, base, kv_head, t, stop, low, n_blocks, first, last, n_partial)
+        token.set(stop)
+
+
+@function
+def attend_part(e, op, env, base, kv_head, token, stop, low, n_blocks, first, last, n_partial):
+    """Blocks [first, last) of `n_blocks` from `low` on, for tokens [token, stop); all merged if they were the last."""
+    n_head, rows = e.load_i32(op + HEADS), rows_of_tile(e, op)
+    size, t = e.max(rows // n_head, 1), e.variable(token)
+    with e.repeat(lambda: t.get() < stop):
+        to = partials(e, op, env, t.get(), kv_head, n_partial) + (first - low) * partial_bytes(e, op)
+        head = e.variable(0)
+        with e.repeat(lambda: head.get() < n_head):
+            n_heads = e.min(n_head - head.get(), rows)
+            n = e.min(stop - t.get(), size)
+            attend(e, op, env, base, t.get(), n, kv_head, head.get(), n_heads, first, last, to, n_partial)
+            head.set(head.get() + n_heads)
+        t.set(t.get() + size)
+    counters = e.load_word(env + WORKSPACE) + e.load_word(op + SCRATCH)
+    counter = counters + COUNTER * (e.load_i32(op + KV_HEADS) * token + kv_head)
+    done = e.atomic_add(counter, last - first) + last - first
+    with e.when(done.is_(n_blocks)), e.loop(token, stop) as i:
+        merge_parts(e, op, env, base, i, kv_head, low, n_partial)
+
+
+@function
+def merge_parts(e, op, env, base, token, kv_head, first, n_partial):
+    """Merges the blocks of one token, of which the first result is block `first`'s."""
+    width, n_head, state, merged = v_stride(e, op), e.load_i32(op + HEADS), base + STATES, base + MERGED
+    begin, end = blocks(e, *limits(e, op, env, token))
+    with e.loop(0, n_head) as head:
+        begin_row(e, state, merged, width)
+        results = partials(e, op, env, token, kv_head, n_partial) + n_partial * head * partial_bytes(e, op)
+        with e.loop(begin - first, end - first) as block:
+            at = results + block * partial_bytes(e, op)
+            merge(e, width, state, merged, at, at + PARTIAL)
+        finish(e, e.load_i32(op + V_DIM), state, merged, result_at(e, op, env, token, n_head * kv_head + head))
+
+
+def _attention(e, op, env, begin, end):
+    base, n_heads, n_tokens = e.stack(TILE_BYTES), e.load_i32(op + KV_HEADS), e.load_word(env + N_TOKENS)
+    n_partial, unit = blocks_to_divide(e, op, env), e.variable(begin)
+    with e.repeat(lambda: unit.get() < end):
+        group, part = unit.get() // TILE, unit.get() % TILE
+        n = e.min(TILE - part, end - unit.get())
+        with e.choose(n_partial > 0) as (few, many):
+            with few:
+                attend_parts(e, op, env, base, group % n_heads, part, part + n, n_partial)
+            with many:
+                token = group // n_heads * TILE + part
+                attend_tokens(e, op, env, base, token, e.min(token + n, n_tokens), group % n_heads)
+        unit.set(unit.get() + n)
+
+
+# --- storing -----------------------------------------------------------------------------------------------------
+
+S_K, S_K_STRIDE, S_V, S_V_STRIDE, S_HEADS, S_DIM, S_V_DIM, S_K_OFFSET = ARGS[:8]
+S_V_OFFSET, S_GROUP, S_SCRATCH, S_ROPE, S_PAIRS, S_FLAGS = ARGS[8:14]
+
+
+@function
+def store_column(e, x, n, half, to):
+    """n float32 at x to a column of a page of keys. x is overwritten."""
+    with e.choose(half.is_not(0)) as (f16, f32):
+        with f16:
+            with e.loop(0, n // 16 * 16, 16) as i:
+                bits = e.narrow(e.load(x + 4 * i))
+                for lane in range(16):
+                    e.store(to + 2 * PAGE * (i + lane), e.lane(bits, lane))
+            whole = n // 16 * 16
+            rest = x + 4 * whole
+            e.store(rest, e.narrow(e.load(rest)))
+            with e.loop(whole, n) as i:
+                e.store(to + 2 * PAGE * i, e.load_i16(rest + 2 * (i - whole)))
+        with f32, e.loop(0, n) as i:
+            e.store(to + 4 * PAGE * i, e.load_f32(x + 4 * i))
+
+
+@function
+def store_head(e, op, env, x, head, token):
+    """Key and value of one KV head of one token; x is room for a key."""
+    workspace, position = e.load_word(env + WORKSPACE), e.load_i32(e.load_word(env + POSITIONS) + 4 * token)
+    dim, v_dim, flags = e.load_word(op + S_DIM), e.load_word(op + S_V_DIM), e.load_word(op + S_FLAGS)
+    table, half, column = pages_of(e, env, token, e.load_word(op + S_GROUP)), flags & F16, position % PAGE
+    page, size = e.load_word(table + WORD * (position // PAGE)), e.select(half.is_(0), e.word(4), 2)
+    pairs, cos, sin = e.variable(0), e.variable(0), e.variable(0)
+    rope = e.load_word(op + S_ROPE)
+    with e.when(rope >= 0):
+        pairs.set(e.load_word(op + S_PAIRS))
+        angle = 4 * pairs.get() * position
+        cos.set(e.load_word(e.load_word(env + COS) + WORD * rope) + angle)
+        sin.set(e.load_word(e.load_word(env + SIN) + WORD * rope) + angle)
+    source = workspace + e.load_word(op + S_K) + token * e.load_word(op + S_K_STRIDE) + 4 * dim * head
+    rotate(e, source, x, dim, pairs.get(), flags & HALVES, cos.get(), sin.get(), FLOAT_ONE)
+    store_column(e, x, dim, half, page + e.load_word(op + S_K_OFFSET) + size * (PAGE * dim * head + column))
+    source = workspace + e.load_word(op + S_V) + token * e.load_word(op + S_V_STRIDE) + 4 * v_dim * head
+    width = (v_dim + 15) // 16 * 16
+    target = page + e.load_word(op + S_V_OFFSET) + size * width * (PAGE * head + column)
+    with e.loop(0, v_dim, 16) as i, e.choose(half.is_not(0)) as (f16, f32):
+        with f16:
+            e.store(target + 2 * i, e.narrow(e.load(source + 4 * i)))
+        with f32:
+            e.store(target + 4 * i, e.load(source + 4 * i))
+
+
+FLOAT_ONE = 0x3F800000
+
+
+def _store_kv(e, op, env, begin, end):
+    x, n_tokens = e.stack(4 * LARGEST_HEAD + 64), e.load_word(env + N_TOKENS)
+    counters = e.load_word(env + WORKSPACE) + e.load_word(op + S_SCRATCH)
+    with e.when(begin.is_(0)), e.loop(0, SPLIT_TOKENS * e.load_word(op + S_HEADS)) as i:
+        e.store(counters + COUNTER * i, e.word(0))
+    with e.loop(begin, end) as unit:
+        store_head(e, op, env, x, unit // n_tokens, unit % n_tokens)
+
+
+# --- kernels -----------------------------------------------------------------------------------------------------
+
+def _written(write):
+    @intrinsic
+    def kernel(typingctx, op, env, begin, end):
+        def codegen(context, b, sig, args):
+            e = Emitter(context, b)
+            write(e, *(Value(e, argument) for argument in args))
+            return context.get_dummy_value()
+        return types.void(*[types.int64] * 4), codegen
+    return kernel
+
+
+_attention_code, _store_kv_code = _written(_attention), _written(_store_kv)
+
+
+def attention(op, env, begin, end):
+    """Unit: see the module's docstring."""
+    _attention_code(op, env, begin, end)
+
+
+def store_kv(op, env, begin, end):
+    """Unit: one KV head of one token. The first also sets the counters of `attention` to zero."""
+    _store_kv_code(op, env, begin, end)

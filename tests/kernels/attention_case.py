@@ -1,0 +1,135 @@
+"""Attention as the kernels do it, over a real KV cache, and as a few lines of float64 NumPy do it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from op_rows import Workspace
+
+from edgelm.cache import Batch, KVCache, Sequence
+from edgelm.kernels.abi import Env
+from edgelm.kernels.attention import row_attention, row_store_kv, scratch_bytes
+
+N_CTX = 2048
+
+
+@dataclass(frozen=True)
+class Group:
+    layers: tuple[int, ...]
+    n_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    window: int
+
+
+@dataclass
+class Case:
+    """One attention layer, with as many other layers and groups around it as it takes to see wrong offsets."""
+
+    n_heads: int = 6
+    n_kv_heads: int = 2
+    head_dim: int = 64
+    v_head_dim: int = 0
+    window: int = 0
+    kv_type: str = "f16"
+    softcap: float = 0.0
+    causal: bool = True
+    rope_dim: int = 0
+    halves: bool = True
+    n_scratch: int | None = None  # None: what is asked for
+    portions: int | None = 3
+    seed: int = 0
+    cache: KVCache = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.v_head_dim = self.v_head_dim or self.head_dim
+        other = Group((0, 3), 1, 16, 16, 0)
+        group = Group((1, 2), self.n_kv_heads, self.head_dim, self.v_head_dim, self.window)
+        self.cache = KVCache((other, group), self.kv_type, undo=0)
+        rng = np.random.default_rng(self.seed)
+        angles = rng.uniform(0, 7, (N_CTX, max(1, self.rope_dim // 2)))
+        self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        self.scale = self.head_dim**-0.5
+
+    def inputs(self, n: int, seed: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """q, k, v of n tokens."""
+        rng = np.random.default_rng(seed)
+        widths = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim, self.n_kv_heads * self.v_head_dim)
+        return tuple(rng.standard_normal((n, width)).astype(np.float32) for width in widths)
+
+    def poisoned(self) -> None:
+        """Fills the pages that are in no use with NaN, as if they had held something."""
+        for pool in self.cache._pools:
+            for address in pool.free:
+                pool.pages[address][:] = 0xFF
+
+    def forward(self, parts: list[tuple[Sequence, tuple[np.ndarray, ...]]], layer: int = 2) -> np.ndarray:
+        """Attention of the next tokens of some sequences: parts of q, k and v; the result of all of them."""
+        for sequence, (q, _, _) in parts:
+            sequence.reserve(len(q))
+        batch = Batch.of((sequence, [0] * len(q), "none") for sequence, (q, _, _) in parts)
+        n = len(batch.tokens)
+        ws = Workspace(1 << 25, self.seed + n)
+        q_off, q_stride = ws.put(np.concatenate([x[0] for _, x in parts]))
+        k_off, k_stride = ws.put(np.concatenate([x[1] for _, x in parts]))
+        v_off, v_stride = ws.put(np.concatenate([x[2] for _, x in parts]))
+        y_off, y_stride, y = ws.buffer(n, self.n_heads * self.v_head_dim)
+        beside = ws.take(4096)  # nothing may be written after the result
+        layout = self.cache.layouts[1]
+        n_scratch = scratch_bytes(layout, self.n_heads, N_CTX) if self.n_scratch is None else self.n_scratch
+        scratch = ws.take(n_scratch)
+        after = ws.take(4096)
+        tables = np.array([[s.table(g).ctypes.data for g in range(2)] for s in batch.sequences])
+        ws.set(Env.N_TOKENS, n)
+        ws.set(Env.POSITIONS, batch.positions)
+        ws.set(Env.ROWS, batch.rows)
+        ws.set(Env.TABLES, tables)
+        ws.set(Env.N_GROUPS, 2)
+        ws.set(Env.LENGTHS, np.array([s.length + len(x[0]) for s, x in parts], np.int32))
+        ws.set(Env.COS, np.array([0, self.cos.ctypes.data]))
+        ws.set(Env.SIN, np.array([0, self.sin.ctypes.data]))
+        rope = {"rope": 1, "rope_dim": self.rope_dim, "halves": self.halves} if self.rope_dim else {}
+        index = layer - 1
+        ws.run(
+            row_store_kv(layout, 1, index, k_off, k_stride, v_off, v_stride, scratch_off=scratch, **rope),
+            row_attention(layout, 1, index, self.n_heads, q_off, q_stride, y_off, y_stride, scale=self.scale,
+                          scratch_off=scratch, n_scratch=n_scratch, softcap=self.softcap, causal=self.causal, **rope),
+            portions=self.portions,
+        )
+        for sequence, (q, _, _) in parts:
+            sequence.advance(len(q))
+        assert (ws.bytes_at(beside, 4096) == 0x7F).all()
+        assert (ws.bytes_at(after, 4096) == 0x7F).all()
+        return y.copy()
+
+    def turned(self, x: np.ndarray, heads: int) -> np.ndarray:
+        x = x.astype(np.float64).reshape(len(x), heads, -1)
+        if not self.rope_dim:
+            return x
+        y, pairs = x.copy(), self.rope_dim // 2
+        first = np.arange(pairs) if self.halves else 2 * np.arange(pairs)
+        second = first + (pairs if self.halves else 1)
+        c, s = self.cos[: len(x), None].astype(np.float64), self.sin[: len(x), None].astype(np.float64)
+        y[..., first], y[..., second] = x[..., first] * c - x[..., second] * s, x[..., first] * s + x[..., second] * c
+        return y
+
+    def exact(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """All tokens of one sequence at once. Keys and values as the cache rounds them."""
+        n = len(q)
+        stored = self.cache.layouts[1].dtype
+        wide_q = self.turned(q, self.n_heads)
+        wide_k = self.turned(k, self.n_kv_heads).astype(np.float32).astype(stored).astype(np.float64)
+        wide_v = v.reshape(n, self.n_kv_heads, -1).astype(stored).astype(np.float64)
+        group = self.n_heads // self.n_kv_heads
+        scores = np.einsum("qhgd,khd->hgqk", wide_q.reshape(n, self.n_kv_heads, group, -1), wide_k) * self.scale
+        if self.softcap:
+            scores = self.softcap * np.tanh(scores / self.softcap)
+        distance = np.arange(n)[:, None] - np.arange(n)
+        seen = (distance >= 0) if self.causal else np.ones((n, n), bool)
+        if self.window:
+            seen &= distance < self.window
+        scores = np.where(seen, scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        return np.einsum("hgqk,khd->qhgd", weights, wide_v).reshape(n, -1)
