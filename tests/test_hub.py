@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from server import Server, serve
 
 from edgelm import download, hub, huggingface, registry
 from edgelm.errors import SourceError, UsageError
-from server import Server, serve
 
 MODEL = bytes(range(256)) * 2000  # 512 kB that no compression makes trivial to get right by accident
 
