@@ -186,7 +186,7 @@ def integers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(n, 16) float32 that are int8 times one scale for each row, as (scales (n,), int8 (n, 16)).
 
     Finds the largest integer by trial: different fractions of integers up to 128 are further apart than rounding takes
-    them. Rows that are no such multiples are rounded to 127 steps; what is not finite becomes zero or infinite.
+    them. A scale may be negative, as only -128 fits. Rows that are no such multiples are rounded to 127 steps.
     """
     with np.errstate(all="ignore"):
         peaks = np.abs(values).max(axis=1)
@@ -197,9 +197,10 @@ def integers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
                 break
             steps = values[todo] / peaks[todo, None] * np.float32(largest)
             whole = np.rint(steps)
-            fits = (np.abs(steps - whole) < 2e-3).all(axis=1) & (whole.max(axis=1) < 128)
-            found = todo[fits]
-            scales[found], quants[found] = peaks[found] / np.float32(largest), whole[fits]
+            fits = (np.abs(steps - whole) < 2e-3).all(axis=1)
+            found, whole = todo[fits], whole[fits]
+            sign = np.where(whole.max(axis=1) > 127, np.float32(-1), np.float32(1))
+            scales[found], quants[found] = sign * peaks[found] / np.float32(largest), sign[:, None] * whole
             todo = todo[~fits]
         scales[todo] = peaks[todo] / np.float32(127)
         quants[todo] = np.nan_to_num(np.rint(values[todo] / scales[todo, None]), posinf=127, neginf=-127)

@@ -1,0 +1,246 @@
+"""Packed weights: every format against its definition in `edgelm.formats`; the same bits whatever the batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from op_rows import Workspace
+
+from edgelm.errors import UnsupportedError
+from edgelm.formats import FORMATS, QTensor, by_name
+from edgelm.kernels import linear
+from edgelm.kernels.abi import Env
+from edgelm.kernels.blocks import BLOCKS
+from edgelm.kernels.packing import packed_bytes
+from tests.blocks import random_blocks
+
+FLOATS = ["F32", "F16", "BF16"]
+NATIVE = [*(name for name in BLOCKS if name != "INT8"), *FLOATS]
+TRANSCODED = [f.name for f in FORMATS.values() if f.name not in NATIVE]
+
+
+def weight(name: str, n_rows: int, n_cols: int, seed: int = 0) -> QTensor:
+    """A matrix of random blocks; its bytes are read-only and not aligned, as those of a mapped file are."""
+    format, rng = by_name(name), np.random.default_rng(seed)
+    n_bytes = format.row_bytes(n_cols) * n_rows
+    data = np.zeros(n_bytes + 3, np.uint8)[3:]
+    data[:] = random_blocks(format, n_rows * n_cols // format.block, rng).view(np.uint8)
+    data.flags.writeable = False
+    return QTensor("w", format, (n_rows, n_cols), data.reshape(n_rows, -1))
+
+
+def columns(name: str, blocks: int) -> int:
+    """About `blocks` blocks of 32 columns: as few as the format allows."""
+    format = by_name(name)
+    return -(-blocks * 32 // format.block) * format.block if format.block > 1 else blocks * 32 - 7
+
+
+def activations(n_tokens: int, n_cols: int, seed: int = 1) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal((n_tokens, n_cols)) * rng.uniform(0.1, 3, (n_tokens, n_cols))).astype(np.float32)
+
+
+def quantized(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What a record holds of `x`: int8 (tokens, blocks, 32) and float32 scales (tokens, blocks, 1)."""
+    blocks = x.reshape(len(x), -1, 32)
+    scale = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.where(scale < np.finfo(np.float32).tiny, np.float32(0), np.float32(1) / scale)
+    return np.rint(blocks * inverse).astype(np.int8), np.where(inverse == 0, np.float32(0), scale)
+
+
+class Product:
+    """Activations in a workspace as the kernels of a format want them, and what they are multiplied with exactly."""
+
+    def __init__(self, packed: linear.Packed, x: np.ndarray) -> None:
+        self.space, self.x, self.tokens = Workspace(), x, len(x)
+        self.exact = x.astype(np.float64)
+        self.offset, self.stride = self.space.put(x)
+        self.space.set(Env.N_TOKENS, len(x))
+        if not linear.is_float(packed.format):
+            source = self.offset, self.stride
+            self.stride = linear.activation_bytes(x.shape[1])
+            self.offset = self.space.take(len(x) * self.stride)
+            self.space.run(linear.row_quantize(*source, x.shape[1], self.offset))
+            q, scale = quantized(x)
+            self.exact = (q * scale.astype(np.float64)).reshape(x.shape)
+
+    def linear(self, packed: linear.Packed, tokens: slice | None = None, **options: int) -> np.ndarray:
+        """(tokens, n_rows) results."""
+        first, last, _ = (tokens or slice(None)).indices(self.tokens)
+        y, y_stride, view = self.space.buffer(last - first, packed.n_rows)
+        self.space.set(Env.N_TOKENS, last - first)
+        x = self.offset + first * self.stride, self.stride
+        self.space.run(linear.row_linear(packed, *x, y, y_stride, **options))
+        return view.copy()
+
+
+def close(result: np.ndarray, expected: np.ndarray, size: np.ndarray) -> None:
+    """Equal but for rounding: `size` is the sum of the magnitudes of what was added."""
+    assert result.dtype == np.float32 and np.isfinite(result).all()
+    error = np.abs(result - expected) / (size + 1e-30)
+    assert error.max() < 2e-6, error.max()
+
+
+def expected_products(product: Product, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    w = weights.astype(np.float64)
+    return product.exact @ w.T, np.abs(product.exact) @ np.abs(w).T
+
+
+@pytest.mark.parametrize("name", NATIVE + TRANSCODED)
+def test_products_are_those_of_the_dequantized_weights(name: str) -> None:
+    """Rows that fill no group, an odd number of groups and of blocks; one token, and tiles of several sizes."""
+    tensor = weight(name, 37, columns(name, 3))
+    packed = linear.pack(tensor)
+    assert (packed.n_rows, packed.n_cols) == tensor.shape
+    assert packed.transcoded_from == (None if name in NATIVE else name)
+    product = Product(packed, activations(11, packed.n_cols))
+    result = product.linear(packed)
+    # A minimum is not small beside its weight: what is added is larger than the product.
+    expected, size = expected_products(product, tensor.dequantize())
+    close(result, expected, size + np.abs(product.exact).sum(axis=1, keepdims=True) * np.abs(tensor.dequantize()).max())
+    for token in range(product.tokens):
+        assert np.array_equal(product.linear(packed, slice(token, token + 1))[0], result[token])
+
+
+@pytest.mark.parametrize("name", NATIVE + TRANSCODED)
+def test_looked_up_rows_are_the_dequantized_ones(name: str) -> None:
+    tensor = weight(name, 37, columns(name, 3))
+    packed, values = linear.pack(tensor), tensor.dequantize()
+    space, ids = Workspace(), np.array([0, 36, 17, 17, 31, 5], np.int32)
+    space.set(Env.N_TOKENS, len(ids))
+    space.set(Env.TOKENS, ids)
+    space.set(Env.POSITIONS, np.arange(3, 9, dtype=np.int32))
+    y, stride, view = space.buffer(len(ids), packed.n_cols)
+    space.run(linear.row_embed(packed, y, stride, scale=1.7))
+    expected = values[ids] * np.float32(1.7)
+    if name in NATIVE:
+        assert np.array_equal(view, expected)
+    else:
+        np.testing.assert_allclose(view, expected, rtol=3e-7)
+    space.run(linear.row_embed(packed, y, stride, by="positions", offset=2))
+    np.testing.assert_allclose(view, values[5:11], rtol=3e-7)
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q6_K", "Q8_0", "F16"])
+@pytest.mark.parametrize("n_rows", [1, 16, 33, 96])
+def test_any_number_of_tokens_gives_the_same_bits(name: str, n_rows: int) -> None:
+    """Also more tokens than a unit of work has, and more blocks than a slab has."""
+    packed = linear.pack(weight(name, n_rows, columns(name, 17)))
+    product = Product(packed, activations(150, packed.n_cols))
+    result = product.linear(packed)
+    for first, last in ((0, 1), (1, 3), (3, 8), (8, 27), (27, 91), (91, 150), (149, 150)):
+        assert np.array_equal(product.linear(packed, slice(first, last)), result[first:last])
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "F16"])
+def test_bias_and_residual_are_added(name: str) -> None:
+    packed = linear.pack(weight(name, 43, 96))
+    product = Product(packed, activations(5, 96))
+    bias = activations(1, 43, seed=5)[0]
+    residual, residual_stride = product.space.put(activations(5, 43, seed=6))
+    plain = product.linear(packed)
+    result = product.linear(
+        packed, bias_address=bias.ctypes.data, residual_off=residual, residual_stride=residual_stride
+    )
+    assert np.array_equal(result, plain + bias + activations(5, 43, seed=6))
+    row = linear.row_linear(
+        packed, product.offset, product.stride, residual, residual_stride, 0, residual, residual_stride
+    )
+    product.space.run(row)  # in place
+    in_place = product.space.bytes_at(residual, 5 * residual_stride).view(np.float32).reshape(5, -1)[:, :43]
+    assert np.array_equal(in_place, plain + activations(5, 43, seed=6))
+
+
+def test_logits_are_written_without_gaps() -> None:
+    packed = linear.pack(weight("Q8_0", 43, 96))
+    product = Product(packed, activations(5, 96))
+    plain = product.linear(packed)
+    logits = np.full((4, 43), np.nan, np.float32)
+    product.space.set(Env.LOGITS, logits)
+    product.space.set(Env.N_OUTPUTS, 3)
+    row = linear.row_linear(packed, product.offset, product.stride, 0, 0, count=Env.N_OUTPUTS, to_logits=True)
+    product.space.run(row)
+    assert np.array_equal(logits[:3], plain[:3]) and np.isnan(logits[3]).all()
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu"])
+@pytest.mark.parametrize("name", ["Q4_1", "F16"])
+def test_gate_and_up_in_one_pass(name: str, kind: str) -> None:
+    gate, up = (linear.pack(weight(name, 37, 96, seed)) for seed in (1, 2))
+    product = Product(gate, activations(11, 96))
+    g, u = product.linear(gate).astype(np.float64), product.linear(up)
+    act = g / (1 + np.exp(-g)) if kind == "silu" else g / 2 * (1 + np.tanh(0.7978845608 * (g + 0.044715 * g**3)))
+    y, stride, view = product.space.buffer(11, 37)
+    product.space.set(Env.N_TOKENS, 11)
+    product.space.run(linear.row_gated(gate, up, product.offset, product.stride, y, stride, kind))
+    np.testing.assert_allclose(view, act * u, rtol=2e-5, atol=1e-6 * np.abs(act * u).max())
+    batch = view.copy()
+    product.space.set(Env.N_TOKENS, 1)
+    row = linear.row_gated(gate, up, product.offset + 10 * product.stride, product.stride, y, stride, kind)
+    product.space.run(row)
+    assert np.array_equal(view[0], batch[10])
+
+
+def test_gate_and_up_of_different_formats_are_refused() -> None:
+    gate, up = linear.pack(weight("Q4_1", 16, 64)), linear.pack(weight("Q4_0", 16, 64))
+    assert not linear.can_gate(gate, up)
+    with pytest.raises(UnsupportedError, match="Q4_1"):
+        linear.row_gated(gate, up, 0, 0, 0, 0)
+
+
+def test_records() -> None:
+    """Bytes of a record, also of zeros, of tiny numbers and with an odd number of blocks."""
+    x = activations(4, 160)
+    x[1] = 0
+    x[2] *= np.float32(1e-38)
+    x[3, :32] = 0
+    x[3, 32] = 127.5
+    space = Workspace()
+    source, stride = space.put(x)
+    size = linear.activation_bytes(160)
+    assert size % 64 == 0 and size // 64 % 2 == 1
+    target = space.take(4 * size)
+    space.set(Env.N_TOKENS, 4)
+    space.run(linear.row_quantize(source, stride, 160, target))
+    blocks = space.bytes_at(target, 4 * size).reshape(4, -1)[:, : 6 * 64].reshape(4, 6, 64)
+    q, scale = quantized(x)
+    assert np.array_equal(blocks[:, :5, :32].view(np.int8), q)
+    floats, ints = (np.ascontiguousarray(blocks[:, :5, 32:]).view(t) for t in (np.float32, np.int32))
+    halves = q.reshape(4, 5, 2, 16).astype(np.int32).sum(axis=-1)
+    sums = np.concatenate([halves.sum(axis=-1, keepdims=True), halves], axis=-1)
+    assert np.array_equal(floats[:, :, :1], scale)
+    assert np.array_equal(floats[:, :, 1:4], scale * sums.astype(np.float32))
+    assert np.array_equal(ints[:, :, 4:7], -128 * sums)
+    assert not blocks[:, 5].any()
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_packed_weights_take_hardly_more_than_the_file(name: str) -> None:
+    format = by_name(name)
+    assert packed_bytes(name, 1024, 2048) <= 1.07 * 1024 * format.row_bytes(2048)
+
+
+def test_many_weights_are_packed_at_once() -> None:
+    tensors = [weight(name, rows, 256, seed=rows) for name in ("Q4_K", "Q8_0", "TQ1_0") for rows in (5, 700)]
+    seen: list[tuple[int, int]] = []
+    packed = linear.pack_all(tensors, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1][0] == seen[-1][1] and seen == sorted(seen)
+    for tensor, one in zip(tensors, packed, strict=True):
+        assert one.address % 64 == 0
+        alone = linear.pack(tensor)
+        offset = one.address - one.keep.ctypes.data
+        assert np.array_equal(one.keep[offset : offset + one.n_bytes], alone.keep[: alone.n_bytes])
+
+
+def test_a_damaged_scale_stays_in_its_row() -> None:
+    """Not a number in one row: the other rows of its group are as they would be."""
+    tensor = weight("Q4_1", 16, 64)
+    product = Product(linear.pack(tensor), activations(9, 64))
+    sound = product.linear(linear.pack(tensor))
+    data = tensor.data.copy()
+    data[3, :2] = 0xFF  # a float16 NaN
+    damaged = QTensor("w", tensor.format, tensor.shape, data)
+    result = product.linear(linear.pack(damaged))
+    others = np.arange(16) != 3
+    assert np.isnan(result[:, 3]).all() and np.array_equal(result[:, others], sound[:, others])
