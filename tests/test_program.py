@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tiny import ALL, VARIANTS, tiny
 
 from edgelm import gguf
-from edgelm.arch import Config
+from edgelm.arch import ARCHS, Config
 from edgelm.cache import Batch, Sequence
 from edgelm.errors import ContextFull, UsageError
 from edgelm.models import model_of
@@ -20,7 +20,7 @@ from edgelm.program import Program
 from edgelm.reference import Reference
 from edgelm.weights import Weights
 
-DECODERS = [name for name in ALL if VARIANTS[name].arch != "bert"]
+DECODERS = [name for name in ALL if ARCHS[VARIANTS[name].arch].family == "decoder"]
 Make = Callable[..., Program]
 
 
