@@ -102,6 +102,7 @@ _ACTIVATIONS = {
     "gelu_fast": "gelu",
     "gelu_pytorch_tanh": "gelu",
     "relu": "relu",
+    "swiglu": "silu",  # whether there is a gate is the table's matter
 }  # Hugging Face's names -> the names of our operations
 _POOLING = ("none", "mean", "cls", "last", "rank")  # GGUF numbers them
 _SCALINGS = {"default": "none", "su": "longrope"}  # other names of the same thing
@@ -344,7 +345,7 @@ class Config:
             raise FormatError(f"config.json of this {arch} model lacks or garbles {error}") from None
 
         def find(f: dataclasses.Field[Any]) -> Any:
-            for path in f.metadata["hf"].split("|"):
+            for path in _names(arch, f, "hf"):
                 value: Any = config
                 for step in path.split("."):
                     value = value.get(step) if isinstance(value, Mapping) else None
@@ -364,7 +365,8 @@ class Config:
             if value is None:
                 value = _default(arch, f, values)
                 if value is REQUIRED:
-                    raise FormatError(f"{_gguf_keys(arch, f)[0] if source == 'gguf' else f.metadata['hf']} is missing")
+                    name = _gguf_keys(arch, f)[0] if source == "gguf" else _names(arch, f, source)[0]
+                    raise FormatError(f"{name} is missing from the description of this {arch} model")
             elif f.metadata["parse"] is not None:
                 if f.name != "windowed":
                     _refuse_lists(arch, f, value)
@@ -393,8 +395,7 @@ class Config:
                 value = _POOLING.index(value)
             elif f.name == "windowed":
                 value = list(value)
-            keys = _gguf_keys(self.arch, f)
-            kv[keys[f.name == "norm_eps" and self.spec.norm == "layer"]] = value
+            kv[_gguf_keys(self.arch, f)[0]] = value
         return kv
 
 
@@ -406,8 +407,16 @@ def _default(arch: str, f: dataclasses.Field[Any], values: Mapping[str, Any]) ->
     return _pattern(value, values) if f.name == "windowed" else value
 
 
+def _names(arch: str, f: dataclasses.Field[Any], source: str) -> list[str]:
+    """The keys of a hyperparameter in one of the two worlds, the one to look for first first."""
+    names: list[str] = f.metadata[source].split("|")
+    if f.name == "norm_eps" and ARCHS[arch].norm == "layer":
+        names.reverse()  # each kind of norm has a key of its own
+    return names
+
+
 def _gguf_keys(arch: str, f: dataclasses.Field[Any]) -> list[str]:
-    return [k if k.startswith("tokenizer.") else f"{arch}.{k}" for k in f.metadata["gguf"].split("|")]
+    return [k if k.startswith("tokenizer.") else f"{arch}.{k}" for k in _names(arch, f, "gguf")]
 
 
 def _refuse_lists(arch: str, f: dataclasses.Field[Any], value: Any) -> None:

@@ -113,6 +113,15 @@ def _gpt2_layers() -> tuple[TensorSpec, ...]:
     )
 
 
+def _bert_embedding(layer_norm: str) -> tuple[TensorSpec, ...]:
+    words, kinds = "embeddings.word_embeddings.weight", "embeddings.token_type_embeddings.weight"
+    return (
+        TensorSpec("token_embd.weight", words, ("vocab_size", "dim"), Role.EMBED),
+        TensorSpec("token_types.weight", kinds, ("n_token_types", "dim"), Role.EMBED, required=False),
+        *norm("token_embd_norm", layer_norm, bias=True),
+    )
+
+
 def _bert_layers() -> tuple[TensorSpec, ...]:
     h = "encoder.layer.{i}."
     a = h + "attention."
@@ -122,6 +131,17 @@ def _bert_layers() -> tuple[TensorSpec, ...]:
         *norm("blk.{i}.attn_output_norm", a + "output.LayerNorm", bias=True),
         *ffn("", h + "intermediate.dense", h + "output.dense", bias=True),
         *norm("blk.{i}.layer_output_norm", h + "output.LayerNorm", bias=True),
+    )
+
+
+def _nomic_layers() -> tuple[TensorSpec, ...]:
+    h = "encoder.layers.{i}."
+    return (
+        *qkv(fused=h + "attn.Wqkv"),
+        *linear("blk.{i}.attn_output", h + "attn.out_proj", "dim", "attn_dim"),
+        *norm("blk.{i}.attn_output_norm", h + "norm1", bias=True),
+        *ffn(h + "mlp.fc12", h + "mlp.fc11", h + "mlp.fc2"),
+        *norm("blk.{i}.layer_output_norm", h + "norm2", bias=True),
     )
 
 
@@ -213,21 +233,13 @@ ARCHS: dict[str, Arch] = {
     "bert": Arch(
         hf=("BertModel", "BertForMaskedLM"),
         tensors=(
-            TensorSpec("token_embd.weight", "embeddings.word_embeddings.weight", ("vocab_size", "dim"), Role.EMBED),
-            TensorSpec(
-                "token_types.weight",
-                "embeddings.token_type_embeddings.weight",
-                ("n_token_types", "dim"),
-                Role.EMBED,
-                required=False,
-            ),
+            *_bert_embedding("embeddings.LayerNorm"),
             TensorSpec(
                 "position_embd.weight",
                 "embeddings.position_embeddings.weight",
                 ("context_length", "dim"),
                 Role.EMBED,
             ),
-            *norm("token_embd_norm", "embeddings.LayerNorm", bias=True),
             *_bert_layers(),
         ),
         family="encoder",
@@ -235,6 +247,13 @@ ARCHS: dict[str, Arch] = {
         pairing=None,
         defaults={"activation": "gelu_erf", "causal": False, "pooling": "mean"},
         hf_ignored=("embeddings.position_ids", "pooler.*", "cls.*"),
+    ),
+    "nomic-bert": Arch(
+        hf=("NomicBertModel",),
+        tensors=(*_bert_embedding("emb_ln"), *_nomic_layers()),
+        family="encoder",
+        norm="layer",
+        defaults={"causal": False, "pooling": "mean"},
     ),
 }
 

@@ -21,7 +21,7 @@ def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
     if "full_attention" in rope:
         config.setdefault("rope_local_base_freq", rope.get("sliding_attention", {}).get("rope_theta"))
         rope = dict(rope["full_attention"])
-    rope.setdefault("rope_theta", config.get("rope_theta"))
+    rope.setdefault("rope_theta", config.get("rope_theta", config.get("rotary_emb_base")))
     rope.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings"))
     if partial := rope.get("partial_rotary_factor") or config.get("partial_rotary_factor"):
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]

@@ -107,6 +107,7 @@ def test_defaults_of_gguf() -> None:
     bert = config("bert-cls")
     assert (bert.pooling, bert.causal, bert.activation, bert.rope(0)) == ("cls", False, "gelu_erf", None)
     assert (bert.max_position, config().max_position) == (128, 0)
+    assert bert.norm_eps == 1e-12
 
 
 def test_old_ways_of_config_json() -> None:

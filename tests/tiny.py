@@ -76,6 +76,14 @@ _BERT = {
     "layer_norm_eps": 1e-12,
     "type_vocab_size": 2,
 }
+_NOMIC = {
+    "architectures": ["NomicBertModel"],
+    "model_type": "nomic_bert",
+    "hidden_act": "silu",
+    "layer_norm_eps": 1e-12,
+    "type_vocab_size": 2,
+    "rope_theta": 1000.0,
+}
 _LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -184,6 +192,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "bert-mean": Variant("bert", _BERT, ("wordpiece", ""), ("token_types.weight",)),
     "bert-cls": Variant("bert", {**_BERT, "pooling_type": 2}, ("wordpiece", ""), ("token_types.weight",)),
+    "nomic-bert": Variant("nomic-bert", _NOMIC, ("wordpiece", ""), ("token_types.weight",)),
 }
 ALL = tuple(VARIANTS)
 # The names that Hugging Face used before it agreed on those of COMMON.
@@ -203,7 +212,7 @@ def hf_config(name: str, n_layers: int = 2, **overrides: Any) -> dict[str, Any]:
     hf = {**COMMON, **VARIANTS[name].hf, **overrides, "num_hidden_layers": n_layers}
     if "layer_types" in hf:
         hf["layer_types"] = list(itertools.islice(itertools.cycle(hf["layer_types"]), n_layers))
-    if VARIANTS[name].arch in ("gpt2", "bert"):
+    if VARIANTS[name].arch in ("gpt2", "bert", "nomic-bert"):
         hf["num_key_value_heads"] = hf["num_attention_heads"]
     if "rope_parameters" in hf:
         del hf["rope_theta"]

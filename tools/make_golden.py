@@ -37,14 +37,15 @@ def golden(name: str) -> dict[str, np.ndarray]:
     settings = {key: value for key, value in hf.items() if key not in ("architectures", "model_type", "pooling_type")}
     hf_config = transformers.AutoConfig.for_model(hf["model_type"], **settings, attn_implementation="eager")
     hf_config.bos_token_id = hf_config.eos_token_id = None
-    model: Any = getattr(transformers, hf["architectures"][0])(hf_config).eval().float()
-
     state = {spec.hf: torch.tensor(tiny.hf_array(spec, config)) for spec in tiny.hf_specs(name, config, hf)}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    missing = [key for key in missing if not key.startswith(("lm_head.", "pooler."))]
-    if missing or unexpected:
-        raise SystemExit(f"{name}: our table lacks {missing}; transformers lacks {unexpected}")
-    model.tie_weights()
+    model: Any
+    model, loaded = getattr(transformers, hf["architectures"][0]).from_pretrained(
+        None, config=hf_config, state_dict=state, dtype=torch.float32, output_loading_info=True
+    )
+    model.eval()
+    missing = [key for key in loaded["missing_keys"] if not key.startswith(("lm_head.", "pooler."))]
+    if missing or loaded["unexpected_keys"] or loaded["mismatched_keys"]:
+        raise SystemExit(f"{name}: the table and transformers differ: {loaded}")
 
     tokens = np.random.RandomState(7).randint(0, config.vocab_size, N_TOKENS)
     with torch.no_grad():
