@@ -1,0 +1,151 @@
+"""The compiled chain of samplers against the filters it stands for."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgelm.errors import FormatError, UsageError
+from edgelm.kernels.sampling import CAPACITY, Chooser
+from edgelm.sampling import GREEDY, Sampler, Sampling
+
+rows = st.builds(
+    lambda seed, n, width, n_out, digits: _row(seed, n, width, n_out, digits),
+    st.integers(0, 2**32), st.integers(1, 400), st.sampled_from([0.0, 0.3, 3.0, 30.0]), st.integers(0, 500),
+    st.integers(0, 7),
+)  # fmt: skip
+chains = st.fixed_dictionaries(
+    {"top_k": st.integers(1, CAPACITY), "seed": st.integers(0, 2**64 - 1)},
+    optional={
+        "samplers": st.text("ed", max_size=3).flatmap(lambda a: st.text("kpmt", max_size=6).map(lambda b: a + "k" + b)),
+        "temperature": st.sampled_from([0.0, 1e-20, 1e-4, 0.1, 0.8, 1.0, 3.0]),
+        "top_p": st.floats(0, 1.1), "min_p": st.floats(0, 1.1), "min_keep": st.integers(0, 200),
+        "repeat_penalty": st.floats(0.1, 10), "frequency_penalty": st.floats(-2, 2),
+        "presence_penalty": st.floats(-2, 2), "repeat_last_n": st.integers(-1, 9),
+        "dry_multiplier": st.floats(0, 5), "dry_allowed_length": st.integers(0, 3),
+        "logit_bias": st.sampled_from([{}, {0: 3.5}, {0: -math.inf}]),
+    },
+)  # fmt: skip
+
+
+def _row(seed, n, width, n_out, digits):
+    """Logits with ties (few digits) and tokens that are out."""
+    rng = np.random.default_rng(seed)
+    row = (rng.standard_normal(n) * width).round(digits)
+    row[rng.integers(0, n, n_out if n_out < n else 0)] = -math.inf
+    return row.astype(np.float32)
+
+
+def outcome(sampler, row):
+    try:
+        return sampler(row)
+    except (FormatError, UsageError) as error:
+        return type(error), str(error)
+
+
+@settings(deadline=None, max_examples=600)
+@given(chains, rows)
+def test_gives_the_same_tokens_as_the_filters(params, row):
+    compiled, plain = (Sampler(Sampling(**params), len(row), compiled=on) for on in (True, False))
+    assert plain._chooser is None
+    for _ in range(6):
+        token = outcome(compiled, row)
+        assert token == outcome(plain, row)
+        if isinstance(token, int):
+            compiled.accept(token)
+            plain.accept(token)
+
+
+@pytest.mark.parametrize(
+    ("params", "used"),
+    [
+        ({}, True), ({"repeat_penalty": 1.1, "dry_multiplier": 1, "ignore_eos": True}, True),
+        ({"samplers": "kpt"}, True), ({"top_k": CAPACITY}, True), ({"temperature": 0, "repeat_penalty": 2}, True),
+        ({"temperature": 0, "logit_bias": {1: 1}}, True), ({"top_k": CAPACITY + 1}, False), ({"top_k": 0}, False),
+        ({"samplers": "pkt"}, False), ({"samplers": "kept", "repeat_penalty": 2}, False), ({"typical_p": 0.5}, False),
+        ({"mirostat": 2}, False), ({"xtc_probability": 0.5}, False), ({"top_n_sigma": 1}, False),
+        ({"dynatemp_range": 0.5}, False), ({"samplers": "ka", "adaptive_target": 0.5}, False),
+        ({"temperature": 0}, False),  # nothing but the best one: NumPy's argmax
+    ],
+)  # fmt: skip
+def test_which_chains_it_knows(params, used):
+    assert (Sampler(Sampling(**params), 300, compiled=True)._chooser is not None) is used
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 49152, 50257])
+@pytest.mark.parametrize("k", [1, 40, CAPACITY])
+def test_vocabularies_of_any_size(n, k):
+    rng = np.random.default_rng(n)
+    for row in (rng.standard_normal(n), np.sort(rng.standard_normal(n)), -np.sort(rng.standard_normal(n)), np.zeros(n)):
+        params = Sampling(top_k=k, seed=n, repeat_penalty=1.5, samplers="ekt", temperature=3)
+        samplers = [Sampler(params, n, compiled=on) for on in (True, False)]
+        for _ in range(10):
+            token, expected = (sampler(row.astype(np.float32)) for sampler in samplers)
+            assert token == expected
+            for sampler in samplers:
+                sampler.accept(token)
+
+
+@pytest.mark.parametrize("at", [0, 15, 16, 40, 63, 64, 127, 128, 129])
+def test_what_is_not_finite_anywhere_is_left_to_the_filters(at):
+    row = np.random.default_rng(0).standard_normal(130).astype(np.float32)
+    chooser = Chooser(130, [("top_k", (5,))], 0)
+    for value in (math.nan, -math.nan, math.inf):
+        wrong = row.copy()
+        wrong[at] = value
+        assert chooser(wrong, 0.5, ()) is None
+    row[at] = -math.inf
+    assert chooser(row, 0.5, ()) not in (None, at)
+    assert Chooser(130, [("top_k", (5,))], 0)(np.full(130, -math.inf, np.float32), 0.5, ()) is None
+
+
+def test_errors_are_those_of_the_filters():
+    sampler = Sampler(Sampling(), 100, compiled=True)
+    with pytest.raises(FormatError, match="not a number"):
+        sampler(np.full(100, math.nan, np.float32))
+    with pytest.raises(UsageError, match="excluded"):
+        sampler(np.full(100, -math.inf, np.float32))
+    row = np.zeros(100, np.float32)
+    row[7] = math.inf
+    assert sampler(row) == 7
+
+
+def test_one_number_is_drawn_for_each_token_whoever_chooses():
+    """A row that the kernel hands back does not shift the randomness of the next."""
+    odd = np.zeros(500, np.float32)
+    odd[7] = math.inf
+    plain = np.random.default_rng(0).standard_normal((20, 500)).astype(np.float32)
+    sequences = []
+    for on in (True, False):
+        sampler = Sampler(Sampling(seed=3), 500, compiled=on)
+        sequences.append([sampler(row) for row in (plain[0], odd, *plain[1:])])
+    assert sequences[0] == sequences[1]
+
+
+def test_clones_work_in_memory_of_their_own():
+    row = np.random.default_rng(0).standard_normal(500).astype(np.float32)
+    sampler = Sampler(Sampling(seed=3, repeat_penalty=1.3), 500, compiled=True)
+    twin = sampler.clone()
+    assert twin._chooser is not sampler._chooser
+    assert [sampler(row) for _ in range(20)] == [twin(row) for _ in range(20)]
+
+
+def test_the_row_is_not_written():
+    row = np.ones(100, np.float32)
+    row.flags.writeable = False
+    sampler = Sampler(Sampling(repeat_penalty=2, samplers="ek", seed=0), 100, compiled=True)
+    sampler.accept(3)
+    sampler(row)
+    assert (row == 1).all()
+
+
+def test_greedy_with_changes():
+    row = np.array([1.0, 3.0, 2.0], np.float32)
+    sampler = Sampler(Sampling(temperature=0, repeat_penalty=2), 3, compiled=True)
+    sampler.accept(1)
+    assert sampler(row) == 2
+    assert Sampler(GREEDY, 3, compiled=True)(row) == 1
