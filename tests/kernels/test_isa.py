@@ -1,0 +1,49 @@
+"""Matrix products on other instruction sets: the same tests, in a process whose code is restricted to them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import pytest
+
+SSE = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16"
+AVX2 = f"{SSE},+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+movbe"
+AVX512 = f"{AVX2},+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512cd"
+# CPU, features that Numba is told, what must come out of `isa.select`, features this machine must have
+TARGETS = {
+    "portable": ("x86-64", "+sse,+sse2", "Portable", ""),
+    "ssse3": ("core2", "+sse,+sse2,+sse3,+ssse3", "Ssse3", "ssse3"),
+    "sse4": ("nehalem", SSE, "Ssse3", "sse4.2"),
+    "avx2": ("haswell", AVX2, "Avx2", "avx2"),
+    "avxvnni": ("alderlake", f"{AVX2},+avxvnni", "Vnni256", "avxvnni"),
+    "avx512": ("skylake-avx512", AVX512, "Avx512", "avx512bw"),
+    "avx512vnni": ("cascadelake", f"{AVX512},+avx512vnni", "Vnni512", "avx512vnni"),
+}
+CHOSEN = """
+from edgelm.kernels import isa
+from numba.core.registry import cpu_target
+print(type(isa.select(cpu_target.target_context)).__name__)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these are instruction sets of x86-64")
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_format_on(target: str) -> None:
+    cpu, features, expected, needed = TARGETS[target]
+    if needed and not llvm.get_host_cpu_features().get(needed):
+        pytest.skip(f"this processor has no {needed}")
+    environment = {**os.environ, "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features}
+    chosen = subprocess.run(
+        [sys.executable, "-c", CHOSEN], env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert chosen.stdout.strip() == expected
+    tests = Path(__file__).with_name("test_linear.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:]
