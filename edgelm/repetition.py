@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
+IntArray = npt.NDArray[np.int64]
 Tails = tuple[tuple[int, ...], ...]
 
 _MAX_CHARACTERS = 40  # of a sequence breaker
@@ -59,25 +61,26 @@ class Breakers:
         return tuple(dict.fromkeys(found))
 
 
-def unbroken(history: Sequence[int], breakers: Breakers, limit: int) -> int:
+def unbroken(history: IntArray, breakers: Breakers, limit: int) -> int:
     """How many tokens at the end of `history` no sequence breaker interrupts, if less than `limit`; else `limit`."""
-    n = len(history)
-    for i in range(min(n, limit + _MAX_TAIL + 1)):
+    recent = history[-(limit + _MAX_TAIL + 1) :].tolist()
+    n = len(recent)
+    for i in range(n):
         lengths = [
             len(tail)
-            for tail in breakers.tails(history[n - 1 - i])
-            if len(tail) <= i and tuple(history[n - i : n - i + len(tail)]) == tail
+            for tail in breakers.tails(recent[n - 1 - i])
+            if len(tail) <= i and tuple(recent[n - i : n - i + len(tail)]) == tail
         ]
         if lengths:
             return min(i - max(lengths), limit)
     return min(n, limit)
 
 
-def continuations(history: Sequence[int], breakers: Breakers, shortest: int, longest: int) -> dict[int, int]:
+def continuations(history: IntArray, breakers: Breakers, shortest: int, longest: int) -> dict[int, int]:
     """Tokens that would continue a repetition, each with the length of the sequence it repeats so far.
 
     Args:
-        history: the tokens said, oldest first.
+        history: (n,) the tokens said, oldest first.
         breakers: what interrupts a sequence.
         shortest: sequences shorter than this do not count.
         longest: longer ones count as this long.
@@ -88,16 +91,15 @@ def continuations(history: Sequence[int], breakers: Breakers, shortest: int, lon
     limit = unbroken(history, breakers, longest)
     if limit < shortest:
         return {}
-    said = np.array(history, np.int64)
     ends = np.arange(n - 1)  # of earlier sequences that equal the last `length` tokens
     lengths = np.zeros(n - 1, np.int64)
     for length in range(limit):
         ends = ends[ends >= length]
-        ends = ends[said[ends - length] == said[n - 1 - length]]
+        ends = ends[history[ends - length] == history[n - 1 - length]]
         if not len(ends):
             break
         lengths[ends] = length + 1
     ends = np.flatnonzero(lengths >= shortest)
     ends = ends[np.argsort(lengths[ends], kind="stable")]  # the longest of each token comes last, and stays
-    found = dict(zip(said[ends + 1].tolist(), lengths[ends].tolist(), strict=True))
+    found = dict(zip(history[ends + 1].tolist(), lengths[ends].tolist(), strict=True))
     return {token: length for token, length in found.items() if not breakers.ends_with(token)}

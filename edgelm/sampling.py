@@ -11,7 +11,7 @@ import copy
 import math
 import secrets
 import sys
-from collections import deque
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -96,7 +96,13 @@ class Sampler:
         if params.ignore_eos:
             self._bias.update(dict.fromkeys((i for i in eog_ids if 0 <= i < vocab_size), -math.inf))
         self._breakers = Breakers(params.dry_sequence_breakers, token_text, encode)
-        self._greedy = params.temperature <= 0 and params.dynatemp_range == 0
+        p = params
+        strengths = (p.repeat_penalty, p.frequency_penalty, p.presence_penalty)
+        self._penalises = p.repeat_last_n != 0 and strengths != (1, 0, 0)
+        self._dries = p.dry_penalty_last_n != 0 and p.dry_multiplier > 0 and p.dry_base >= 1
+        look_back = (p.repeat_last_n * self._penalises, p.dry_penalty_last_n * self._dries)
+        self._remembers = sys.maxsize if -1 in look_back else max(look_back)  # tokens
+        self._greedy = p.temperature <= 0 and p.dynatemp_range == 0
         self._compiled = "edgelm.kernels.compiler" in sys.modules if compiled is None else compiled
         self._chain = self._compose()
         self._chooser = self._compile()
@@ -108,8 +114,7 @@ class Sampler:
         self.seed = secrets.randbits(32) if p.seed == -1 else p.seed
         self._bits = np.random.PCG64(self.seed)
         self._xtc_bits = np.random.PCG64((self.seed, 1))  # of its own, so that each has one draw per token
-        look_back = (p.repeat_last_n * self._penalises, p.dry_penalty_last_n * self._dries)
-        self._said: deque[int] = deque(maxlen=None if -1 in look_back else max(look_back) + 1)
+        self._said = array("q")  # tokens, the latest last; older ones than are needed go now and then
         self._counts: dict[int, int] = {}
         self._mu = 2 * p.mirostat_tau
         self._adapted, self._adapted_weight = p.adaptive_target / (1 - p.adaptive_decay), 1 / (1 - p.adaptive_decay)
@@ -125,9 +130,15 @@ class Sampler:
         return other
 
     def accept(self, token: int) -> None:
-        """Takes note of a token that was said."""
+        """Takes note of a token that was said.
+
+        Raises:
+            UsageError: the vocabulary has no such token.
+        """
+        if not 0 <= token < self.vocab_size:
+            raise UsageError(f"there is no token {token}; the vocabulary has {self.vocab_size}")
         p = self.params
-        if self._penalises or self._dries:
+        if self._remembers:
             self._said.append(token)
         if self._penalises:
             self._counts[token] = self._counts.get(token, 0) + 1
@@ -136,6 +147,8 @@ class Sampler:
                 self._counts[forgotten] -= 1
                 if not self._counts[forgotten]:
                     del self._counts[forgotten]
+        if len(self._said) > 2 * self._remembers + 1000:
+            del self._said[: -self._remembers - 1]
         if self._pending and self._pending[0] == token:
             self._adapted = self._adapted * p.adaptive_decay + self._pending[1]
             self._adapted_weight = self._adapted_weight * p.adaptive_decay + 1
@@ -235,21 +248,11 @@ class Sampler:
                 return _Step(partial(filters.temperature, t=p.temperature), name="temperature", parameters=by)
         return None
 
-    @property
-    def _penalises(self) -> bool:
-        p = self.params
-        return p.repeat_last_n != 0 and (p.repeat_penalty, p.frequency_penalty, p.presence_penalty) != (1, 0, 0)
-
-    @property
-    def _dries(self) -> bool:
-        p = self.params
-        return p.dry_penalty_last_n != 0 and p.dry_multiplier > 0 and p.dry_base >= 1
-
     def _repetitions(self) -> dict[int, float]:
         """What DRY adds to the logits of tokens that would continue a repetition."""
         p = self.params
         n, base, allowed = p.dry_penalty_last_n, p.dry_base, p.dry_allowed_length
-        history = list(self._said) if n == -1 else list(self._said)[-n:]
+        history = np.array(self._said)[-n if n > 0 else 0 :]
         grows = max(1, int(_MAX_LOG / math.log(base))) if base > 1.000001 else 0  # no penalty beyond float32
         found = continuations(history, self._breakers, allowed, allowed + grows)
         return {i: -p.dry_multiplier * base ** (length - allowed) for i, length in found.items()}

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelm.repetition import Breakers, continuations, unbroken
+from edgelm import repetition
+from edgelm.repetition import Breakers
+
+
+def continuations(history, *rest):
+    return repetition.continuations(np.array(history, np.int64), *rest)
+
+
+def unbroken(history, *rest):
+    return repetition.unbroken(np.array(history, np.int64), *rest)
 
 
 def letters(texts):

@@ -187,6 +187,22 @@ def test_penalties_look_back_as_far_as_they_are_told(params, rows):
     assert len(set(tokens)) == (4 if rows == 3 else 60)
 
 
+@pytest.mark.parametrize("n", [1, 64, 700])
+def test_what_is_remembered_in_a_long_text(n):
+    sampler = Sampler(Sampling(repeat_last_n=n, repeat_penalty=2, dry_multiplier=1, dry_penalty_last_n=40), VOCAB)
+    text = np.random.default_rng(0).integers(0, 300, 5000).tolist()
+    for token in text:
+        sampler.accept(token)
+    assert sampler._counts == {token: text[-n:].count(token) for token in set(text[-n:])}
+    assert max(n, 40) < len(sampler._said) <= 2 * max(n, 40) + 1000
+
+
+def test_a_token_that_is_none():
+    for token in (-1, VOCAB):
+        with pytest.raises(UsageError, match="no token"):
+            Sampler(Sampling(), VOCAB).accept(token)
+
+
 def test_nothing_is_remembered_with_a_window_of_zero():
     sampler = Sampler(Sampling(temperature=0, repeat_last_n=0, repeat_penalty=2, presence_penalty=9), VOCAB)
     assert run(sampler) == LOGITS.argmax(axis=1).tolist()
