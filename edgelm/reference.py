@@ -76,7 +76,7 @@ class Reference:
             raise ContextFull(longest, limit)
         if any(sequence.cache.groups != c.cache_groups() for sequence in batch.sequences):
             raise UsageError("the cache of a sequence was made for another model; use this model's new_cache()")
-        with self._lock:
+        with self._lock, np.errstate(all="ignore"):  # weights may be anything, and infinity is a value
             counts = np.bincount(batch.rows, minlength=len(batch.sequences))
             for sequence, n in zip(batch.sequences, counts, strict=True):
                 sequence.reserve(int(n))
@@ -201,7 +201,7 @@ class Operations:
 
     def silu(self, x: Array) -> Array:
         """x * sigmoid(x)."""
-        y: Array = x / (1 + np.exp(np.minimum(-x, 80.0)))  # exp(80) is finite in float32, and far beyond rounding
+        y: Array = x / (1 + np.exp(-x))
         return y
 
     def gelu(self, x: Array) -> Array:

@@ -84,6 +84,9 @@ class Weights(_Names):
                     name = spec.gguf.removesuffix(".weight") + suffix
                     if (scale := left.pop(name, None)) is not None:
                         _prove(config, TensorSpec(name, "", (1,), Role.VECTOR), scale)
+        for name in file_tensors:
+            if name.endswith(".bias") and name.removesuffix("bias") + "weight" not in file_tensors:
+                raise FormatError(f"the file has {name!r:.80} but not the weight that it belongs to")
         for name in left:
             raise FormatError(
                 f"{len(left)} tensors of the file are no part of a {config.arch} model with {config.n_layers} layers, "

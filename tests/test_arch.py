@@ -277,6 +277,10 @@ def test_refuses_tensors() -> None:
     refused(c, {**only, "blk.0.attn_qkv.weight": fused, "blk.0.attn_q.bias": bias}, "both")
     scale = QTensor.from_array("blk.0.attn_q.scale", np.zeros(2), F32)
     refused(c, {**w, "blk.0.attn_q.scale": scale}, r"\(1,\)")
+    c2, w2 = named("qwen2")
+    del w2["output.weight"]
+    alone = QTensor.from_array("output.bias", np.zeros(512), F32)
+    refused(c2, {**w2, "output.bias": alone}, r"output\.bias")
     refused(dataclasses.replace(c, n_layers=3, windowed=(True,) * 3), w, r"blk\.2\..*missing")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import tiny_vocabulary
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -203,13 +205,40 @@ def test_a_scale_beside_a_weight_multiplies_it() -> None:
     assert not np.allclose(one, run(reference(config, plain, 64), tokens), atol=1e-2)
 
 
-@pytest.mark.parametrize("fmt", ["F16", "Q4_0", "Q8_0", "Q6_K", "IQ2_XXS", "NVFP4"])
-def test_runs_from_a_file_in_any_format(fmt: str, tmp_path: Path) -> None:
-    file = gguf.read(tiny.tiny("gemma3", fmt=fmt, folder=tmp_path))
+FORMATS = """
+    F16 BF16 F64 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K
+    IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS TQ1_0 TQ2_0 MXFP4 NVFP4 Q1_0
+"""
+
+
+def both(path: Path) -> tuple[float, bool]:
+    """Of a file: the error of the program against the reference, and whether it is the same token by token."""
+    file = gguf.read(path)
     config = Config.from_gguf(file.metadata)
-    out = run(reference(config, Weights.from_gguf(config, file.tensors), 64), np.arange(20, dtype=np.int32))
-    assert out.shape == (20, config.vocab_size)
-    assert np.isfinite(out).all()
+    weights = Weights.from_gguf(config, file.tensors)
+    tokens = np.arange(40, dtype=np.int32) * 37 % config.vocab_size
+    p = program(config, weights, 64)
+    try:
+        ours = run(p, tokens)
+        same = not config.causal or np.array_equal(ours, run(p, tokens, tuple(range(1, 40))))
+        return nmse(ours, run(reference(config, weights, 64), tokens)), same
+    finally:
+        p.close()
+
+
+@pytest.mark.parametrize("fmt", FORMATS.split())
+def test_every_format(fmt: str, tmp_path: Path) -> None:
+    """Activations become int8 where weights are integers, which is all that separates the two interpreters."""
+    error, same = both(tiny.tiny("gemma3", fmt=fmt, folder=tmp_path))
+    assert error < (1e-12 if fmt in ("F16", "BF16", "F64") else 2e-3)
+    assert same
+
+
+@pytest.mark.parametrize("name", tiny.ALL)
+def test_every_architecture_quantized(name: str, tmp_path: Path) -> None:
+    error, same = both(tiny.tiny(name, fmt="Q4_0", folder=tmp_path))
+    assert error < 2e-3
+    assert same
 
 
 def test_minilm_embeds_as_transformers_does(minilm_path: Path) -> None:
@@ -256,12 +285,30 @@ def test_perplexity_is_that_of_llama_cpp(fixture: str, request: pytest.FixtureRe
     config, tokenizer = Config.from_gguf(file.metadata), Tokenizer.from_gguf(file.metadata)
     r = reference(config, Weights.from_gguf(config, file.tensors), 64)
     tokens = tokenizer.encode((GOLDEN / "prose.txt").read_text())
+    expected, tolerance = PERPLEXITY[fixture]
+    assert math.exp(loss(r, tokenizer, tokens, 3)) == pytest.approx(expected, rel=tolerance)
+
+
+LLAMA_CPP = json.loads((GOLDEN / "llama_cpp.json").read_text())
+
+
+@pytest.mark.parametrize("name", LLAMA_CPP)
+def test_a_file_means_what_it_means_to_llama_cpp(name: str, make: Make, tmp_path: Path) -> None:
+    """transformers never sees our keys and tensors as they are in files; llama.cpp sees nothing else."""
+    file = gguf.read(tiny.tiny(name, folder=tmp_path))
+    config, tokenizer = Config.from_gguf(file.metadata), Tokenizer.from_gguf(file.metadata)
+    r = make(config, Weights.from_gguf(config, file.tensors), 256)
+    tokens = tokenizer.encode((tiny_vocabulary.TEXT + " ") * 4)
+    assert loss(r, tokenizer, tokens, 2) == pytest.approx(math.log(LLAMA_CPP[name]), abs=1e-4)
+
+
+def loss(runner: Any, tokenizer: Tokenizer, tokens: list[int], n_chunks: int) -> float:
+    """Mean negative log likelihood of the second half of each chunk of 64 tokens, as llama-perplexity has it."""
     losses = []
-    for chunk in np.array(tokens[: 3 * 64]).reshape(3, 64):
+    for chunk in np.array(tokens[: n_chunks * 64]).reshape(n_chunks, 64):
         if tokenizer.add_bos:
             chunk[0] = tokenizer.bos_id
-        logits = run(r, chunk)[32:63].astype(np.float64)
+        logits = run(runner, chunk)[32:63].astype(np.float64)
         losses.append(np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1))
         losses[-1] -= logits[np.arange(31), chunk[33:]]
-    expected, tolerance = PERPLEXITY[fixture]
-    assert float(np.exp(np.mean(losses))) == pytest.approx(expected, rel=tolerance)
+    return float(np.mean(losses))

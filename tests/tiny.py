@@ -283,7 +283,7 @@ def tiny(name: str, *, fmt: str = "F32", folder: Path, n_layers: int = 2, **over
         for key, (role, a) in arrays(name, config, hf).items()
     }
     path = folder / f"{name}-{fmt}-{n_layers}-{zlib.crc32(repr(overrides).encode()):08x}.gguf"
-    write(path, {**metadata(name, config, hf), "general.name": f"tiny {name}"}, weights)
+    write(path, {**metadata(name, config, hf), "general.name": "Tiny"}, weights)
     return path
 
 
