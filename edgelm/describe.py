@@ -17,7 +17,7 @@ from . import gguf
 from .arch import Config
 from .errors import EdgelmError, UsageError
 from .gguf import GGUF
-from .memory import context_window, estimate
+from .memory import context_window, estimate, transcoded
 from .vocabulary import read as read_vocabulary
 from .weights import Weights
 
@@ -78,6 +78,7 @@ def describe_file(
         config = Config.from_gguf(keys)
         weights = Weights.from_gguf(config, file.tensors)
         facts |= _shape(config)
+        facts["transcoded"] = transcoded(weights)
         facts["memory"] = _memory(config, weights, ctx_size, kv_type)
         facts["tokenizer"] = _tokenizer(keys)
         facts["chat_template"] = "file" if keys.get("tokenizer.chat_template") else "none"

@@ -1,11 +1,12 @@
 """How much memory a model will need, from its header alone: nothing is read, packed or computed.
 
 Weights in the order of bytes that the kernels read; keys and values with what windows, grouped heads and the real size
-of a head make of them; the workspace of activations. Knows no kernel.
+of a head make of them; the workspace of activations.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -80,8 +81,30 @@ def context_window(config: Config, ctx_size: int) -> int:
 
 
 def packed_bytes(tensor: QTensor) -> int:
-    return tensor.n_bytes
+    """Bytes of a weight in the order that the kernels read; vectors are float32. What is not known without the kernels
+    (on machines where they cannot run) is taken to be as large as in the file."""
+    n_rows, n_cols = len(tensor.data), tensor.shape[-1]
+    if len(tensor.shape) < 2:
+        return 4 * n_cols
+    try:
+        from .kernels import packing
+    except ImportError:
+        return tensor.n_bytes
+    return packing.packed_bytes(packing._format_for(tensor), n_rows, n_cols)
+
+
+def transcoded(tensors: Iterable[QTensor]) -> dict[str, int]:
+    """How many matrices are of a type that has no kernels, by "type as type that is used instead"."""
+    try:
+        from .kernels import packing
+    except ImportError:
+        return {}
+    names = [(t.format.name, packing._format_for(t)) for t in tensors if len(t.shape) > 1]
+    return dict(Counter(f"{theirs} as {ours}" for theirs, ours in names if theirs != ours))
 
 
 def workspace_bytes(config: Config, max_tokens: int) -> int:
-    return max_tokens * 4 * (3 * config.dim + config.qkv_dim + config.attn_dim + 2 * config.ffn_dim)
+    """Activations that live at the same time, about: two rows of the model and a half, and what is widest beside them:
+    queries, keys, values and what attention gives, or the feed-forward network with its quantized half."""
+    widest = max(config.qkv_dim + config.attn_dim, config.ffn_dim * 3 // 2)
+    return max_tokens * 4 * (config.dim * 5 // 2 + widest)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -192,9 +192,6 @@ class Model:
     def info(self) -> dict[str, Any]:
         """Facts about the model and how it runs here; see `edgelm.describe.describe`."""
         facts = describe_file(self.gguf, ctx_size=self.n_ctx, kv_type=self.kv_type)
-        transcoded: Mapping[str, tuple[str, str]] = getattr(self.runner, "transcoded", {})
-        kinds = sorted({f"{ours} as {theirs}" for ours, theirs in transcoded.values()})
-        facts["transcoded"] = {kind: sum(f"{a} as {b}" == kind for a, b in transcoded.values()) for kind in kinds}
         facts |= {"interpreter": self.interpreter, "threads": self.n_threads, "context_window": self.n_ctx}
         if self.template is not None:
             facts["chat_template"] = self.template.origin
