@@ -9,11 +9,11 @@ from numba import njit
 from edgelm.kernels.abi import WORD, Env, Row
 from edgelm.kernels.records import (
     BLOCK,
-    OFFSET,
     OFFSET_HIGH,
     OFFSET_LOW,
     RECORD,
-    SCALE,
+    SCALE_HIGH,
+    SCALE_LOW,
     SCALED_SUM,
     SCALED_SUM_HIGH,
     SCALED_SUM_LOW,
@@ -24,7 +24,6 @@ from edgelm.kernels.simd import (
     lanes_max_f32,
     load_f32x16,
     load_i64,
-    max_f32,
     mul_f32,
     round_i32,
     splat_f32,
@@ -42,31 +41,36 @@ _WORKSPACE = WORD * Env.WORKSPACE
 _X, _X_STRIDE, _N_COLS, _Q, _Q_STRIDE = (WORD * (Row.ARGS + i) for i in range(5))
 
 
+@njit(inline="always")
+def quantize_half(source, target, scale_at, sum_at, offset_at):
+    """Sixteen float32 to int8 at `target`; their scale, scaled sum and offset to the other addresses."""
+    x = load_f32x16(source)
+    scale = _F32(lanes_max_f32(abs_f32(x)) / _F32(127))
+    inverse = _F32(0)
+    if scale >= _TINY:
+        inverse = _F32(_F32(1) / scale)
+    else:
+        scale = _F32(0)
+    q = round_i32(mul_f32(x, splat_f32(inverse)))
+    total = sum_i32(q)
+    scaled = _F32(scale * _F32(total))
+    store(target, to_i8(q))
+    store(scale_at, scale)
+    store(sum_at, scaled)
+    store(offset_at, np.int32(-128 * total))
+    return scaled
+
+
 @njit
 def quantize_row(x, n_cols, out):
     """Writes the record of the `n_cols` float32 at address `x` to address `out`."""
     for i in range(n_cols // BLOCK):
         source, block = x + 4 * BLOCK * i, out + RECORD * i
-        low, high = load_f32x16(source), load_f32x16(source + 64)
-        scale = _F32(lanes_max_f32(max_f32(abs_f32(low), abs_f32(high))) / _F32(127))
-        inverse = _F32(0)
-        if scale >= _TINY:
-            inverse = _F32(_F32(1) / scale)
-        else:
-            scale = _F32(0)
-        low = round_i32(mul_f32(low, splat_f32(inverse)))
-        high = round_i32(mul_f32(high, splat_f32(inverse)))
-        store(block, to_i8(low))
-        store(block + 16, to_i8(high))
-        sum_low, sum_high = sum_i32(low), sum_i32(high)
-        both = np.int32(sum_low + sum_high)
-        store(block + SCALE, scale)
-        store(block + SCALED_SUM, _F32(scale * _F32(both)))
-        store(block + SCALED_SUM_LOW, _F32(scale * _F32(sum_low)))
-        store(block + SCALED_SUM_HIGH, _F32(scale * _F32(sum_high)))
-        store(block + OFFSET, np.int32(-128 * both))
-        store(block + OFFSET_LOW, np.int32(-128 * sum_low))
-        store(block + OFFSET_HIGH, np.int32(-128 * sum_high))
+        low = quantize_half(source, block, block + SCALE_LOW, block + SCALED_SUM_LOW, block + OFFSET_LOW)
+        high = quantize_half(
+            source + 64, block + 16, block + SCALE_HIGH, block + SCALED_SUM_HIGH, block + OFFSET_HIGH
+        )
+        store(block + SCALED_SUM, _F32(low + high))
         store(block + 60, np.int32(0))
     if n_cols // BLOCK % 2 == 1:
         block = out + RECORD * (n_cols // BLOCK)

@@ -3,9 +3,9 @@
 A record holds one row of activations: for each block of 32 inputs 64 bytes, one cache line,
 
     0   int8 (32,)   q: round to nearest even of x / d
-    32  float32      d: max|x| / 127 of the block; 0 where that is no normal float32
-    36  float32      d * sum(q), for weights that have a minimum; at 40 and 44 the same of inputs 0-15 and 16-31
-    48  int32        -128 * sum(q), for weights stored with an offset; at 52 and 56 of inputs 0-15 and 16-31
+    32  float32      d of inputs 0-15: max|x| / 127; 0 where that is no normal float32; at 36 that of inputs 16-31
+    40  float32      sum of d * q over the block, for weights that have a minimum; at 44 and 48 over either half
+    52  int32        -128 * sum(q) of inputs 0-15, for weights stored with an offset; at 56 of inputs 16-31
 
 and is padded to an odd number of cache lines, so that the records of a batch do not all meet in the same lines of the
 cache. The number of blocks is rounded up to even; a block that pads is zero.
@@ -15,10 +15,11 @@ Imports no Numba; `quantize` writes records.
 
 from __future__ import annotations
 
-BLOCK = 32  # inputs that share a scale
+BLOCK = 32  # inputs of a block; each half has a scale: one for all 32 nearly doubles the divergence (docs/LOG.md)
 RECORD = 64  # bytes of a block
-SCALE, SCALED_SUM, SCALED_SUM_LOW, SCALED_SUM_HIGH = 32, 36, 40, 44
-OFFSET, OFFSET_LOW, OFFSET_HIGH = 48, 52, 56
+SCALE_LOW, SCALE_HIGH = 32, 36
+SCALED_SUM, SCALED_SUM_LOW, SCALED_SUM_HIGH = 40, 44, 48
+OFFSET_LOW, OFFSET_HIGH = 52, 56
 
 
 def activation_bytes(n_cols: int) -> int:

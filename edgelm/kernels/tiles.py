@@ -9,11 +9,11 @@
 For every row and token, `direct` and `tile` do the same operations in the same order, so that the number of tokens in a
 call changes no bit of the result:
 
-    one scale    acc = fma(float(sum of q * x), scale * d, acc)
-    two scales   acc = fma(fma(float(sum1), scale1, float(sum0) * scale0), d, acc)
-    minima       acc = fma(minimum, d * sum of x, acc), after that
+    one scale    acc = fma(fma(float(sum1), d1, float(sum0) * d0), scale, acc)
+    two scales   acc = fma(float(sum1) * d1, scale1, fma(float(sum0) * d0, scale0, acc))
+    minima       acc = fma(minimum, sum of d * x, acc), after that
 
-where d is the scale of the activations' block.
+where sum0 and sum1 are exact integers, of inputs 0-15 and 16-31 of a block, and d0, d1 the scales of the activations.
 
 Knows formats as `blocks.Blocks`, machines as `isa.Isa`, activations as the record of `quantize`.
 """
@@ -35,11 +35,11 @@ from edgelm.kernels.blocks import BLOCKS, CHUNKS, Blocks, Int, at
 from edgelm.kernels.emit import F32, I8, I32, I64, F32x16, I8x64, I32x16, emit_fma, load_at, spread, store_at
 from edgelm.kernels.isa import Form, Isa
 from edgelm.kernels.records import (
-    OFFSET,
     OFFSET_HIGH,
     OFFSET_LOW,
     RECORD,
-    SCALE,
+    SCALE_HIGH,
+    SCALE_LOW,
     SCALED_SUM,
     SCALED_SUM_HIGH,
     SCALED_SUM_LOW,
@@ -73,36 +73,36 @@ class _Tile:
 
     def add_block(self, weights: list[Any], scales: list[Any], minima: list[Any], records: list[Value]) -> None:
         """Adds the products of one block. weights[group](chunk), scales[group][half], minima[group][half]."""
-        b, fmt = self.b, self.fmt
-        halves, per_half = fmt.halves, CHUNKS // fmt.halves
-        groups = range(len(weights))
-        fields = (OFFSET,) if halves == 1 else (OFFSET_LOW, OFFSET_HIGH)
-        sums = {}
-        for half in range(halves):
+        b, fmt, groups = self.b, self.fmt, range(len(weights))
+        sums: dict[tuple[int, int], Any] = {}
+        scaled: dict[tuple[int, int], list[Value]] = {(g, t): [] for g in groups for t in range(len(records))}
+        for half, (offset, d) in enumerate(((OFFSET_LOW, SCALE_LOW), (OFFSET_HIGH, SCALE_HIGH))):
             for t, record in enumerate(records):
                 for g in groups:
-                    sums[g, t] = self.isa.start(b, record, fields[half], self.form, fmt.bits, fmt.zero)
-            for chunk in range(half * per_half, (half + 1) * per_half):
+                    sums[g, t] = self.isa.start(b, record, offset, self.form, fmt.bits, fmt.zero)
+            for chunk in range(half * CHUNKS // 2, (half + 1) * CHUNKS // 2):
                 w = [weights[g](chunk) for g in groups]
                 for t, record in enumerate(records):
                     x = self.isa.input(b, record, chunk)
                     for g in groups:
                         sums[g, t] = self.isa.step(b, sums[g, t], w[g], x, self.form, fmt.bits)
-            for t in range(len(records)):
+            for t, record in enumerate(records):
                 for g in groups:
-                    sums[g, t, half] = b.sitofp(self.isa.end(b, sums[g, t]), F32x16)
+                    exact = b.sitofp(self.isa.end(b, sums[g, t]), F32x16)
+                    before = scaled[g, t]
+                    if before and fmt.halves == 1:
+                        before[0] = self._fma(exact, self._float(record, d), before[0])
+                    else:
+                        before.append(b.fmul(exact, self._float(record, d)))
         for t, record in enumerate(records):
-            d = self._float(record, SCALE)
             for g in groups:
-                self._add(g, t, [sums[g, t, half] for half in range(halves)], scales[g], minima[g], d, record)
+                self._add(g, t, scaled[g, t], scales[g], minima[g], record)
 
-    def _add(self, g: int, t: int, sums: list, scales: list, minima: list, d: Value, record: Value) -> None:
+    def _add(self, g: int, t: int, sums: list, scales: list, minima: list, record: Value) -> None:
         b, acc = self.b, self.b.load(self.acc[g][t])
-        if len(sums) == 1:
-            acc = self._fma(sums[0], b.fmul(scales[0], d), acc)
-        else:
-            acc = self._fma(self._fma(sums[1], scales[1], b.fmul(sums[0], scales[0])), d, acc)
-        fields = (SCALED_SUM,) if len(sums) == 1 else (SCALED_SUM_LOW, SCALED_SUM_HIGH)
+        for total, scale in zip(sums, scales, strict=True):
+            acc = self._fma(total, scale, acc)
+        fields = (SCALED_SUM,) if len(minima) == 1 else (SCALED_SUM_LOW, SCALED_SUM_HIGH)
         for minimum, field in zip(minima, fields, strict=False):
             acc = self._fma(minimum, self._float(record, field), acc)
         b.store(acc, self.acc[g][t])
@@ -114,7 +114,7 @@ class _Tile:
         return emit_fma(self.context, self.b, x, y, z)
 
 
-def _vectors(b: ir.IRBuilder, values: list[Value]) -> Any:
+def _vectors(values: list[Value]) -> Any:
     return lambda chunk: values[chunk]
 
 
@@ -193,10 +193,6 @@ def _slab_products(context, b, blocks: Blocks, slabs: list, n_blocks: Value, rec
     for accs, addresses in zip(tile.acc, outs, strict=True):
         for acc, address in zip(accs, addresses, strict=True):
             store_at(b, b.load(acc), address, 64)
-
-
-def _vectors(values: list[Value]) -> Any:
-    return lambda chunk: values[chunk]
 
 
 def _loads(b: ir.IRBuilder, slab: Value) -> Any:

@@ -41,8 +41,8 @@ def activations(n_tokens: int, n_cols: int, seed: int = 1) -> np.ndarray:
 
 
 def quantized(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What a record holds of `x`: int8 (tokens, blocks, 32) and float32 scales (tokens, blocks, 1)."""
-    blocks = x.reshape(len(x), -1, 32)
+    """What a record holds of `x`: int8 (tokens, blocks of 16, 16) and float32 scales (tokens, blocks of 16, 1)."""
+    blocks = x.reshape(len(x), -1, 16)
     scale = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.where(scale < np.finfo(np.float32).tiny, np.float32(0), np.float32(1) / scale)
@@ -205,13 +205,14 @@ def test_records() -> None:
     space.run(linear.row_quantize(source, stride, 160, target))
     blocks = space.bytes_at(target, 4 * size).reshape(4, -1)[:, : 6 * 64].reshape(4, 6, 64)
     q, scale = quantized(x)
-    assert np.array_equal(blocks[:, :5, :32].view(np.int8), q)
+    assert np.array_equal(blocks[:, :5, :32].view(np.int8), q.reshape(4, 5, 32))
     floats, ints = (np.ascontiguousarray(blocks[:, :5, 32:]).view(t) for t in (np.float32, np.int32))
-    halves = q.reshape(4, 5, 2, 16).astype(np.int32).sum(axis=-1)
-    sums = np.concatenate([halves.sum(axis=-1, keepdims=True), halves], axis=-1)
-    assert np.array_equal(floats[:, :, :1], scale)
-    assert np.array_equal(floats[:, :, 1:4], scale * sums.astype(np.float32))
-    assert np.array_equal(ints[:, :, 4:7], -128 * sums)
+    sums, scale = q.reshape(4, 5, 2, 16).astype(np.int32).sum(axis=-1), scale.reshape(4, 5, 2)
+    scaled = scale * sums.astype(np.float32)
+    assert np.array_equal(floats[:, :, :2], scale)
+    assert np.array_equal(floats[:, :, 2], scaled.sum(axis=-1))
+    assert np.array_equal(floats[:, :, 3:5], scaled)
+    assert np.array_equal(ints[:, :, 5:7], -128 * sums)
     assert not blocks[:, 5].any()
 
 
