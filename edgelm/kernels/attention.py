@@ -22,6 +22,7 @@ SPLIT_TOKENS = 8  # most tokens of a call for which positions are divided among 
 LARGEST_HEAD = 1024
 COUNTER = 64  # bytes of a counter of finished blocks, one for each of SPLIT_TOKENS tokens and each KV head
 PARTIAL = 64  # bytes of a maximum and a sum, before the values that belong to them
+LOG2_E = 1.4426950408889634  # scores are taken in units of ln 2
 CAUSAL, HALVES, F16 = 1, 2, 4  # flags
 
 
@@ -101,7 +102,7 @@ def row_attention(
     row[Row.ARGS :] = [
         q_off, q_stride, y_off, y_stride, g.n_kv_heads | n_heads // g.n_kv_heads << 32,
         g.head_dim | g.v_head_dim << 32, layout.k_offset(layer_in_group), layout.v_offset(layer_in_group),
-        _bits(scale, softcap), group, g.window, _flags(layout, causal, halves), rope, rope_dim // 2, scratch_off,
-        n_scratch,
+        _bits(scale if softcap else scale * LOG2_E, softcap), group, g.window, _flags(layout, causal, halves), rope,
+        rope_dim // 2, scratch_off, n_scratch,
     ]
     return row

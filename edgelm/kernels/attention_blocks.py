@@ -13,11 +13,11 @@ from edgelm.kernels.abi import WORD, Env, Row
 from edgelm.kernels.attention import BLOCK, CAUSAL, F16, HALVES
 from edgelm.kernels.attention_tiles import convert, multiply, multiply_wide
 from edgelm.kernels.rope import rotate
-from edgelm.kernels.vector_math import emit_exp_negative, emit_tanh
+from edgelm.kernels.vector_math import LOG2_E, emit_exp2_negative, emit_tanh
 from edgelm.kernels.words import function
 
 PAGE = 64
-ROWS = 48  # of a tile, a multiple of six
+ROWS = 96  # of a tile, a multiple of six
 TILE_FLOATS = 6144  # values of all its queries: 24 KiB
 CONVERT_ROWS = 12  # from so many rows on, half floats are converted once for all of them
 
@@ -94,53 +94,76 @@ def begin_row(e, state, merged, width):
 
 
 @function
-def block_scores(e, op, base, n_rows, page, keys):
-    """q·k of all rows with the block's first or second page, of a head whose keys are at `keys`."""
+def block_scores(e, op, base, n_rows, page, keys, ahead):
+    """q·k of all rows with the block's first or second page, of a head whose keys are at `keys`.
+
+    `ahead`: as for `multiply`.
+    """
     dim, half = e.load_i32(op + DIM), e.load_word(op + FLAGS) & F16
     scores = base + WEIGHTS + 4 * PAGE * page
     line = e.select(half.is_(0), e.word(4 * PAGE), 2 * PAGE)
     queries, stride = base + QUERIES, 4 * dim
     with e.choose(half.is_(0) | (n_rows < CONVERT_ROWS)) as (direct, converted):
         with direct:
-            multiply_wide(e, half, n_rows, dim, queries, stride, keys, line, scores, 4 * BLOCK, 1)
+            multiply_wide(e, half, n_rows, dim, queries, stride, keys, line, scores, 4 * BLOCK, 1, ahead)
         with converted, e.loop(0, dim, PAGE) as d:  # as many dimensions at a time as stay in the nearest cache
             n = e.min(dim - d, PAGE)
             convert(e, keys + line * d, line, base + CONVERTED, n, PAGE)
             fresh = e.select(d.is_(0), e.word(1), 0)
             multiply_wide(e, e.word(0), n_rows, n, queries + 4 * d, stride, base + CONVERTED, 4 * PAGE, scores,
-                          4 * BLOCK, fresh)
+                          4 * BLOCK, fresh, ahead)
+
+
+@function
+def cap_scores(e, scores, cap):
+    """Scores of a block's row to cap * tanh(score / cap), in units of ln 2. `cap` is an address."""
+    bound = e.vector(e.load_f32(cap))
+    with e.loop(0, 4 * BLOCK, 64) as i:
+        e.store(scores + i, bound * LOG2_E * e.apply(emit_tanh, e.load(scores + i) / bound))
+
+
+@function
+def hide(e, scores, low, high):
+    """Scores of a block's row outside [low, high) to minus infinity."""
+    with e.loop(0, BLOCK, 16) as i:
+        seen = e.between(e.lanes_from(i), low, high)
+        e.store(scores + 4 * i, e.select(seen, e.load(scores + 4 * i), MINUS_INFINITY))
+
+
+def _tree(combine, values):
+    """Pairwise, neighbours first: in a fixed order, but not one after the other."""
+    while len(values) > 1:
+        values = [combine(*pair) for pair in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
 
 
 @function
 def block_softmax(e, op, base, n_rows, start):
-    """Scores of the block at position `start` to weights; their maximum and sum to the rows' states."""
-    cap = e.load_f32(op + SOFTCAP)
+    """Scores of the block at position `start` to weights; their maximum and sum to the rows' states.
+
+    Scores are in units of ln 2: queries were scaled so, or capped scores were.
+    """
     with e.loop(0, n_rows) as r:
         row, state = base + WEIGHTS + 4 * BLOCK * r, base + STATES + STATE * r
         low, high = e.load_word(state + LOW) - start, e.load_word(state + HIGH) - start
-        with e.when(cap > 0.0), e.loop(0, 4 * BLOCK, 64) as i:
-            bound = e.vector(cap)
-            e.store(row + i, bound * e.apply(emit_tanh, e.load(row + i) / bound))
+        with e.when(e.load_f32(op + SOFTCAP) > 0.0):
+            cap_scores(e, row, op + SOFTCAP)
+        with e.when((low > 0) | (high < BLOCK)):
+            hide(e, row, low, high)
         e.store(state + MAX, e.lane(e.vector(MINUS_INFINITY)))
         e.store(state + SUM, e.lane(e.vector(0.0)))
         with e.when((low < BLOCK) & (high > 0)):
-            scores, largest = [], e.vector(MINUS_INFINITY)
-            for i in range(0, BLOCK, 16):
-                seen = e.between(e.lanes_from(e.word(i)), low, high)
-                scores.append(e.select(seen, e.load(row + 4 * i), MINUS_INFINITY))
-                largest = e.max(scores[-1], largest)
-            m = e.largest(largest)
-            total = e.vector(0.0)
-            for i, score in zip(range(0, BLOCK, 16), scores, strict=True):
-                weight = e.apply(emit_exp_negative, score - e.vector(m))
-                e.store(row + 4 * i, weight)
-                total = total + weight
+            scores = [e.load(row + 4 * i) for i in range(0, BLOCK, 16)]
+            m = e.largest(_tree(e.max, scores))
+            weights = [e.apply(emit_exp2_negative, score - e.vector(m)) for score in scores]
+            for i, weight in enumerate(weights):
+                e.store(row + 64 * i, weight)
             e.store(state + MAX, m)
-            e.store(state + SUM, e.sum(total))
+            e.store(state + SUM, e.sum(_tree(lambda x, y: x + y, weights)))
 
 
 @function
-def weigh(e, base, first_row, n_rows, width, half, weights, page_start, m, m_stride, sums, stride):
+def weigh(e, base, first_row, n_rows, width, half, weights, page_start, m, m_stride, sums, stride, ahead):
     """Adds the values `m` of a page to the sums of some rows. `weights` is where the page's of row first_row are.
 
     Rows are tokens in order: what all of them see lies between where the last begins and where the first ends.
@@ -154,7 +177,7 @@ def weigh(e, base, first_row, n_rows, width, half, weights, page_start, m, m_str
     def add(r, rows, low, high):
         with e.when(low < high):
             multiply(e, width, half, rows, high - low, weights + 4 * BLOCK * r + 4 * low, 4 * BLOCK, m + m_stride * low,
-                     m_stride, sums + stride * r, stride, 0)
+                     m_stride, sums + stride * r, stride, 0, ahead)
 
     low, high = seen_by(n_rows - 1)[0], seen_by(e.word(0))[1]
     nothing = low >= high
@@ -167,7 +190,7 @@ def weigh(e, base, first_row, n_rows, width, half, weights, page_start, m, m_str
 
 
 @function
-def block_values(e, op, base, n_rows, page, page_start, values):
+def block_values(e, op, base, n_rows, page, page_start, values, ahead):
     """Adds up p·v of one page, of a head whose values are at `values`."""
     n_columns, half = v_stride(e, op), e.load_word(op + FLAGS) & F16
     size = e.select(half.is_(0), e.word(4), 2)
@@ -179,7 +202,7 @@ def block_values(e, op, base, n_rows, page, page_start, values):
     column = e.variable(0)
     with e.repeat(lambda: column.get() < n_columns):
         c = column.get()
-        width = e.select(n_columns - c >= 64, e.word(64), 16)
+        width = e.select(n_columns - c >= 64, e.word(64), e.select(n_columns - c >= 32, e.word(32), 16))
         m, m_stride, is_half = e.variable(values + size * c), e.variable(size * n_columns), e.variable(half)
         with e.when(half.is_not(0) & (n_rows >= CONVERT_ROWS)):
             convert(e, m.get() + m_stride.get() * low, m_stride.get(), base + CONVERTED + 4 * PAGE * low, high - low,
@@ -191,7 +214,7 @@ def block_values(e, op, base, n_rows, page, page_start, values):
         with e.repeat(lambda: row.get() < n_rows):
             r = row.get()
             weigh(e, base, r, e.min(n_rows - r, at_a_time), width, is_half.get(), weights + 4 * BLOCK * r, page_start,
-                  m.get(), m_stride.get(), base + SUMS + stride * r + 4 * c, stride)
+                  m.get(), m_stride.get(), base + SUMS + stride * r + 4 * c, stride, ahead + PAGE * size * c)
             row.set(r + at_a_time)
         column.set(c + width)
 
@@ -203,8 +226,8 @@ def merge(e, width, state, merged, block, sums):
     with e.when(m.is_not(MINUS_INFINITY)):  # it saw something of it
         old = e.load_f32(state + TOTAL_MAX)
         new = e.max(m, old)
-        a = e.apply(emit_exp_negative, e.vector(old - new))
-        b = e.apply(emit_exp_negative, e.vector(m - new))
+        a = e.apply(emit_exp2_negative, e.vector(old - new))
+        b = e.apply(emit_exp2_negative, e.vector(m - new))
         e.store(state + TOTAL_MAX, new)
         so_far = e.vector(e.load_f32(state + TOTAL_SUM))
         e.store(state + TOTAL_SUM, e.lane(e.fma(e.vector(total), b, so_far * a)))

@@ -5,7 +5,7 @@ from the beginning of the sequence, the scores, their maximum m, weights exp(sco
 values so weighted, position by position; and then the blocks are merged in ascending order (Milakov & Gimelshein 2018,
 Dao et al. 2022). So a prompt gives the same bits at once, in chunks, token by token, or beside other sequences.
 
-Units are (tile of TILE tokens, KV head, one of TILE parts). With many tokens a part is a token, and a thread works on
+Units are (KV head, tile of TILE tokens, one of TILE parts). With many tokens a part is a token, and a thread works on
 as many neighbouring ones at a time as it was given. With few tokens and a long past a part is some of the blocks:
 results of blocks go to the scratch buffer, and the thread that finishes the last block of a KV head merges them.
 
@@ -108,18 +108,19 @@ def attend(e, op, env, base, token, n_tokens, kv_head, head, n_heads, begin, end
     k = e.load_word(op + K_OFFSET) + size * e.load_i32(op + DIM) * kv_head
     v = e.load_word(op + V_OFFSET) + size * width * kv_head
     first, last = blocks(e, low, high)
+    last_page = (high - 1) // PAGE
     with e.loop(e.max(begin, first), e.min(end, last)) as block:
         start = BLOCK * block
         from_, to = e.max(start, low // PAGE * PAGE), e.min(start + BLOCK, high)
         with e.loop(from_, to, PAGE) as at:
             page = e.load_word(pages + WORD * (at // PAGE))
-            block_scores(e, op, base, n_rows, (at - start) // PAGE, page + k)
+            block_scores(e, op, base, n_rows, (at - start) // PAGE, page + k, page + v)
         block_softmax(e, op, base, n_rows, start)
         with e.loop(0, 4 * n_rows * width, 64) as i:
             e.store(base + SUMS + i, e.vector(0.0))
         with e.loop(from_, to, PAGE) as at:
-            page = e.load_word(pages + WORD * (at // PAGE))
-            block_values(e, op, base, n_rows, (at - start) // PAGE, at, page + v)
+            page, next_ = (e.load_word(pages + WORD * e.min(at // PAGE + i, last_page)) for i in (0, BLOCK // PAGE))
+            block_values(e, op, base, n_rows, (at - start) // PAGE, at, page + v, next_ + k)
         with e.loop(0, n_rows) as r:
             state, sums = base + STATES + STATE * r, base + SUMS + 4 * width * r
             with e.choose(partial.is_(0)) as (whole, part):
@@ -253,17 +254,18 @@ def merge_parts(e, op, env, base, token, kv_head, first, n_partial):
 
 
 def _attention(e, op, env, begin, end):
-    base, n_heads, n_tokens = e.stack(TILE_BYTES), e.load_i32(op + KV_HEADS), e.load_word(env + N_TOKENS)
+    base, n_tokens = e.stack(TILE_BYTES), e.load_word(env + N_TOKENS)
     n_partial, unit = blocks_to_divide(e, op, env), e.variable(begin)
+    n_tiles = (n_tokens + (TILE - 1)) // TILE
     with e.repeat(lambda: unit.get() < end):
         group, part = unit.get() // TILE, unit.get() % TILE
         n = e.min(TILE - part, end - unit.get())
         with e.choose(n_partial > 0) as (few, many):
             with few:
-                attend_parts(e, op, env, base, group % n_heads, part, part + n, n_partial)
+                attend_parts(e, op, env, base, group, part, part + n, n_partial)
             with many:
-                token = group // n_heads * TILE + part
-                attend_tokens(e, op, env, base, token, e.min(token + n, n_tokens), group % n_heads)
+                token = group % n_tiles * TILE + part
+                attend_tokens(e, op, env, base, token, e.min(token + n, n_tokens), group // n_tiles)
         unit.set(unit.get() + n)
 
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 from edgelm.kernels.emit import target
 from edgelm.kernels.words import Emitter, Value, function
 
-WIDTH = 64  # columns of a product, but for the last of a width that is no multiple
-ROWS = (6, 4, 3, 2, 1)  # of tiles; the first of a remainder that fits is taken
-NARROW_ROWS = (4, 1)
+WIDTH = 64  # columns of a product; 32 or 16 for what remains
+ROWS = (6, 4, 3, 2, 1)  # of tiles; the largest that fits is taken
+NARROW_ROWS = (6, 1)
+LINE = 64  # bytes of a cache line
 
 
 def _register_vectors(e: Emitter) -> int:
@@ -23,8 +24,8 @@ def _register_vectors(e: Emitter) -> int:
     return 4 if "avx512f" in features else 1
 
 
-def _tile(e, n_rows, n_vectors, half, n, x, x_stride, m, m_stride, sums, sums_stride, fresh):
-    """`_multiply` for a number of rows and vectors of columns that is known while it is written."""
+def _tile(e, n_rows, n_vectors, half, n, x, x_stride, m, m_stride, sums, sums_stride, fresh, ahead):
+    """`multiply` for a number of rows and vectors of columns that is known while it is written."""
     slots = []
     for r in range(n_rows):
         row = []
@@ -36,6 +37,10 @@ def _tile(e, n_rows, n_vectors, half, n, x, x_stride, m, m_stride, sums, sums_st
         slots.append(row)
     with e.loop(0, n) as i:
         line, column = m + m_stride * i, x + 4 * i
+        if ahead is not None:
+            n_bytes = 16 * n_vectors * (2 if half else 4)
+            for at in range(0, n_bytes, LINE):
+                e.prefetch(ahead + n_bytes * i + at)
         vectors = [e.load_f16(line + 32 * c) if half else e.load(line + 64 * c) for c in range(n_vectors)]
         for r, row in enumerate(slots):
             value = e.vector(e.load_f32(column + x_stride * r))
@@ -47,7 +52,7 @@ def _tile(e, n_rows, n_vectors, half, n, x, x_stride, m, m_stride, sums, sums_st
 
 
 def _multiply(width: int, half: bool, tiles: tuple[int, ...]):
-    def write(e, n_rows, n, x, x_stride, m, m_stride, sums, sums_stride, fresh):
+    def write(e, n_rows, n, x, x_stride, m, m_stride, sums, sums_stride, fresh, ahead):
         vectors = min(width // 16, _register_vectors(e))
         done = e.variable(0)
         for rows in tiles:
@@ -55,40 +60,39 @@ def _multiply(width: int, half: bool, tiles: tuple[int, ...]):
                 r = done.get()
                 for c in range(0, width // 16, vectors):
                     _tile(e, rows, vectors, half, n, x + x_stride * r, x_stride, m + (32 if half else 64) * c, m_stride,
-                          sums + sums_stride * r + 64 * c, sums_stride, fresh)
+                          sums + sums_stride * r + 64 * c, sums_stride, fresh,
+                          ahead if width == WIDTH and rows < ROWS[0] else None)
                 done.set(r + rows)
 
     write.__qualname__ = f"multiply_{width}_{'f16' if half else 'f32'}"
     return function(write)
 
 
-_wide, _wide_f16 = _multiply(WIDTH, False, ROWS), _multiply(WIDTH, True, ROWS)
-_narrow, _narrow_f16 = _multiply(16, False, NARROW_ROWS), _multiply(16, True, NARROW_ROWS)
+_PRODUCTS = {
+    (width, half): _multiply(width, half, ROWS if width == WIDTH else NARROW_ROWS)
+    for width in (WIDTH, 32, 16) for half in (False, True)
+}
 
 
 def multiply_wide(e: Emitter, half: Value, *arguments) -> None:
-    """sums (n_rows, 64) += x (n_rows, n) @ m (n, 64), where m is float16 if `half`; see `multiply`."""
-    with e.choose(half.is_not(0)) as (then, otherwise):
-        with then:
-            _wide_f16(e, *arguments)
-        with otherwise:
-            _wide(e, *arguments)
+    """`multiply` of 64 columns."""
+    with e.choose(half.is_not(0)) as (f16, f32):
+        with f16:
+            _PRODUCTS[WIDTH, True](e, *arguments)
+        with f32:
+            _PRODUCTS[WIDTH, False](e, *arguments)
 
 
 def multiply(e: Emitter, width: Value, half: Value, *arguments) -> None:
-    """sums (n_rows, width) += x (n_rows, n) @ m (n, width), width 64 or 16.
+    """sums (n_rows, width) += x (n_rows, n) @ m (n, width), width 64, 32 or 16; m is float16 if `half`, else float32.
 
-    Arguments: n_rows, n, x, x_stride, m, m_stride, sums, sums_stride, fresh. Strides in bytes; not fresh: sums are
-    added to.
+    Arguments: n_rows, n, x, x_stride, m, m_stride, sums, sums_stride, fresh, ahead. Strides in bytes; if not fresh,
+    sums are added to. `ahead` is the address of what will be needed next: with few rows memory is what there is to wait
+    for, so as many bytes as are used are fetched from there.
     """
-    with e.choose(width.is_(WIDTH)) as (then, otherwise):
-        with then:
-            multiply_wide(e, half, *arguments)
-        with otherwise, e.choose(half.is_not(0)) as (narrow_f16, narrow):
-            with narrow_f16:
-                _narrow_f16(e, *arguments)
-            with narrow:
-                _narrow(e, *arguments)
+    for (columns, is_half), product in _PRODUCTS.items():
+        with e.when(width.is_(columns) & half.is_not(0).is_(is_half)):
+            product(e, *arguments)
 
 
 @function

@@ -22,6 +22,9 @@ from edgelm.kernels.simd import f32x16
 
 # exp(r) = 1 + r + r² q(r) for |r| <= ln 2 / 2, relative error 3e-9
 EXP = (0.4999999403953552, 0.1666652113199234, 0.04166838899254799, 0.008368710055947304, 0.0013814613921567798)
+# 2**r = 1 + r q(r) for |r| <= 1/2, relative error 2e-9
+EXP2 = (0.6931471824645996, 0.24022647738456726, 0.055503323674201965, 0.00961843691766262, 0.0013398873852565885,
+        0.00015353361959569156)
 # tanh(x) = x + x³ p(x²) for x² <= 0.39, relative error 4e-9
 TANH = (-0.3333328366279602, 0.13331501185894012, -0.05374443531036377, 0.02065381221473217, -0.005720825865864754)
 TANH_SMALL = 0.62
@@ -90,6 +93,17 @@ def emit_exp_negative(context: Any, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return b.select(zero, _k(x, 0.0), b.fmul(y, _power_of_2(b, n, x)))
 
 
+def emit_exp2_negative(context: Any, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """2**x of x <= 0, for softmax: what would be subnormal is 0, so 2**-inf is."""
+    ints, magic = ir.VectorType(I32, x.type.count), _k(x, 1.5 * 2.0**23)
+    shifted = b.fadd(x, magic)
+    r = b.fsub(x, b.fsub(shifted, magic))
+    y = emit_fma(context, b, r, _horner(context, b, r, EXP2), _k(x, 1.0))
+    n = b.sub(b.bitcast(shifted, ints), b.bitcast(magic, ints))
+    zero = b.fcmp_ordered("<", x, _k(x, -126.0))
+    return b.select(zero, _k(x, 0.0), b.fmul(y, _power_of_2(b, n, x)))
+
+
 def emit_tanh(context: Any, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     size = _fn(b, "fabs", x)
     square = b.fmul(x, x)
@@ -146,6 +160,7 @@ def _intrinsic(emit: Any) -> Any:
 
 exp_f32 = _intrinsic(emit_exp)
 exp_negative_f32 = _intrinsic(emit_exp_negative)
+exp2_negative_f32 = _intrinsic(emit_exp2_negative)
 tanh_f32 = _intrinsic(emit_tanh)
 erf_f32 = _intrinsic(emit_erf)
 silu_f32 = _intrinsic(emit_silu)

@@ -253,6 +253,13 @@ class Emitter:
     def store(self, address: Value, value: Value) -> None:
         store_at(self.b, value.llvm, address.llvm)
 
+    def prefetch(self, address: Value) -> None:
+        """Has the cache line fetched into the second-level cache, if the address is one; does nothing if not."""
+        pointer = self.b.inttoptr(address.llvm, I8.as_pointer())
+        fn = self.b.module.globals.get("llvm.prefetch.p0i8") or ir.Function(
+            self.b.module, ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32]), "llvm.prefetch.p0i8")
+        self.b.call(fn, [pointer, I32(0), I32(2), I32(1)])
+
     def stack(self, n_bytes: int) -> Value:
         """Address of memory that lasts until the function returns; aligned to 64 bytes, not cleared."""
         with self.b.goto_entry_block():
