@@ -82,7 +82,7 @@ def key(
 
 
 def _pattern(value: Any, c: Mapping[str, Any]) -> tuple[bool, ...]:
-    """Which layers have the window: a period (the last of each n layers sees everything; 0: none does) or a list."""
+    """Which layers have the window: a period (the last of each n layers has none; 0: all have it) or a list."""
     if isinstance(value, int) and not isinstance(value, bool):
         if not 0 <= value <= MAX_LAYERS:
             raise FormatError(f"{c['arch']}: a sliding window pattern of {value} layers makes no sense")
@@ -321,7 +321,7 @@ class Config:
             raise FormatError("general.architecture is missing: this file does not say what model it holds")
         if arch not in ARCHS:
             raise UnsupportedError(
-                f"the architecture {arch!r} is not supported; edgelm runs {', '.join(sorted(ARCHS))}"
+                f"the architecture {arch!r:.60} is not supported; edgelm runs {', '.join(sorted(ARCHS))}"
             )
         _refuse_unknown_keys(arch, metadata)
 
@@ -386,8 +386,8 @@ class Config:
             value = getattr(self, f.name)
             default = _default(self.arch, f, values)
             values[f.name] = value
-            ours = f.name in ("causal", "pooling") and value != f.metadata["default"]  # other loaders have other ones
-            if default is not REQUIRED and value == default and not ours:
+            only_ours = f.name in ("causal", "pooling") and value != f.metadata["default"]  # not other loaders' default
+            if default is not REQUIRED and value == default and not only_ours:
                 continue
             if f.name == "activation":
                 value = next(name for name, ours in _ACTIVATIONS.items() if ours == value)
@@ -465,9 +465,9 @@ def _refuse_unknown_keys(arch: str, metadata: Mapping[str, Any]) -> None:
             continue
         if suffix in UNSUPPORTED_KEYS:
             if np.any(value):
-                raise UnsupportedError(f"{UNSUPPORTED_KEYS[suffix]} is not supported ({name} = {value})")
+                raise UnsupportedError(f"{UNSUPPORTED_KEYS[suffix]} is not supported ({name} = {value!r:.40})")
             continue
-        raise UnsupportedError(f"{name} is a hyperparameter that this version of edgelm does not know")
+        raise UnsupportedError(f"{name!r:.100} is a hyperparameter that this version of edgelm does not know")
 
 
 def tensors(c: Config) -> Iterator[TensorSpec]:
