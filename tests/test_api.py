@@ -79,7 +79,7 @@ def test_loading_a_reference_model_loads_no_numba(decoder: Path) -> None:
 
 def test_load(decoder: Path) -> None:
     with reference(decoder) as model:
-        assert model.path == decoder and model.name == "tiny llama-gqa"
+        assert model.path == decoder and model.name == model.gguf.metadata["general.name"]
         assert (model.n_ctx, model.vocab_size, model.kv_type, model.interpreter) == (128, 512, "f32", "reference")
         assert model.detokenize(model.tokenize("hello world", add_special=False)) == "hello world"
         logits = model.logits("what is the capital")
