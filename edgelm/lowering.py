@@ -349,7 +349,7 @@ def plan(
     progress: Callable[[str, int, int], None],
 ) -> Plan:
     """The op table of a graph, in order, for at most `n_rows` tokens at a time. Compiles the kernels it needs."""
-    from .kernels import compiler
+    from .kernels import compiler, executor
 
     lowering = Lowering(nodes, resources, layouts)
     steps = schedule(lowering.steps)
@@ -359,7 +359,8 @@ def plan(
         for step in steps:
             step.row()
         _cap(lowering)
-    compiler.compile_all(wanted, lambda name, done, total: progress("compiling kernels", done, total))
+    kernels = [*executor.KERNELS, *wanted]
+    compiler.compile_all(kernels, lambda name, done, total: progress("compiling kernels", done, total))
     table = np.array([step.row() for step in steps], np.int64).reshape(len(steps), Row.SIZE)
     levels = np.array([step.level for step in steps])
     table[:, Row.BARRIER] = np.append(levels[1:] != levels[:-1], True)

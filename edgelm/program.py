@@ -66,6 +66,7 @@ class Program:
 
         self.config, self.head = config, head
         self.n_ctx = n_ctx or config.context_length
+        self._limit = min(self.n_ctx, config.max_position or self.n_ctx)
         self.n_threads = max(1, n_threads or default_threads())
         self.n_threads_batch = max(1, n_threads_batch or self.n_threads)
         self._progress = progress or (lambda stage, done, total: None)
@@ -79,7 +80,6 @@ class Program:
         self.n_bytes = sum(p.n_bytes for p in packed.values())
         self.transcoded = {m.tensor.name: (p.transcoded_from, p.format) for m, p in packed.items() if p.transcoded_from}
 
-        self._executor = Executor(max(self.n_threads, self.n_threads_batch))
         self._lock = threading.Lock()
         self._plans: dict[str, Plan] = {}
         self._factors = weights.factors()
@@ -97,11 +97,12 @@ class Program:
             (Env.OUTPUTS, self._outputs),
         ):
             self._env[name] = array.ctypes.data
-        self._env[Env.N_THREADS] = self._executor.n_threads
+        self._env[Env.N_THREADS] = max(self.n_threads, self.n_threads_batch)
         self._env[Env.YIELD] = yield_address()
         self._workspace = np.zeros(0, np.uint8)
         self._room_for_sequences(8)
         self._plan("f16")
+        self._executor = Executor(max(self.n_threads, self.n_threads_batch))
 
     def new_cache(self, kv_type: str = "f16", max_bytes: int | None = None) -> KVCache:
         """A cache for sequences of this model."""
@@ -154,9 +155,8 @@ class Program:
             longest = int(positions.max()) + 1
         if low < 0 or high >= self.config.vocab_size:
             raise UsageError(f"a token is outside the vocabulary of {self.config.vocab_size}")
-        limit = min(self.n_ctx, self.config.max_position or self.n_ctx)
-        if longest > limit:
-            raise ContextFull(longest, limit)
+        if longest > self._limit:
+            raise ContextFull(longest, self._limit)
         if longest > self._n_positions:
             with self._lock:
                 self._grow_ropes(longest)

@@ -21,6 +21,7 @@ import importlib.util
 import os
 import platform
 import re
+import subprocess
 import sys
 import tempfile
 import threading
@@ -33,6 +34,7 @@ from typing import Any
 
 Kernel = Callable[[int, int, int, int], None]
 VERSION = 1  # to be raised when `_compile` makes other code of the same source
+MOST_PROCESSES = 8  # that compile at the same time
 KEEP_DAYS = 30  # compiled code that was not used for so long is removed
 ROOT = Path(__file__).parents[1]
 
@@ -155,18 +157,54 @@ def only_wanted() -> Iterator[list[Kernel | str]]:
         _here.wanted = None
 
 
-def compile_all(
-    kernels: Iterable[Kernel | str], progress: Callable[[str, int, int], None] | None = None
-) -> None:
-    """Compiles or loads all of `kernels`. `progress(name of the kernel, done, total)` is called after each one."""
+def compile_all(kernels: Iterable[Kernel | str], progress: Callable[[str, int, int], None] | None = None) -> None:
+    """Compiles or loads all of `kernels`. `progress(name of the kernel, done, total)` is called after each one.
+
+    Where several given by name have to be compiled, other processes on the other cores take a part of them: Numba
+    compiles on one core only.
+    """
     todo = list(dict.fromkeys(kernels))
-    for done, kernel in enumerate(todo, 1):
-        address(kernel)
-        if progress is not None:
-            progress(kernel if isinstance(kernel, str) else kernel.__name__, done, len(todo))
+    missing = [kernel for kernel in todo if isinstance(kernel, str) and not _path_of(kernel)[1].is_file()]
+    todo.sort(key=lambda kernel: kernel in missing)
+    theirs = _start_helpers(missing)
+    todo.sort(key=lambda kernel: kernel in theirs)  # by the time that this process gets to them, they are there
+    try:
+        for done, kernel in enumerate(todo, 1):
+            helper = theirs.get(kernel)
+            while helper is not None and helper.poll() is None and not _path_of(kernel)[1].is_file():
+                time.sleep(0.01)
+            address(kernel)
+            if progress is not None:
+                progress(kernel if isinstance(kernel, str) else kernel.__name__, done, len(todo))
+    finally:
+        for helper in set(theirs.values()):
+            helper.terminate()
+            helper.wait()
 
 
-def _find(kernel: Kernel | str) -> int:
+def _start_helpers(missing: list[str]) -> dict[Kernel | str, subprocess.Popen[bytes]]:
+    """Starts processes that compile a part of `missing` into the cache: which of them will find which."""
+    n = min(os.cpu_count() or 1, MOST_PROCESSES, len(missing) // 2)
+    if n < 2 or not sys.executable or getattr(sys, "frozen", False):
+        return {}
+    code = "import sys; from edgelm.kernels import compiler; [compiler.address(name) for name in sys.argv[1:]]"
+    settings = {
+        **os.environ, "NUMBA_CACHE_DIR": str(cache_dir().parent), "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    helpers: dict[Kernel | str, subprocess.Popen[bytes]] = {}
+    for i in range(1, n):
+        names = missing[i::n]
+        with contextlib.suppress(OSError):  # then this process compiles them
+            helper = subprocess.Popen(
+                [sys.executable, "-c", code, *names], env=settings, stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )
+            helpers.update(dict.fromkeys(names, helper))
+    return helpers
+
+
+def _path_of(kernel: Kernel | str) -> tuple[str, Path]:
+    """The symbol of a kernel's code, and the file it is kept in."""
     if isinstance(kernel, str):
         module, _, name = kernel.partition(":")
         module = module if "." in module else f"edgelm.kernels.{module}"
@@ -175,16 +213,28 @@ def _find(kernel: Kernel | str) -> int:
         assert isinstance(kernel, FunctionType)
         module, name, file = kernel.__module__, kernel.__qualname__, Path(kernel.__code__.co_filename)
     symbol = f"{module}.{name}.{_source_hash(file)}"
+    return symbol, cache_dir() / _processor() / f"{symbol}.o"
+
+
+def _find(kernel: Kernel | str) -> int:
+    symbol, path = _path_of(kernel)
     if symbol in _symbols:
         return _symbols[symbol]
-    path = cache_dir() / _processor() / f"{symbol}.o"
     code = _read(path)
     if code is None:
-        function = kernel if isinstance(kernel, FunctionType) else getattr(importlib.import_module(module), name)
-        code = _compile(function, symbol)
+        code = _compile(_function(kernel), symbol)
         _write(path, code)
     _symbols[symbol] = _load(code, symbol)
     return _symbols[symbol]
+
+
+def _function(kernel: Kernel | str) -> FunctionType:
+    if isinstance(kernel, FunctionType):
+        return kernel
+    module, _, name = kernel.partition(":")
+    module = module if "." in module else f"edgelm.kernels.{module}"
+    function: FunctionType = getattr(importlib.import_module(module), name)
+    return function
 
 
 def _file_of(module: str) -> Path:

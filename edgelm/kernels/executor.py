@@ -24,6 +24,7 @@ import numpy as np
 from edgelm.kernels import compiler
 from edgelm.kernels.abi import Row
 
+KERNELS = ("walk:run", "walk:run_alone", "walk:serve", "walk:spin")  # what an executor needs compiled
 LINE = 128  # bytes that two threads may write without meeting: two cache lines, because they are fetched in pairs
 UNIT_BITS = 24  # of a shared word; the rest is the generation: enough for 17 years of 1000 runs a second
 

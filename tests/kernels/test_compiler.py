@@ -136,6 +136,36 @@ def test_progress_is_told() -> None:
     assert told == [("double", 1, 2), ("walk:spin", 2, 2)]
 
 
+SEVERAL = """
+import sys, os
+sys.path.insert(0, {folder!r})
+sys.executable = {executable!r}
+os.cpu_count = lambda: 3
+from edgelm.kernels import compiler
+compiled, inner = [], compiler._compile
+compiler._compile = lambda kernel, symbol: compiled.append(kernel.__name__) or inner(kernel, symbol)
+names = ["pkg.mod:k%d" % i for i in range(9)]
+told = []
+compiler.compile_all(names, lambda *progress: told.append(progress))
+assert sorted(name for name, _, _ in told) == names and [done for _, done, _ in told] == list(range(1, 10))
+assert len({{compiler.address(name) for name in names}}) == 9
+print(len(compiled))
+"""
+
+
+@pytest.mark.parametrize(("executable", "expected"), [(sys.executable, range(1, 9)), ("/nowhere/python", [9])])
+def test_many_are_compiled_by_several_processes(package: Path, executable: str, expected: list[int]) -> None:
+    """Two helpers take two thirds, unless they are slow to start; without any, this process compiles all."""
+    kernels = "".join(f"\ndef k{i}(op, env, begin, end):\n    store(env, begin + {i})\n" for i in range(9))
+    (package / "pkg" / "mod.py").write_text("from edgelm.kernels.simd import store\n" + kernels)
+    code = SEVERAL.format(folder=str(package), executable=executable)
+    settings = {**os.environ, "NUMBA_CACHE_DIR": str(package / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=settings, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) in expected
+    assert len(list((package / "cache").rglob("*.o"))) == 9
+
+
 def test_code_that_nobody_uses_is_removed(tmp_path: Path) -> None:
     for name, days in (("old.o", 40), ("recent.o", 1), ("other.txt", 400)):
         (tmp_path / "cpu").mkdir(exist_ok=True)
