@@ -103,6 +103,8 @@ class Sampler:
         look_back = (p.repeat_last_n * self._penalises, p.dry_penalty_last_n * self._dries)
         self._remembers = sys.maxsize if -1 in look_back else max(look_back)  # tokens
         self._greedy = p.temperature <= 0 and p.dynatemp_range == 0
+        self._adapts = "adaptive_p" in p.samplers and p.adaptive_target >= 0
+        self._draws = not (p.mirostat or self._adapts)  # from what the filters leave, by its probability
         self._compiled = "edgelm.kernels.compiler" in sys.modules if compiled is None else compiled
         self._chain = self._compose()
         self._chooser = self._compile()
@@ -165,12 +167,16 @@ class Sampler:
             raise UsageError(f"logits have the shape {logits.shape}; the sampler was made for ({self.vocab_size},)")
         row = np.ascontiguousarray(logits, dtype=np.float32)
         uniform = 0.0 if self._greedy else _uniform(self._bits)
+        c, steps = Candidates(None, row), self._chain
         if self._chooser:
-            token = self._chooser(row, uniform, [step.changes() for step in self._chain if step.changes])
-            if token is not None:
-                return token
-        c = Candidates(None, row)
-        for step in self._chain:
+            changes = [change() for change in self._changes]
+            if not self._uncompiled and self._draws:
+                token = self._chooser.token(row, changes, uniform)
+                if token is not None:
+                    return token
+            elif found := self._chooser.candidates(row, changes):
+                c, steps = Candidates(*found, ranked=True), self._uncompiled
+        for step in steps:
             c = step.apply(c)
         return self._choose(c, uniform)
 
@@ -182,7 +188,7 @@ class Sampler:
             c = filters.mirostat_1(c, self._mu, self.vocab_size) if p.mirostat == 1 else filters.mirostat_2(c, self._mu)
             index = filters.draw(c, uniform)
             self._mu -= p.mirostat_eta * (-math.log2(filters.softmax(c)[index]) - p.mirostat_tau)
-        elif "adaptive_p" in p.samplers and p.adaptive_target >= 0:
+        elif self._adapts:
             target = 2 * p.adaptive_target - self._adapted / self._adapted_weight
             index = filters.draw(filters.near(c, target), uniform)
             self._pending = c.token(index), float(filters.softmax(c)[index])
@@ -191,18 +197,24 @@ class Sampler:
         return c.token(index)
 
     def _compile(self) -> Chooser | None:
-        """The chain as one call of machine code, if it is one of the usual ones."""
-        p = self.params
-        if not self._compiled or p.mirostat or ("adaptive_p" in p.samplers and p.adaptive_target >= 0):
+        """As many steps of the chain as machine code can do from its beginning; the others are `_uncompiled`."""
+        self._uncompiled = self._chain
+        self._changes: tuple[Callable[[], Mapping[int, float]], ...] = ()
+        steps = [(step.name, step.parameters) for step in self._chain]
+        if self._greedy and steps and all(step.changes for step in self._chain):
+            steps.append(("top_k", (1,)))
+        if not self._compiled:
             return None
         try:
             from .kernels.sampling import Chooser
-        except ImportError:
+
+            n = Chooser.knows(steps)
+            chooser = Chooser(self.vocab_size, steps[:n], self.params.min_keep) if n else None
+        except ImportError:  # no Numba
             return None
-        steps = [(step.name, step.parameters) for step in self._chain]
-        if self._greedy and steps:
-            steps.append(("top_k", (1,)))
-        return Chooser(self.vocab_size, steps, p.min_keep) if Chooser.can(steps) else None
+        self._changes = tuple(step.changes for step in self._chain[:n] if step.changes)
+        self._uncompiled = self._chain[n:]
+        return chooser
 
     def _compose(self) -> tuple[_Step, ...]:
         """The filters that do something, in the user's order."""

@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 from edgelm.kernels.emit import ir, load_at
 from edgelm.kernels.sampling import (
     ADD,
+    COUNT,
     IDS,
     LOGITS,
     MIN_KEEP,
@@ -171,6 +172,15 @@ def draw(state, count, uniform):
 
 
 @njit
+def copy(x, y, n):
+    """n float32 from address x to address y."""
+    for at in range(0, 4 * (n - n % 16), 64):
+        store(y + at, load_f32x16(x + at))
+    for at in range(4 * (n - n % 16), 4 * n, 4):
+        store(y + at, load_f32(x + at))
+
+
+@njit
 def change(x, op):
     """Adds biases to the logits at address x, or penalises tokens that were seen."""
     penalise = load_i64(op + OP_CODE) == PENALISE
@@ -189,31 +199,29 @@ def change(x, op):
 
 
 def choose(x, n, state, _):
-    """Writes the token that n logits at address x give to the state: -1 if one is NaN or +inf, or all are -inf."""
+    """Writes the candidates that n logits at address x leave to the state, how many, and one of them that is drawn.
+
+    None, and the token -1, if a logit is NaN or +inf, or all are -inf.
+    """
     scratch, min_keep, count = load_i64(state + SCRATCH), load_i64(state + MIN_KEEP), -1
     for i in range(load_i64(state + N_OPS)):
         op = state + OPS + i * OP
         code, a = load_i64(op + OP_CODE), load_f64(op + OP_A)
         if code in (ADD, PENALISE):
             if x != scratch:
-                for at in range(0, 4 * (n - n % 16), 64):
-                    store(scratch + at, load_f32x16(x + at))
-                for at in range(4 * (n - n % 16), 4 * n, 4):
-                    store(scratch + at, load_f32(x + at))
+                copy(x, scratch, n)
                 x = scratch
             change(x, op)
-        elif code == TOP_K and count < 0:
-            count = select(x, n, state, np.int64(a))
-            if count == 0:
-                store(state + RESULT, np.int64(-1))
-                return
         elif code == TOP_K:
-            count = min(count, np.int64(a))
-        elif code == TOP_P:
+            k = np.int64(a)
+            count = select(x, n, state, k) if count < 0 else min(count, k)
+        elif code == TOP_P and count > 0:
             target = (a - _SLACK) * weigh(state, count)
             count = min(count, max(reach(state, count, target), min_keep))
-        elif code == MIN_P:
-            count = min(count, max(above(state, count, load_f64(state + LOGITS) + math.log(min(a, 1.0))), min_keep))
-        elif code == TEMPERATURE:
+        elif code == MIN_P and count > 0:
+            bound = load_f64(state + LOGITS) + math.log(min(a, 1.0))
+            count = min(count, max(above(state, count, bound), min_keep))
+        elif code == TEMPERATURE and count > 0:
             heat(state, count, a)
-    store(state + RESULT, draw(state, count, load_f64(state + UNIFORM)))
+    store(state + COUNT, np.int64(count))
+    store(state + RESULT, draw(state, count, load_f64(state + UNIFORM)) if count > 0 else np.int64(-1))

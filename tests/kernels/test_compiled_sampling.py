@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgelm.errors import FormatError, UsageError
-from edgelm.kernels.sampling import CAPACITY, Chooser
+from edgelm.kernels.sampling import CAPACITY, Chooser, _choose
 from edgelm.sampling import GREEDY, Sampler, Sampling
 
 rows = st.builds(
@@ -21,7 +21,10 @@ rows = st.builds(
 chains = st.fixed_dictionaries(
     {"top_k": st.integers(1, CAPACITY), "seed": st.integers(0, 2**64 - 1)},
     optional={
-        "samplers": st.text("ed", max_size=3).flatmap(lambda a: st.text("kpmt", max_size=6).map(lambda b: a + "k" + b)),
+        "samplers": st.tuples(st.text("ed", max_size=3), st.text("kpmt", max_size=6), st.text("xyskptae", max_size=3))
+        .map(lambda parts: parts[0] + "k" + parts[1] + parts[2]),
+        "xtc_probability": st.floats(0, 1), "xtc_threshold": st.floats(0, 0.6), "typical_p": st.floats(0, 1.1),
+        "top_n_sigma": st.floats(-1, 3), "adaptive_target": st.floats(-1, 1), "dynatemp_range": st.floats(0, 1),
         "temperature": st.sampled_from([0.0, 1e-20, 1e-4, 0.1, 0.8, 1.0, 3.0]),
         "top_p": st.floats(0, 1.1), "min_p": st.floats(0, 1.1), "min_keep": st.integers(0, 200),
         "repeat_penalty": st.floats(0.1, 10), "frequency_penalty": st.floats(-2, 2),
@@ -66,14 +69,28 @@ def test_gives_the_same_tokens_as_the_filters(params, row):
         ({}, True), ({"repeat_penalty": 1.1, "dry_multiplier": 1, "ignore_eos": True}, True),
         ({"samplers": "kpt"}, True), ({"top_k": CAPACITY}, True), ({"temperature": 0, "repeat_penalty": 2}, True),
         ({"temperature": 0, "logit_bias": {1: 1}}, True), ({"top_k": CAPACITY + 1}, False), ({"top_k": 0}, False),
-        ({"samplers": "pkt"}, False), ({"samplers": "kept", "repeat_penalty": 2}, False), ({"typical_p": 0.5}, False),
-        ({"mirostat": 2}, False), ({"xtc_probability": 0.5}, False), ({"top_n_sigma": 1}, False),
-        ({"dynatemp_range": 0.5}, False), ({"samplers": "ka", "adaptive_target": 0.5}, False),
+        ({"samplers": "pkt"}, False), ({"samplers": "tk"}, False), ({"mirostat": 2}, False),
+        ({"top_n_sigma": 1}, False), ({"samplers": "ep", "repeat_penalty": 2}, False),
         ({"temperature": 0}, False),  # nothing but the best one: NumPy's argmax
     ],
 )  # fmt: skip
 def test_which_chains_it_knows(params, used):
-    assert (Sampler(Sampling(**params), 300, compiled=True)._chooser is not None) is used
+    sampler = Sampler(Sampling(**params), 300, compiled=True)
+    assert (sampler._chooser is not None) is used
+    assert len(sampler._uncompiled) == (0 if used else len(sampler._chain))
+
+
+@pytest.mark.parametrize(
+    ("params", "left"),
+    [
+        ({"samplers": "kept", "repeat_penalty": 2}, 3), ({"typical_p": 0.5}, 4), ({"xtc_probability": 0.5}, 2),
+        ({"dynatemp_range": 0.5}, 1), ({"samplers": "kya", "adaptive_target": 0.5, "typical_p": 0.5}, 1),
+        ({"samplers": "kpxk", "xtc_probability": 0.5}, 2),
+    ],
+)  # fmt: skip
+def test_of_which_chains_it_knows_the_beginning(params, left):
+    sampler = Sampler(Sampling(**params), 300, compiled=True)
+    assert sampler._chooser is not None and len(sampler._uncompiled) == left
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 49152, 50257])
@@ -94,13 +111,14 @@ def test_vocabularies_of_any_size(n, k):
 def test_what_is_not_finite_anywhere_is_left_to_the_filters(at):
     row = np.random.default_rng(0).standard_normal(130).astype(np.float32)
     chooser = Chooser(130, [("top_k", (5,))], 0)
+    assert len(chooser.candidates(row, ())[0]) == 5
     for value in (math.nan, -math.nan, math.inf):
         wrong = row.copy()
         wrong[at] = value
-        assert chooser(wrong, 0.5, ()) is None
+        assert chooser.token(wrong, (), 0.5) is chooser.candidates(wrong, ()) is None
     row[at] = -math.inf
-    assert chooser(row, 0.5, ()) not in (None, at)
-    assert Chooser(130, [("top_k", (5,))], 0)(np.full(130, -math.inf, np.float32), 0.5, ()) is None
+    assert chooser.token(row, (), 0.5) not in (None, at)
+    assert chooser.token(np.full(130, -math.inf, np.float32), (), 0.5) is None
 
 
 def test_errors_are_those_of_the_filters():
@@ -149,3 +167,17 @@ def test_greedy_with_changes():
     sampler.accept(1)
     assert sampler(row) == 2
     assert Sampler(GREEDY, 3, compiled=True)(row) == 1
+
+
+def test_without_numba_the_filters_do_it_all(monkeypatch):
+    def missing(kernel):
+        raise ImportError("No module named 'numba'")
+
+    _choose.cache_clear()
+    monkeypatch.setattr("edgelm.kernels.compiler.address", missing)
+    row = np.random.default_rng(0).standard_normal(500).astype(np.float32)
+    params = Sampling(seed=1, repeat_penalty=1.2)
+    samplers = Sampler(params, 500, compiled=True), Sampler(params, 500, compiled=False)
+    assert samplers[0]._chooser is None
+    assert samplers[0](row) == samplers[1](row)
+    _choose.cache_clear()
