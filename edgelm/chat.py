@@ -162,7 +162,7 @@ class ChatTemplate:
 
         given = {"messages": messages, "tools": tools, "documents": None} | kwargs
         variables = {name: _plain(value, name) for name, value in given.items()}
-        sandbox = Sandbox(Budget(_weight(variables)))
+        sandbox = Sandbox(Budget(variables))
         variables = self._tokens | variables | {"add_generation_prompt": bool(add_generation_prompt)}
         try:
             return sandbox.render(self._code, variables)
@@ -190,14 +190,6 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item, where, depth + 1) for item in value]
     raise UsageError(f"{where} holds a {type(value).__name__}; a chat template takes only what JSON can hold")
-
-
-def _weight(value: Any) -> int:
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(_weight(key) + _weight(item) for key, item in value.items())
-    return sum(map(_weight, value)) if isinstance(value, list) else 1
 
 
 def _reason(error: BaseException) -> str:

@@ -5,52 +5,62 @@ in which a template can make something larger or do something again passes throu
 
     loops, macros, blocks      a first statement in each body, put there before the template is compiled
     + - * / // ** % ~          operators are calls of the environment; their cost is known before they are carried out
-    calls, filters, methods    only those of `template_functions`, each with the size of its result bounded
+    calls, filters, methods    only those of `template_functions` and `template_filters`, which pay for results
     x[a:b], set x = ...        rewritten as filters that count
     {{ ... }}                  counted as it is written
 
+Memory is counted when it is allocated and never given back, with one exception, for templates that build the prompt in
+one variable: `set ns.out = ns.out ~ x` pays for x alone. In return any other use of a namespace's text is paid for.
 Nothing is folded while compiling. There are no threads, no signals and no process: it works the same everywhere.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import CodeType
 from typing import Any, cast
 
 from jinja2 import nodes
 from jinja2.environment import Template
-from jinja2.exceptions import TemplateSyntaxError
+from jinja2.exceptions import FilterArgumentError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import pass_environment, pass_eval_context
+from jinja2.utils import Namespace, pass_context, pass_environment, pass_eval_context
 from jinja2.visitor import NodeTransformer
 
 from . import template_functions as functions
+from .template_filters import filters
 
 MAX_SOURCE_CHARS = 1 << 17  # the largest templates in use have 16 thousand
 MAX_NODES = 8_000  # of the syntax tree; the largest in use have 1,300
 MAX_DEPTH = 100  # of the syntax tree; in use: 29
 MAX_CALL_DEPTH = 60
-MAX_WORK = 4_000_000  # counted operations, and as many again for each million characters of messages
+MAX_WORK = 4_000_000  # counted operations
+MAX_CPU_S = 2.0  # of this thread; both grow with the messages, also with the square of their number
 MAX_BYTES = 1 << 28  # of all texts and lists ever made, and 32 times the messages
-MAX_CPU_S = 2.0  # of this thread, and a second for each million characters of messages
 MAX_WEIGHT = 4_000_000  # characters in one value, and four times the messages
 MAX_ITEMS = 200_000  # in one value, and two for each character of the messages
 MAX_NESTING = 100  # of one value
 CLOCK_EVERY = 512  # units of work
 
-STEP, JOIN, SLICE, KEEP = "#step", "#join", "#slice", "#keep"  # filters that no template can name
+# Filters that no template can write.
+STEP, JOIN, SLICE, KEEP, STORE, PEEK, APPEND = "#step", "#join", "#slice", "#keep", "#store", "#peek", "#append"
 
 
 class Budget:
-    """What one rendering may still spend."""
+    """What one rendering may still spend.
 
-    def __init__(self, input_weight: int) -> None:
-        scale = input_weight / 1e6
+    `variables` is the plain data that it is given; the more of it, the more may be spent.
+    """
+
+    def __init__(self, variables: Any = None) -> None:
+        self._given: dict[int, tuple[int, int]] = {}  # items and characters of each container in it, by id
+        n_items, n_chars = self._survey(variables)
+        input_weight = n_items + n_chars
+        scale = input_weight / 1e6 + (n_items / 2000) ** 2
         self.work = int(MAX_WORK * (1 + scale))
         self.bytes = MAX_BYTES + 32 * input_weight
         self.max_weight = MAX_WEIGHT + 4 * input_weight
@@ -72,28 +82,30 @@ class Budget:
     def take(self, n_bytes: int) -> None:
         """Count memory before it is allocated. What is given back is not counted back."""
         self.bytes -= n_bytes
-        self.step(1 + (n_bytes >> 8))
+        self.step(1 + (n_bytes >> 12))
         if self.bytes < 0:
             raise functions.LimitExceeded("it takes too much memory")
 
     def weigh(self, value: Any) -> int:
         """Characters and items in a value, shared parts as often as they appear: what printing it would cost."""
-        if isinstance(value, str):
-            return len(value) + 1
         if value is None or isinstance(value, bool | int | float):
             return 1
-        n_items = n_chars = 0
+        n_items = n_chars = n_seen = 0
         levels: list[Iterator[Any]] = [iter((value,))]
         while levels:
             for item in levels[-1]:
                 n_items += 1
+                n_seen += 1
                 if isinstance(item, str):
                     n_chars += len(item)
+                elif (known := self._given.get(id(item))) is not None:
+                    n_items += known[0]
+                    n_chars += known[1]
                 elif isinstance(item, Mapping):
                     levels.append(part for pair in item.items() for part in pair)
                     break
                 elif isinstance(item, functions.SEQUENCES):
-                    levels.append(iter(item))
+                    levels.append(iter(cast(Iterable[Any], item)))
                     break
                 if n_items > self.max_items or n_chars > self.max_weight:
                     raise functions.LimitExceeded("it makes a value that is too large")
@@ -101,8 +113,18 @@ class Budget:
                 levels.pop()
             if len(levels) > MAX_NESTING:
                 raise functions.LimitExceeded("it nests values too deeply")
-        self.step(n_items)
+        self.step(n_seen)
         return n_items + n_chars
+
+    def _survey(self, value: Any) -> tuple[int, int]:
+        if isinstance(value, str):
+            return 0, len(value)
+        if not isinstance(value, dict | list):
+            return 0, 0
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        counts = [self._survey(part) for part in parts]
+        self._given[id(value)] = found = len(parts) + sum(n for n, _ in counts), sum(n for _, n in counts)
+        return found
 
 
 class _Generation(Extension):
@@ -124,8 +146,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation], optimized=False, cache_size=0
         )
-        self.budget = budget or Budget(0)
-        self.filters = functions.filters() | {STEP: _step, JOIN: functions.join_texts, SLICE: _slice, KEEP: _keep}
+        self.budget = budget or Budget()
+        self.filters = filters() | _COUNTING
         self.globals = functions.global_functions()
         self.finalize = _write
 
@@ -149,23 +171,27 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.budget.step()
         if isinstance(obj, str) and (method := functions.string_method(self, obj, attribute)) is not None:
             return method
-        return super().getattr(obj, attribute)
+        value = super().getattr(obj, attribute)
+        if isinstance(obj, Namespace) and isinstance(value, str):
+            self.budget.take(functions.size(value))
+        return value
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         self.budget.step()
         if isinstance(obj, str) and isinstance(argument, str):
             method = functions.string_method(self, obj, argument)
             return self.undefined(obj=obj, name=argument) if method is None else method
+        if isinstance(obj, Namespace):
+            return self.getattr(obj, str(argument))
         return super().getitem(obj, argument)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         budget = __self.budget
         budget.step(4 + len(args) + len(kwargs))
-        for value in args:
-            budget.weigh(value)
-        for key, value in kwargs.items():
-            if key not in ("_loop_vars", "_block_vars"):
-                budget.weigh(value)
+        values = [*args, *(value for key, value in kwargs.items() if key not in ("_loop_vars", "_block_vars"))]
+        weight = sum(map(budget.weigh, values))
+        if isinstance(__obj, type) and issubclass(__obj, Namespace):
+            budget.take(4 * weight)
         if budget.depth >= MAX_CALL_DEPTH:
             raise functions.LimitExceeded("its macros call each other too deeply")
         budget.depth += 1
@@ -179,6 +205,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         functions.check_operator(self.budget, operator, left, right)
         return self.binop_table[operator](left, right)
+
+    def call_filter(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if name in _COUNTING:  # as in `map("#peek")`
+            raise FilterArgumentError(f"no filter named {name!r}")
+        return super().call_filter(name, *args, **kwargs)
 
     # -- rendering
 
@@ -219,8 +250,18 @@ class _Rewriter(NodeTransformer):
         return _filter(SLICE, node.node, *(nodes.Const(None) if end is None else end for end in ends))
 
     def visit_Assign(self, node: nodes.Assign) -> nodes.Node:
-        self.generic_visit(node)
-        node.node = _filter(KEEP, cast(nodes.Expr, node.node))
+        parts = _appended(node.target, node.node)
+        if parts is not None:
+            target = cast(nodes.NSRef, node.target)
+            name = nodes.Name(target.name, "load", lineno=node.lineno)
+            old = _filter(PEEK, name, nodes.Const(target.attr))
+            new = [cast(nodes.Expr, self.visit(part)) for part in parts]
+            whole = nodes.Tuple([old, *new], "load", lineno=node.lineno)
+            node.node = _filter(APPEND, whole, nodes.Const(isinstance(node.node, nodes.Concat)))
+        else:
+            self.generic_visit(node)
+            into_namespace = isinstance(node.target, nodes.NSRef) or node.target.find(nodes.NSRef) is not None
+            node.node = _filter(STORE if into_namespace else KEEP, cast(nodes.Expr, node.node))
         return node
 
     def _body(self, node: Any) -> nodes.Node:
@@ -234,6 +275,24 @@ class _Rewriter(NodeTransformer):
     visit_For = visit_Macro = visit_CallBlock = visit_Block = _body
 
 
+def _appended(target: nodes.Node, value: nodes.Node) -> list[nodes.Expr] | None:
+    """What is added in `set ns.out = ns.out ~ a ~ b` or `set ns.out = ns.out + a + b`, else None."""
+    parts: list[nodes.Expr] = []
+    if isinstance(value, nodes.Concat):
+        value, *parts = value.nodes
+    else:
+        while isinstance(value, nodes.Add):
+            parts.insert(0, value.right)
+            value = value.left
+    same = (
+        isinstance(target, nodes.NSRef)
+        and isinstance(value, nodes.Getattr)
+        and isinstance(value.node, nodes.Name)
+        and (value.node.name, value.attr) == (target.name, target.attr)
+    )
+    return parts if same and parts else None
+
+
 def _texts(node: nodes.Node) -> Iterator[nodes.TemplateData]:
     if isinstance(node, nodes.TemplateData):
         yield node
@@ -242,9 +301,6 @@ def _texts(node: nodes.Node) -> Iterator[nodes.TemplateData]:
 
 def _filter(name: str, value: nodes.Expr, *args: nodes.Expr) -> nodes.Filter:
     return nodes.Filter(value, name, list(args), [], None, None, lineno=value.lineno)
-
-
-# Templates cannot name these, but `map("#step")` can; they take any arguments without harm.
 
 
 @pass_environment
@@ -256,6 +312,41 @@ def _step(sandbox: Sandbox, n_chars: Any) -> None:
 def _keep(sandbox: Sandbox, value: Any) -> Any:
     sandbox.budget.weigh(value)
     return value
+
+
+@pass_environment
+def _store(sandbox: Sandbox, value: Any) -> Any:
+    sandbox.budget.take(4 * sandbox.budget.weigh(value))
+    return value
+
+
+@pass_environment
+def _peek(sandbox: Sandbox, namespace: Any, name: Any) -> Any:
+    """A text that is about to be replaced by a longer one; inside of macros many of them might be waiting for that."""
+    value = ImmutableSandboxedEnvironment.getattr(sandbox, namespace, name)
+    if sandbox.budget.depth:
+        sandbox.budget.take(functions.size(value))
+    return value
+
+
+@pass_context
+def _append(context: Context, parts: tuple[Any, ...], as_text: bool) -> Any:
+    """The sum of a variable's old value and what is added to it: the old value is paid for already."""
+    sandbox = cast(Sandbox, context.environment)
+    old, *others = parts
+    if type(old) is str and not context.eval_ctx.autoescape and (as_text or all(type(part) is str for part in others)):
+        added = functions.join_texts(context, others)
+        if len(old) + len(added) > sandbox.budget.max_weight:
+            raise functions.LimitExceeded("it makes a value that is too large")
+        sandbox.budget.take(4 * len(old) if old.isascii() and not added.isascii() else 1)
+        sandbox.budget.step(len(old) >> 12)
+        return old + added
+    if as_text:
+        return functions.join_texts(context, parts)
+    for part in others:
+        old = sandbox.call_binop(context, "+", old, part)
+    sandbox.budget.weigh(old)
+    return old
 
 
 @pass_environment
@@ -274,3 +365,10 @@ def _write(context: nodes.EvalContext, value: Any) -> Any:
     else:
         budget.take(functions.REPR_BYTES * budget.weigh(value))
     return value
+
+
+_COUNTING = {STEP: _step, JOIN: functions.join_texts, SLICE: _slice, KEEP: _keep} | {
+    STORE: _store,
+    PEEK: _peek,
+    APPEND: _append,
+}
