@@ -66,13 +66,11 @@ def unbroken(history: IntArray, breakers: Breakers, limit: int) -> int:
     recent = history[-(limit + _MAX_TAIL + 1) :].tolist()
     n = len(recent)
     for i in range(n):
-        lengths = [
-            len(tail)
-            for tail in breakers.tails(recent[n - 1 - i])
-            if len(tail) <= i and tuple(recent[n - i : n - i + len(tail)]) == tail
-        ]
-        if lengths:
-            return min(i - max(lengths), limit)
+        tails = breakers.tails(recent[n - 1 - i])
+        if tails:
+            fits = [len(t) for t in tails if len(t) <= i and tuple(recent[n - i : n - i + len(t)]) == t]
+            if fits:
+                return min(i - max(fits), limit)
     return min(n, limit)
 
 
