@@ -24,6 +24,7 @@ from edgelm.flags import (
     given,
     with_flags,
 )
+from edgelm.terminal import bars, note, print_json, printable, readable, statistics, summary
 
 if TYPE_CHECKING:
     from edgelm.model import Model
@@ -34,7 +35,6 @@ HF_FLAG = click.option(
     "-hf", "--hf-repo", "hf_repo", metavar="USER/REPO[:QUANT]", help="A model of the Hugging Face hub."
 )
 QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
-BYTES = {"n_bytes", "weights", "kv_cache", "workspace", "total"}  # facts that `readable` shows with a unit
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -50,7 +50,7 @@ class Commands(click.Group):
                 ctx.exit(141)
             if ctx.params.get("debug"):
                 raise
-            click.echo(f"edgelm: {' '.join(str(error).split())}", err=True)
+            click.echo(f"edgelm: {printable(' '.join(str(error).split()))}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
             if ctx.params.get("debug"):
@@ -139,8 +139,6 @@ def run(
     settings = generation_settings(flags) | ({} if logprobs is None else {"logprobs": logprobs})
     loaded = load_model(model, model_flag, hf_repo, quiet, flags)
     tokens = loaded.tokenize(prompt, parse_special=not no_special)
-    from edgelm.terminal import bars, note
-
     if echo and not as_json:
         print(prompt, end="", flush=True)
     text, last, alternatives = [], None, []
@@ -360,8 +358,6 @@ def evaluate(
 ) -> None:
     """Perplexity of a text, with llama-perplexity's chunks; with --against, how far a model is from another."""
     from edgelm.evaluate import perplexity
-    from edgelm.terminal import bars
-
     n_ctx = flags.get("ctx_size") or 512
     flags["ctx_size"] = n_ctx
     loaded = load_model(model, model_flag, hf_repo, quiet, flags)
@@ -437,8 +433,6 @@ def warm(model: str | None, model_flag: str | None, hf_repo: str | None, quiet: 
     """Compile what a model needs on this processor once, so that later starts are immediate."""
     import time
 
-    from edgelm.terminal import note
-
     began = time.perf_counter()
     loaded = load_model(model, model_flag, hf_repo, quiet, flags)
     for _ in loaded.stream_generate([0], max_tokens=2, ignore_eos=True):
@@ -452,8 +446,6 @@ def warm(model: str | None, model_flag: str | None, hf_repo: str | None, quiet: 
 def resolve(model: str | None, model_flag: str | None, hf_repo: str | None, quiet: bool, offline: bool) -> str:
     """The path of the model that the flags name, fetched if need be."""
     from edgelm import hub
-    from edgelm.terminal import bars
-
     with bars(quiet) as progress:
         return os.fspath(hub.resolve(source_of(model, model_flag, hf_repo), offline=offline, progress=progress))
 
@@ -470,8 +462,6 @@ def load_model(
 ) -> Model:
     """The model that the flags name, with a progress bar while it is fetched, packed and compiled."""
     from edgelm.model import load
-    from edgelm.terminal import bars
-
     names = {
         "ctx_size": "ctx_size",
         "threads": "threads",
@@ -505,55 +495,6 @@ def generation_settings(flags: dict[str, Any]) -> dict[str, Any]:
         settings["overflow"] = "shift"
     Request.of(settings)  # a value that cannot be meant is told before a model is loaded
     return settings
-
-
-def summary(last: Any) -> dict[str, Any]:
-    """The counts and speeds of a finished answer."""
-    if last is None:
-        return {}
-    names = (
-        "prompt_tokens",
-        "cached_tokens",
-        "generation_tokens",
-        "prompt_tps",
-        "generation_tps",
-        "finish_reason",
-        "dropped_tokens",
-    )
-    return {name: getattr(last, name) for name in names}
-
-
-def statistics(last: Any) -> str:
-    return (
-        f"prompt {last.prompt_tokens} tokens ({last.cached_tokens} cached), {last.prompt_tps:.1f} tokens/s; "
-        f"answer {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s; ended by {last.finish_reason}"
-    )
-
-
-def print_json(value: Any) -> None:
-    import json
-
-    print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
-
-
-def readable(facts: dict[str, Any], indent: str = "") -> list[str]:
-    """Facts as aligned lines: nested mappings indented below their name, bytes as KiB, MiB or GiB."""
-    from edgelm.terminal import size
-
-    lines = []
-    for name, value in facts.items():
-        label = name.replace("_", " ") if name.islower() else name  # names of types keep their underscore
-        if isinstance(value, dict):
-            lines += [f"{indent}{label}", *readable(value, indent + "  ")]
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            lines += [f"{indent}{label}", *("  " + indent + "  ".join(str(v) for v in row.values()) for row in value)]
-        else:
-            if name in BYTES and isinstance(value, int):
-                shown = size(value)
-            else:
-                shown = f"{value:.6g}" if isinstance(value, float) else str(value)
-            lines.append(f"{indent}{label:<{max(1, 26 - len(indent))}} {shown}")
-    return lines
 
 
 def silence_stdout() -> None:

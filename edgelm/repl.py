@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgelm.errors import EdgelmError, UsageError
-from edgelm.terminal import Bars, note
+from edgelm.terminal import Bars, note, readable, statistics
 
 if TYPE_CHECKING:
     from edgelm.model import Model
@@ -238,8 +238,6 @@ class Repl:
     def show(self, what: str) -> None:
         """/show info|parameters|system|template|messages|license: show it."""
         if what == "info":
-            from edgelm.cli import readable
-
             for line in readable(self.model.info()):
                 note(line)
         elif what == "parameters":
@@ -325,8 +323,6 @@ class Repl:
 
     def stats(self, _: str) -> None:
         """/stats: counts and speed of the last answer."""
-        from edgelm.cli import statistics
-
         note(statistics(self.last) if self.last is not None else "nothing was said yet")
 
 

@@ -1,4 +1,4 @@
-"""What a person sees while waiting: progress bars and notes on standard error. Knows no model.
+"""What a person sees: progress bars and notes on standard error, facts as aligned lines or JSON. Knows no model.
 
 Standard output carries answers and nothing else, so everything here writes to standard error; when that is not a
 terminal, bars are left out and notes stay.
@@ -11,11 +11,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+BYTES = {"n_bytes", "weights", "kv_cache", "workspace", "total"}  # facts that `readable` shows with a unit
 PATIENCE_S = 0.3  # a stage that is over sooner than this shows no bar
 
 
@@ -106,3 +107,58 @@ def size(n_bytes: float) -> str:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
         n_bytes /= 1024
     return f"{n_bytes:.1f} TiB"
+
+
+def printable(text: str) -> str:
+    """Text of a file without what a terminal would obey: control characters but newline and tab are spelled out."""
+    return "".join(c if c in "\n\t" or c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+# --- facts as text ---------------------------------------------------------------------------------------------------
+
+def summary(last: Any) -> dict[str, Any]:
+    """The counts and speeds of a finished answer."""
+    if last is None:
+        return {}
+    names = (
+        "prompt_tokens",
+        "cached_tokens",
+        "generation_tokens",
+        "prompt_tps",
+        "generation_tps",
+        "finish_reason",
+        "dropped_tokens",
+    )
+    return {name: getattr(last, name) for name in names}
+
+
+def statistics(last: Any) -> str:
+    return (
+        f"prompt {last.prompt_tokens} tokens ({last.cached_tokens} cached), {last.prompt_tps:.1f} tokens/s; "
+        f"answer {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s; ended by {last.finish_reason}"
+    )
+
+
+def print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+
+
+def readable(facts: dict[str, Any], indent: str = "") -> list[str]:
+    """Facts as aligned lines: nested mappings indented below their name, bytes as KiB, MiB or GiB."""
+    lines = []
+    for name, value in facts.items():
+        label = name.replace("_", " ") if name.islower() else name  # names of types keep their underscore
+        if isinstance(value, dict):
+            lines += [f"{indent}{label}", *readable(value, indent + "  ")]
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            rows = ("  ".join(printable(str(v)) for v in row.values()) for row in value)
+            lines += [f"{indent}{label}", *(f"  {indent}{row}" for row in rows)]
+        else:
+            if name in BYTES and isinstance(value, int):
+                shown = size(value)
+            else:
+                shown = f"{value:.6g}" if isinstance(value, float) else printable(str(value))
+            lines.append(f"{indent}{label:<{max(1, 26 - len(indent))}} {shown}")
+    return lines

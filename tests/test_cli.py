@@ -14,7 +14,8 @@ from click.testing import CliRunner, Result
 from hostile.cases import CASES
 from tiny import tiny
 
-from edgelm.cli import main, readable
+from edgelm.cli import main
+from edgelm.terminal import printable, readable
 
 
 @pytest.fixture(scope="module")
@@ -175,13 +176,14 @@ def test_every_command_and_flag_has_help() -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    """What makes `edgelm --help` immediate: no numeric library, no tokenizer, no terminal toolkit is imported for it."""
+    """What makes `edgelm --help` immediate: no numeric library, tokenizer or terminal toolkit is imported for it."""
     code = (
         "import sys\n"
         "from click.testing import CliRunner\n"
         "from edgelm.cli import main\n"
         "assert CliRunner().invoke(main, ['--help']).exit_code == 0\n"
-        "print(*sorted({'numpy', 'numba', 'llvmlite', 'tokenizers', 'jinja2', 'rich', 'prompt_toolkit'} & set(sys.modules)))"
+        "heavy = {'numpy', 'numba', 'llvmlite', 'tokenizers', 'jinja2', 'rich', 'prompt_toolkit'}\n"
+        "print(*sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
@@ -203,3 +205,8 @@ def test_readable_names_and_sizes() -> None:
     assert lines[2].split() == ["Q4_0", "3"]
     assert lines[4].split() == ["1", "x"]
     assert lines[5].split() == ["ratio", "1.23457"]
+
+
+def test_nothing_of_a_file_reaches_the_terminal_as_a_command() -> None:
+    assert printable("a\x1b[2Jb\tc\n\x07") == "a\\x1b[2Jb\tc\n\\x07"
+    assert "\x1b" not in "".join(readable({"name": "\x1b]0;owned\x07", "rows": [{"a": "\x1b"}]}))
