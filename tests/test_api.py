@@ -289,7 +289,10 @@ def smollm2(smollm2_path: Path) -> Model:
     return edgelm.load(smollm2_path)
 
 
-FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
+FRANCE = [
+    {"role": "system", "content": "You are a helpful AI assistant."},
+    {"role": "user", "content": "What is the capital of France?"},
+]
 
 
 def test_the_capital_of_france(smollm2: Model) -> None:
@@ -306,8 +309,8 @@ def test_the_capital_of_france(smollm2: Model) -> None:
 
 
 def test_known_models_say_what_they_always_say(smollm2: Model, gemma3_path: Path) -> None:
-    text = smollm2.generate("Once upon a time, there was a little", max_tokens=10, temperature=0)
-    assert text == " girl named Emma who loved to play in the sun"
+    text = smollm2.generate("Once upon a time, there was a little", max_tokens=4, temperature=0)
+    assert text == " girl named Emma who"
     with edgelm.load(gemma3_path, ctx_size=1024) as gemma:
         text = gemma.generate("The capital of France is", max_tokens=14, temperature=0)
     assert text == " the capital of the country of France. It is the largest city in"
