@@ -81,6 +81,7 @@ class Program:
         self.transcoded = {m.tensor.name: (p.transcoded_from, p.format) for m, p in packed.items() if p.transcoded_from}
 
         self._lock = threading.Lock()
+        self._groups = config.cache_groups()
         self._plans: dict[str, Plan] = {}
         self._factors = weights.factors()
         self._rope_tables: list[RopeTable] = []
@@ -106,7 +107,7 @@ class Program:
 
     def new_cache(self, kv_type: str = "f16", max_bytes: int | None = None) -> KVCache:
         """A cache for sequences of this model."""
-        return KVCache(self.config.cache_groups(), kv_type, max_bytes)
+        return KVCache(self._groups, kv_type, max_bytes)
 
     def forward(self, batch: Batch) -> NDArray[np.float32]:
         """Runs a batch: logits (R, vocabulary) or hidden states (R, D) of `batch.outputs`; its sequences grow.
@@ -237,7 +238,6 @@ class Program:
         from .lowering import plan
         from .pages import GroupLayout
 
-        self._groups = self.config.cache_groups()
         layouts = tuple(GroupLayout(group, kv_type) for group in self._groups)
         made = plan(self._nodes, self._resources, layouts, self.max_tokens, self._progress)
         if made.workspace_bytes > len(self._workspace):
@@ -266,7 +266,7 @@ class Program:
 
     def _room_for_sequences(self, n: int) -> None:
         self._lengths = np.zeros(n, np.int32)
-        self._tables = np.zeros((n, len(self.config.cache_groups())), np.int64)
+        self._tables = np.zeros((n, len(self._groups)), np.int64)
         self._env[Env.LENGTHS], self._env[Env.TABLES] = self._lengths.ctypes.data, self._tables.ctypes.data
 
 
