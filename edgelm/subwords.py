@@ -150,33 +150,37 @@ class SentencePieces(Words):
         super().__init__()
         self._ids, self._unk = v.ids, v.unk_id
         self._bytes = byte_ids(v)
-        mergeable = ((v.kinds == Kind.NORMAL) | (v.kinds == Kind.USER_DEFINED) | (v.kinds == Kind.UNUSED)).tolist()
-        costs = (-v.scores).tolist()
-        self._costs = {piece: cost for piece, cost, ok in zip(v.pieces, costs, mergeable, strict=True) if ok}
+        usable = (v.kinds == Kind.NORMAL) | (v.kinds == Kind.USER_DEFINED) | (v.kinds == Kind.UNUSED)
+        costs: list[float | None] = (-v.scores).tolist()
+        for token in (~usable).nonzero()[0].tolist():  # no text becomes a control token by merging
+            costs[token] = None
+        self._costs = costs
         # User-defined runs of spaces are never merged with anything; they are taken from the left, the longest first.
         runs = [i for i in (v.kinds == Kind.USER_DEFINED).nonzero()[0].tolist() if is_spaces(v.pieces[i])]
         self._runs = {SPACE * len(v.pieces[i]): (i,) for i in runs}
         longest_first = sorted(self._runs, key=len, reverse=True)
         self._split_runs = re.compile(f"({'|'.join(longest_first)})").split if runs else None
-        self._cut_before = word_starts(self._costs)
+        self._words = word_starts(v.pieces)
 
     def __call__(self, text: str) -> list[int]:
         text = text.replace(" ", SPACE)
         if self._split_runs is None:
-            return self.cut_all(self._cut_before(text))
+            return self.cut_all(self._words(text))
         ids: list[int] = []
         for part in self._split_runs(text):
-            ids += self._runs.get(part) or self.cut_all(self._cut_before(part))
+            ids += self._runs.get(part) or self.cut_all(self._words(part))
         return ids
 
     def _rank(self, left: str, right: str) -> float | None:
-        return self._costs.get(left + right)
+        token = self._ids.get(left + right)
+        return None if token is None else self._costs[token]
 
     def cut(self, word: str) -> list[int]:
         ids: list[int] = []
         for symbol in merge(list(word), self._rank):
-            if symbol in self._costs:
-                ids.append(self._ids[symbol])
+            token = self._ids.get(symbol)
+            if token is not None and self._costs[token] is not None:
+                ids.append(token)
             elif self._bytes:
                 ids += (self._bytes[byte] for byte in symbol.encode())
             elif self._unk is not None and ids[-1:] != [self._unk]:

@@ -152,7 +152,7 @@ class _Reader:
             raise FormatError(f"the file has no {_P}{key}; convert the model again")
         if isinstance(value, np.ndarray) and value.size == 0:
             value = []  # an empty array may have been written with any item type
-        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        if not isinstance(value, list | tuple) or not set(map(type, value)) <= {str}:
             raise FormatError(f"{_P}{key} is not an array of strings")
         return list(value)
 
