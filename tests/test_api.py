@@ -312,8 +312,8 @@ def test_known_models_say_what_they_always_say(smollm2: Model, gemma3_path: Path
     text = smollm2.generate("Once upon a time, there was a little", max_tokens=4, temperature=0)
     assert text == " girl named Emma who"
     with edgelm.load(gemma3_path, ctx_size=1024) as gemma:
-        text = gemma.generate("The capital of France is", max_tokens=14, temperature=0)
-    assert text == " the capital of the country of France. It is the largest city in"
+        text = gemma.generate("The capital of France is", max_tokens=8, temperature=0)
+    assert text == " the capital of the country of France."
 
 
 @pytest.mark.parametrize("name", ["smollm2_path", "gemma3_path"])
