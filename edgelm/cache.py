@@ -48,7 +48,8 @@ class KVCache:
     ) -> None:
         self.groups, self.kv_type, self.max_bytes, self.undo = tuple(groups), kv_type, max_bytes, undo
         self.layouts = tuple(GroupLayout(g, kv_type) for g in self.groups)
-        self._pools = tuple(Pool(layout) for layout in self.layouts)
+        together = sum(layout.page_bytes for layout in self.layouts)
+        self._pools = tuple(Pool(layout, together) for layout in self.layouts)
         self._lock = threading.Lock()
         # Tables of sequences that were collected without release(). A finaliser may run inside any allocation, also
         # one made under the lock: so it only leaves its table here, and whoever takes pages next frees them.
@@ -181,7 +182,8 @@ class Sequence:
                     for g, pool in enumerate(cache._pools)
                     if must_copy and pool.counts[int(tables.pages[g][shared])] > 1
                 ]
-                new = [[self._take(pool, taken) for _ in range(begin, end)] for pool in cache._pools]
+                # In turns, so that under a limit no group takes what the others need.
+                new = [[self._take(pool, taken) for pool in cache._pools] for _ in range(begin, end)]
             except CacheFull:
                 for pool, address in taken:
                     pool.drop(address)
@@ -191,8 +193,8 @@ class Sequence:
                 pool.pages[address][:] = pool.pages[old]
                 pool.drop(old)
                 tables.pages[g][shared] = address
-            if end > begin:
-                for table, addresses in zip(tables.pages, new, strict=True):
+            if new:
+                for table, addresses in zip(tables.pages, zip(*new, strict=True), strict=True):
                     table[begin:end] = addresses
                 tables.n_pages = end
 

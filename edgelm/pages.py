@@ -85,8 +85,9 @@ class Pool:
     Callers hold the lock of the cache.
     """
 
-    def __init__(self, layout: GroupLayout) -> None:
+    def __init__(self, layout: GroupLayout, together: int) -> None:
         self.layout = layout
+        self.together = together  # bytes of a page of every group of the cache
         self.slabs: list[NDArray[np.uint8]] = []
         self.pages: dict[int, NDArray[np.uint8]] = {}  # address -> the page's bytes
         self.counts: dict[int, int] = {}  # address -> references, of pages in use
@@ -100,8 +101,8 @@ class Pool:
         """Allocates another slab: as large as all before it together, within bounds; smaller where `limit` asks."""
         size = self.layout.page_bytes
         n_pages = max(1, min(max(self.n_bytes, _FIRST_SLAB), _LARGEST_SLAB) // size)
-        if limit is not None:
-            n_pages = min(n_pages, max(1, limit // size))
+        if limit is not None:  # what is left is for all groups
+            n_pages = min(n_pages, max(1, limit // self.together))
         if limit is not None and size > limit:
             raise CacheFull(
                 f"the KV cache has reached its limit: a page of {PAGE} tokens needs {size} bytes, {max(0, limit)} are "

@@ -10,6 +10,7 @@ from op_rows import Workspace
 from edgelm.cache import Batch, KVCache, Sequence
 from edgelm.kernels.abi import Env
 from edgelm.kernels.attention import row_attention, row_store_kv, scratch_bytes
+from edgelm.kernels.executor import Executor
 
 N_CTX = 2048
 
@@ -40,6 +41,7 @@ class Case:
     n_scratch: int | None = None  # None: what is asked for
     portions: int | None = 3
     seed: int = 0
+    executor: Executor | None = None  # real threads, instead of portions in random order
     cache: KVCache = field(init=False)
 
     def __post_init__(self) -> None:
@@ -70,14 +72,15 @@ class Case:
             sequence.reserve(len(q))
         batch = Batch.of((sequence, [0] * len(q), "none") for sequence, (q, _, _) in parts)
         n = len(batch.tokens)
-        ws = Workspace(1 << 25, self.seed + n)
+        layout = self.cache.layouts[1]
+        n_scratch = scratch_bytes(layout, self.n_heads, N_CTX) if self.n_scratch is None else self.n_scratch
+        columns = (self.n_heads + self.n_kv_heads) * (self.head_dim + self.v_head_dim) + 4 * 16
+        ws = Workspace(4 * n * columns + n_scratch + (1 << 14), self.seed + n)
         q_off, q_stride = ws.put(np.concatenate([x[0] for _, x in parts]))
         k_off, k_stride = ws.put(np.concatenate([x[1] for _, x in parts]))
         v_off, v_stride = ws.put(np.concatenate([x[2] for _, x in parts]))
         y_off, y_stride, y = ws.buffer(n, self.n_heads * self.v_head_dim)
         beside = ws.take(4096)  # nothing may be written after the result
-        layout = self.cache.layouts[1]
-        n_scratch = scratch_bytes(layout, self.n_heads, N_CTX) if self.n_scratch is None else self.n_scratch
         scratch = ws.take(n_scratch)
         after = ws.take(4096)
         tables = np.array([[s.table(g).ctypes.data for g in range(2)] for s in batch.sequences])
@@ -91,12 +94,15 @@ class Case:
         ws.set(Env.SIN, np.array([0, self.sin.ctypes.data]))
         rope = {"rope": 1, "rope_dim": self.rope_dim, "halves": self.halves} if self.rope_dim else {}
         index = layer - 1
-        ws.run(
+        rows = (
             row_store_kv(layout, 1, index, k_off, k_stride, v_off, v_stride, scratch_off=scratch, **rope),
             row_attention(layout, 1, index, self.n_heads, q_off, q_stride, y_off, y_stride, scale=self.scale,
                           scratch_off=scratch, n_scratch=n_scratch, softcap=self.softcap, causal=self.causal, **rope),
-            portions=self.portions,
         )
+        if self.executor is None:
+            ws.run(*rows, portions=self.portions)
+        else:
+            self.executor.run(np.array(rows), 2, ws.env.ctypes.data)
         for sequence, (q, _, _) in parts:
             sequence.advance(len(q))
         assert (ws.bytes_at(beside, 4096) == 0x7F).all()

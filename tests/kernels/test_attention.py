@@ -1,0 +1,284 @@
+"""Attention over pages against float64 NumPy, and against itself: no way of dividing the work changes a bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import llvmlite.binding
+import numpy as np
+import pytest
+from attention_case import N_CTX, Case
+
+import edgelm
+from edgelm.errors import UnsupportedError
+from edgelm.kernels.attention import BLOCK, SPLIT_TOKENS, row_attention
+from edgelm.kernels.executor import Executor
+from edgelm.pages import PAGE, GroupLayout
+
+
+def check(case: Case, n: int, tolerance: float = 1e-5) -> None:
+    """n tokens at once give what NumPy gives."""
+    sequence, inputs = case.cache.new_sequence(), case.inputs(n)
+    np.testing.assert_allclose(case.forward([(sequence, inputs)]), case.exact(*inputs), atol=tolerance)
+
+
+def cut(inputs: tuple[np.ndarray, ...], begin: int, end: int) -> tuple[np.ndarray, ...]:
+    return tuple(x[begin:end] for x in inputs)
+
+
+def in_chunks(case: Case, inputs: tuple[np.ndarray, ...], sizes: list[int]) -> np.ndarray:
+    """The same tokens appended in pieces, the sizes taken in turns."""
+    sequence, results, at = case.cache.new_sequence(), [], 0
+    while at < len(inputs[0]):
+        end = min(len(inputs[0]), at + sizes[len(results) % len(sizes)])
+        results.append(case.forward([(sequence, cut(inputs, at, end))]))
+        at = end
+    return np.concatenate(results)
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+@pytest.mark.parametrize("head_dim", [8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 192, 256, 576])
+def test_head_dims(head_dim, kv_type):
+    check(Case(head_dim=head_dim, kv_type=kv_type), 150)
+
+
+@pytest.mark.parametrize(("head_dim", "v_head_dim"), [(8, 24), (40, 16), (192, 128), (64, 20)])
+def test_values_of_another_size(head_dim, v_head_dim):
+    check(Case(head_dim=head_dim, v_head_dim=v_head_dim), 140)
+
+
+@pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(1, 1), (4, 4), (9, 3), (4, 1), (8, 2), (5, 1), (28, 4), (71, 1),
+                                                     (200, 1)])
+@pytest.mark.parametrize("n", [1, 7, 140])
+def test_heads_that_share(n_heads, n_kv_heads, n):
+    check(Case(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=32), n)
+
+
+@pytest.mark.parametrize("window", [1, 5, 64, 100, 128, 129, 300])
+def test_window(window):
+    check(Case(window=window, head_dim=32), 400)
+
+
+@pytest.mark.parametrize("rope_dim", [10, 16, 32, 48, 64])
+@pytest.mark.parametrize("halves", [True, False])
+def test_rope(rope_dim, halves):
+    check(Case(rope_dim=rope_dim, halves=halves), 100, 2e-3)  # float16 keys: rounded to another neighbour now and then
+    check(Case(rope_dim=rope_dim, halves=halves, kv_type="f32"), 100)
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("softcap", [0.0, 0.7])
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 300])
+def test_causal_or_not_with_softcap(causal, softcap, kv_type, n):
+    check(Case(causal=causal, softcap=softcap, kv_type=kv_type, n_heads=4, n_kv_heads=4, head_dim=32), n)
+
+
+def test_large_scores():
+    """The running maximum moves by hundreds, and weights underflow."""
+    case = Case(kv_type="f32")
+    sequence, (q, k, v) = case.cache.new_sequence(), case.inputs(300)
+    k = (k * np.linspace(1, 60, 300, dtype=np.float32)[:, None]).astype(np.float32)
+    y, want = case.forward([(sequence, (q * 5, k, v))]), case.exact(q * 5, k, v)
+    assert np.isfinite(y).all()
+    np.testing.assert_allclose(y, want, atol=2e-3)  # scores of a thousand have an error of 1e-4
+
+
+WAYS = [[1], [2], [3], [7], [16, 1], [64], [100, 1, 1, 5], [SPLIT_TOKENS], [SPLIT_TOKENS + 1], [500, 1]]
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"kv_type": "f32"}, {"window": 70}, {"softcap": 2.0}, {"n_heads": 4, "n_kv_heads": 1, "head_dim": 256},
+    {"n_heads": 3, "n_kv_heads": 3, "head_dim": 80, "rope_dim": 32}, {"head_dim": 8, "v_head_dim": 24},
+    {"n_heads": 71, "n_kv_heads": 1, "head_dim": 16},
+], ids=str)
+def test_chunks_change_no_bit(options):
+    n = 2 * BLOCK + 77
+    whole = Case(**options)
+    inputs = whole.inputs(n)
+    want = whole.forward([(whole.cache.new_sequence(), inputs)])
+    for sizes in WAYS:
+        np.testing.assert_array_equal(in_chunks(Case(**options), inputs, sizes), want, err_msg=str(sizes))
+
+
+@pytest.mark.parametrize("options", [{}, {"n_heads": 4, "n_kv_heads": 1}, {"window": 200}, {"softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("n_new", [1, 3, SPLIT_TOKENS])
+def test_division_of_positions_changes_no_bit(options, n_new):
+    """Long past, few tokens: alone, by many threads, and without room for the results of blocks."""
+    depth, results = 900, []
+    for more in ({"portions": None}, {"portions": 2}, {"portions": 40}, {"n_scratch": 0}, {"portions": 40, "seed": 9}):
+        case = Case(**options, **{"seed": 3, **more})
+        case.cos, case.sin = Case(**options, seed=3).cos, Case(**options, seed=3).sin
+        sequence = case.cache.new_sequence()
+        if "n_scratch" in more:
+            case.n_scratch = SPLIT_TOKENS * case.n_kv_heads * 64  # the counters alone
+        case.forward([(sequence, case.inputs(depth))])
+        for seed in (5, 6):  # twice: counters begin anew
+            result = case.forward([(sequence, case.inputs(n_new, seed=seed))])
+        results.append(result)
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+def test_threads_change_no_bit():
+    options = {"n_heads": 8, "n_kv_heads": 2, "head_dim": 32}
+    alone, inputs = Case(**options), Case(**options).inputs(1500)
+    sequence = alone.cache.new_sequence()
+    first, second = alone.forward([(sequence, inputs)]), alone.forward([(sequence, alone.inputs(2, seed=7))])
+    with Executor(4) as executor:
+        case = Case(**options, executor=executor)
+        sequence = case.cache.new_sequence()
+        np.testing.assert_array_equal(case.forward([(sequence, inputs)]), first)
+        for _ in range(60):
+            np.testing.assert_array_equal(case.forward([(sequence, case.inputs(2, seed=7))]), second)
+            sequence.truncate(1500)
+
+
+SHOW = """
+import hashlib, sys
+sys.path.insert(0, sys.argv[1])
+from attention_case import Case
+digest = hashlib.sha256()
+for options in ({"rope_dim": 64}, {"kv_type": "f32", "head_dim": 80, "softcap": 2.0}, {"head_dim": 24, "window": 50}):
+    case = Case(**options)
+    inputs = case.inputs(180)
+    y = case.forward([(case.cache.new_sequence(), inputs)])
+    assert abs(y - case.exact(*inputs)).max() < 2e-3
+    digest.update(y.tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_other_processors():
+    """Narrower registers give the same bits; so does a machine without float16 or fused multiply-add, but for those."""
+    features = llvmlite.binding.get_host_cpu_features()
+    if not (features.get("avx2") and features.get("fma") and features.get("f16c")):
+        pytest.skip("the processors that are tried are x86-64, and this one runs code for all of them")
+
+    def run(name: str, features: str) -> str:
+        extra = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features} if name else {}
+        environment = {**os.environ, **extra, "PYTHONPATH": str(Path(edgelm.__file__).parents[1])}
+        command = [sys.executable, "-c", SHOW, str(Path(__file__).parent)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert len({run("", ""), run("haswell", "+sse4.2,+avx,+avx2,+fma,+f16c,+bmi,+bmi2")}) == 1
+    assert run("nehalem", "+sse4.2")
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 33, "rope_dim": 64}, {"causal": False}], ids=str)
+def test_beside_other_sequences(options):
+    """A ragged batch: prompts, continuations and single tokens, each as if it were alone."""
+    lengths, more = [1, 200, 64, 5, 130, 300], [40, 1, 1, 70, 3, 1]
+    alone, together = [], Case(**options)
+    sequences = [together.cache.new_sequence() for _ in lengths]
+    firsts = [together.inputs(n, seed=10 + i) for i, n in enumerate(lengths)]
+    nexts = [together.inputs(n, seed=20 + i) for i, n in enumerate(more)]
+    for first, following in zip(firsts, nexts, strict=True):
+        case = Case(**options)
+        sequence = case.cache.new_sequence()
+        alone.append((case.forward([(sequence, first)]), case.forward([(sequence, following)])))
+    for step, parts in enumerate((firsts, nexts)):
+        y = together.forward(list(zip(sequences, parts, strict=True)))
+        np.testing.assert_array_equal(y, np.concatenate([result[step] for result in alone]))
+
+
+def test_batch_of_single_tokens():
+    """More sequences than positions are divided for, and fewer."""
+    for count in (2, SPLIT_TOKENS, SPLIT_TOKENS + 1, 20):
+        case = Case(head_dim=32)
+        sequences = [case.cache.new_sequence() for _ in range(count)]
+        firsts = [case.inputs(1 + 37 * i, seed=i) for i in range(count)]
+        case.forward(list(zip(sequences, firsts, strict=True)))
+        last = [case.inputs(1, seed=100 + i) for i in range(count)]
+        y = case.forward(list(zip(sequences, last, strict=True)))
+        for i, (first, new) in enumerate(zip(firsts, last, strict=True)):
+            want = case.exact(*(np.concatenate(pair) for pair in zip(first, new, strict=True)))[-1]
+            np.testing.assert_allclose(y[i], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+@pytest.mark.parametrize("n", [1, 6, 65, 150])
+def test_what_pages_held_before_does_not_leak(kv_type, n):
+    """Pages full of NaN, as recycled ones may be: nothing beyond the last position counts."""
+    for causal in (True, False):
+        case = Case(kv_type=kv_type, causal=causal, v_head_dim=24)
+        sequence = case.cache.new_sequence()
+        sequence.reserve(2 * N_CTX)  # make pages, give them back
+        sequence.truncate(0)
+        case.poisoned()
+        inputs = case.inputs(n)
+        y = case.forward([(sequence, inputs)])
+        np.testing.assert_allclose(y, case.exact(*inputs), atol=1e-5)
+        one = case.inputs(1, seed=8)
+        y = case.forward([(sequence, one)])
+        both = tuple(np.concatenate(pair) for pair in zip(inputs, one, strict=True))
+        np.testing.assert_allclose(y[0], case.exact(*both)[-1], atol=1e-5)
+
+
+def test_not_a_number_stays_in_its_sequence():
+    """A broken sequence in a batch does not spoil the others, nor the future the past."""
+    case = Case()
+    good, bad = case.inputs(90), case.inputs(90, seed=2)
+    bad[2][60:] = np.nan
+    a, b = case.cache.new_sequence(), case.cache.new_sequence()
+    y = case.forward([(a, good), (b, bad)])
+    np.testing.assert_allclose(y[:90], case.exact(*good), atol=1e-5)
+    np.testing.assert_allclose(y[90:150], case.exact(*cut(bad, 0, 60)), atol=1e-5)
+    assert np.isnan(y[150:]).all()
+
+
+def test_stored_as_the_cache_reads():
+    """What store_kv writes is what Sequence.read gives, and only that is written."""
+    for kv_type in ("f16", "f32"):
+        case = Case(kv_type=kv_type, head_dim=24, v_head_dim=40, rope_dim=0)
+        sequence, inputs = case.cache.new_sequence(), case.inputs(100)
+        case.forward([(sequence, inputs)], layer=1)
+        keys, values = sequence.read(1, 100)
+        stored = case.cache.layouts[1].dtype
+        np.testing.assert_array_equal(keys, inputs[1].reshape(keys.shape).astype(stored))
+        np.testing.assert_array_equal(values, inputs[2].reshape(values.shape).astype(stored))
+        for layer in (0, 2, 3):
+            assert not sequence.read(layer, 100)[0].any()
+            assert not sequence.read(layer, 100)[1].any()
+
+
+def test_forks_and_truncation():
+    case = Case()
+    trunk, inputs = case.cache.new_sequence(), case.inputs(100)
+    case.forward([(trunk, inputs)])
+    fork = trunk.fork()
+    left, right = case.inputs(50, seed=2), case.inputs(50, seed=3)
+    case.forward([(trunk, left), (fork, right)])
+    trunk.truncate(110)
+    last = case.inputs(1, seed=4)
+    y = case.forward([(trunk, last), (fork, last)])
+    for i, middle in enumerate((cut(left, 0, 10), right)):
+        whole = tuple(np.concatenate(three) for three in zip(inputs, middle, last, strict=True))
+        np.testing.assert_allclose(y[i], case.exact(*whole)[-1], atol=1e-5)
+
+
+def test_windowed_pages_are_given_back():
+    case = Case(window=70)
+    sequence, inputs = case.cache.new_sequence(), case.inputs(700)
+    y = in_chunks_of(case, sequence, inputs, 50)
+    assert np.count_nonzero(sequence.table(1)) <= 70 // PAGE + 2
+    np.testing.assert_allclose(y, case.exact(*inputs), atol=1e-5)
+
+
+def in_chunks_of(case: Case, sequence: object, inputs: tuple[np.ndarray, ...], size: int) -> np.ndarray:
+    return np.concatenate([
+        case.forward([(sequence, cut(inputs, at, at + size))]) for at in range(0, len(inputs[0]), size)
+    ])
+
+
+def test_refusals():
+    group = Case(head_dim=64, window=8).cache.layouts[1].group
+    options = {"scale": 1.0, "scratch_off": 0, "n_scratch": 0}
+    with pytest.raises(UnsupportedError, match="window"):
+        row_attention(GroupLayout(group, "f16"), 0, 0, 6, 0, 0, 0, 0, causal=False, **options)
+    huge = Case(head_dim=16).cache.layouts[1].group.__class__((0,), 1, 2048, 64, 0)
+    with pytest.raises(UnsupportedError, match="2048"):
+        row_attention(GroupLayout(huge, "f16"), 0, 0, 6, 0, 0, 0, 0, **options)
