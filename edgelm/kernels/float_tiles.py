@@ -30,7 +30,7 @@ from edgelm.kernels.emit import (
     widen_f16,
 )
 from edgelm.kernels.packing import FLOATS
-from edgelm.kernels.tiles import Code, address_of, code_address, function_address
+from edgelm.kernels.tiles import Code, address_of, code_address, function_address, tile_fields
 
 Value = ir.Value
 COLUMNS = 512  # that a tile goes over at a time
@@ -106,16 +106,17 @@ def float_linear_code(typingctx, fmt):
     number = NUMBERS[fmt.literal_value]
 
     def codegen(context, b, sig, args):
+        def tile(tokens):
+            return function_address(context, b.module, number, _float_tile, 6, tokens)
+
         fields = {
             Code.BLOCKS: 1,
             Code.UNIT_BYTES: ROWS * number.n_bytes,
             Code.RECORD_BYTES: 4,
             Code.SLAB_BLOCKS: COLUMNS,
             Code.FACTOR: 0x3F800000,  # 1.0
+            **tile_fields(isas.select(context).float_tokens, tile),
         }
-        for i, tokens in enumerate(isas.select(context).float_tokens):
-            code = function_address(context, b.module, number, _float_tile, 6, tokens)
-            fields[Code.TILES + i], fields[Code.TOKENS + i] = code, tokens
         return code_address(b, number.name, fields)
 
     return types.int64(fmt), codegen

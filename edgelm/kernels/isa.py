@@ -58,9 +58,9 @@ class Isa:
 
     machines: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[frozenset[str], ...]] = ()
-    tokens: ClassVar[tuple[int, int, int]] = (4, 2, 1)  # sizes of tiles; the last must be 1
+    tokens: ClassVar[tuple[int, ...]] = (4, 2, 1)  # sizes of tiles, at most four; the last must be 1
     groups: ClassVar[int] = 1  # groups of 16 rows in a tile: 1 or 2
-    float_tokens: ClassVar[tuple[int, int, int]] = (4, 2, 1)  # the same for float32 activations
+    float_tokens: ClassVar[tuple[int, ...]] = (4, 2, 1)  # the same for float32 activations
     float_groups: ClassVar[int] = 1
     n_parts: ClassVar[int] = 1  # registers that hold 64 bytes
 
@@ -117,8 +117,7 @@ class Vnni512(_Bytes):
     """AVX-512 VNNI: `vpdpbusd` adds 64 products of unsigned and signed bytes to 16 lanes, without saturation."""
 
     needs = (frozenset({"avx512vnni", "avx512bw"}),)
-    tokens = (8, 2, 1)
-    groups = 1
+    tokens, groups = (6, 4, 2, 1), 2  # 12 sums and 12 accumulators: all but a few of 32 registers
     float_tokens, float_groups = (8, 2, 1), 2
     shuffle = "llvm.x86.avx512.pshuf.b.512"
     dot = "llvm.x86.avx512.vpdpbusd.512"

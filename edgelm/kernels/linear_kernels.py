@@ -26,7 +26,7 @@ from edgelm.kernels.simd import (
 from edgelm.kernels.tiles import MAX_SLAB_BYTES, Code, call_function, linear_code, scratch
 from edgelm.kernels.vector_math import gelu_f32, silu_f32
 
-MAX_TOKENS = 128  # of a unit
+MAX_TOKENS = 120  # of a unit
 ROW = 64  # bytes of 16 float32
 PAIR = 2 * ROW
 SLAB_SCRATCH, OUT_SCRATCH = 2 * MAX_SLAB_BYTES, MAX_TOKENS * PAIR
@@ -72,7 +72,7 @@ def products(code, first, second, n_units, records, stride, n_tokens, slab, out)
             call_function(unpack, high, n, slab + slab_bytes)
             low, high = slab, slab + slab_bytes
         t = 0
-        for size in range(0, 24, 8):
+        for size in range(0, 32, 8):
             tile, tokens = load_i64(code + _TILES + size), load_i64(code + _TOKENS + size)
             while t + tokens <= n_tokens:
                 record = records + t * stride + block * record_bytes

@@ -279,15 +279,15 @@ class Code(IntEnum):
 
     DIRECT = 0  # addresses of functions; 0: tiles do it
     UNPACK = 1  # 0: tiles read packed weights
-    TILES = 2  # three, of fewer and fewer tokens, and their numbers of tokens, the last 1
-    TOKENS = 5
-    BLOCKS = 8  # of a unit
-    UNIT_BYTES = 9
-    RECORD_BYTES = 10  # of activations for a block
-    SLAB_BLOCKS = 11  # that a tile goes over at a time
-    SLAB_BYTES = 12
-    FACTOR = 13  # of the sums: a power of two, as the bits of a float32
-    SIZE = 14
+    TILES = 2  # four, of fewer and fewer tokens
+    TOKENS = 6  # of these tiles
+    BLOCKS = 10  # of a unit
+    UNIT_BYTES = 11
+    RECORD_BYTES = 12  # of activations for a block
+    SLAB_BLOCKS = 13  # that a tile goes over at a time
+    SLAB_BYTES = 14
+    FACTOR = 15  # of the sums: a power of two, as the bits of a float32
+    SIZE = 16
 
 
 @intrinsic(prefer_literal=True)
@@ -311,12 +311,19 @@ def linear_code(typingctx, fmt):
             Code.SLAB_BLOCKS: SLAB,
             Code.SLAB_BYTES: SLAB * slab_block_bytes(blocks),
             Code.FACTOR: int(np.float32(blocks.factor(blocks.form(isa))).view(np.int32)),
+            **tile_fields(isa.tokens, lambda tokens: function(_tile, 6, tokens)),
         }
-        for i, tokens in enumerate(isa.tokens):
-            fields[Code.TILES + i], fields[Code.TOKENS + i] = function(_tile, 6, tokens), tokens
         return code_address(b, blocks.name, fields)
 
     return types.int64(fmt), codegen
+
+
+def tile_fields(sizes: tuple[int, ...], function: Any) -> dict[int, Any]:
+    """The fields of tiles: `function(tokens)` returns the address of each. Those that are not there never fit."""
+    fields: dict[int, Any] = {Code.TOKENS + i: 1 << 30 for i in range(4)}
+    for i, tokens in enumerate(sizes):
+        fields[Code.TILES + i], fields[Code.TOKENS + i] = function(tokens), tokens
+    return fields
 
 
 def function_address(context: Any, module: ir.Module, fmt: Any, emit: Any, n_args: int, *numbers: int) -> Value:
