@@ -21,16 +21,16 @@ import importlib.util
 import os
 import platform
 import re
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from importlib import metadata
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import subprocess
 
 Kernel = Callable[[int, int, int, int], None]
 VERSION = 1  # to be raised when `_compile` makes other code of the same source
@@ -56,15 +56,25 @@ def cache_dir() -> Path:
         import platformdirs
 
         base = Path(platformdirs.user_cache_dir("edgelm", appauthor=False)) / "kernels"
-    versions = [sys.implementation.cache_tag, *(f"{name}-{metadata.version(name)}" for name in ("numba", "llvmlite"))]
-    folder = base / "-".join([*versions, sys.platform, platform.machine(), f"v{VERSION}"])
-    try:
+    tag, machine = sys.implementation.cache_tag, platform.machine()
+    folder = base / f"{tag}-{sys.platform}-{machine}-{_versions()}-v{VERSION}"
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="edgelm-kernels-"))
-    return folder
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    import tempfile
+
+    return Path(tempfile.mkdtemp(prefix="edgelm-kernels-"))
+
+
+def _versions() -> str:
+    """Stands for the installed Numba and llvmlite, without importing them or reading through what is installed."""
+    digest = hashlib.sha256()
+    for name in ("numba", "llvmlite"):
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin:
+            digest.update(Path(spec.origin).with_name("_version.py").read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def prune(folder: Path) -> None:
@@ -98,10 +108,11 @@ def _read_source(file: Path) -> tuple[bytes, tuple[Path, ...]]:
         else:
             folder = ROOT.parent
         place = folder.joinpath(*filter(None, start.split(".")))
-        for candidate in (place, *(place / name for name in re.findall(r"\w+", names))):
-            for path in (candidate.with_suffix(".py"), candidate / "__init__.py"):
-                if path.is_file() and path != Path(__file__):
-                    found[path] = None
+        candidates = [place.with_suffix(".py")]
+        if not candidates[0].is_file():  # a package: names may be modules of it
+            names = re.sub(r"#.*", "", names)
+            candidates = [place / "__init__.py", *(place / f"{name}.py" for name in re.findall(r"\w+", names))]
+        found.update(dict.fromkeys(path for path in candidates if path.name != "compiler.py" and path.is_file()))
     return hashlib.sha256(data).digest(), tuple(found)
 
 
@@ -184,6 +195,8 @@ def compile_all(kernels: Iterable[Kernel | str], progress: Callable[[str, int, i
 
 def _start_helpers(missing: list[str]) -> dict[Kernel | str, subprocess.Popen[bytes]]:
     """Starts processes that compile a part of `missing` into the cache: which of them will find which."""
+    import subprocess
+
     n = min(os.cpu_count() or 1, MOST_PROCESSES, len(missing) // 2)
     if n < 2 or not sys.executable or getattr(sys, "frozen", False):
         return {}
@@ -261,6 +274,8 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, code: bytes) -> None:
+    import tempfile
+
     with contextlib.suppress(OSError):  # then it is compiled again next time
         if not path.parent.is_dir():
             path.parent.mkdir()
