@@ -14,9 +14,6 @@ Knows nothing of how pages are managed.
 
 from __future__ import annotations
 
-from numba import types
-from numba.extending import intrinsic
-
 from edgelm.kernels.abi import WORD
 from edgelm.kernels.attention import BLOCK, COUNTER, F16, HALVES, LARGEST_HEAD, PARTIAL, SPLIT_TOKENS, TILE
 from edgelm.kernels.attention_blocks import (
@@ -63,7 +60,7 @@ from edgelm.kernels.attention_blocks import (
     v_stride,
 )
 from edgelm.kernels.rope import rotate
-from edgelm.kernels.words import Emitter, Value, function
+from edgelm.kernels.words import function, intrinsic_of
 
 
 @function
@@ -273,6 +270,7 @@ def _attention(e, op, env, begin, end):
 
 S_K, S_K_STRIDE, S_V, S_V_STRIDE, S_HEADS, S_DIM, S_V_DIM, S_K_OFFSET = ARGS[:8]
 S_V_OFFSET, S_GROUP, S_SCRATCH, S_ROPE, S_PAIRS, S_FLAGS = ARGS[8:14]
+FLOAT_ONE = 0x3F800000
 
 
 @function
@@ -320,9 +318,6 @@ def store_head(e, op, env, x, head, token):
             e.store(target + 4 * i, e.load(source + 4 * i))
 
 
-FLOAT_ONE = 0x3F800000
-
-
 def _store_kv(e, op, env, begin, end):
     x, n_tokens = e.stack(4 * LARGEST_HEAD + 64), e.load_word(env + N_TOKENS)
     counters = e.load_word(env + WORKSPACE) + e.load_word(op + S_SCRATCH)
@@ -334,18 +329,7 @@ def _store_kv(e, op, env, begin, end):
 
 # --- kernels -----------------------------------------------------------------------------------------------------
 
-def _written(write):
-    @intrinsic
-    def kernel(typingctx, op, env, begin, end):
-        def codegen(context, b, sig, args):
-            e = Emitter(context, b)
-            write(e, *(Value(e, argument) for argument in args))
-            return context.get_dummy_value()
-        return types.void(*[types.int64] * 4), codegen
-    return kernel
-
-
-_attention_code, _store_kv_code = _written(_attention), _written(_store_kv)
+_attention_code, _store_kv_code = intrinsic_of(_attention), intrinsic_of(_store_kv)
 
 
 def attention(op, env, begin, end):

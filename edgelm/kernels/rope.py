@@ -5,11 +5,8 @@ Knows nothing of how angles come about: it gets the cosines and sines of a posit
 
 from __future__ import annotations
 
-from numba import types
-from numba.extending import intrinsic
-
 from edgelm.kernels.emit import F32, I32
-from edgelm.kernels.words import Emitter, Value, function
+from edgelm.kernels.words import Value, function
 
 EVEN, ODD = list(range(0, 32, 2)), list(range(1, 32, 2))
 ZIP_LOW, ZIP_HIGH = ([i // 2 + 16 * (i % 2) for i in range(at, at + 16)] for at in (0, 16))
@@ -54,13 +51,3 @@ def rotate(e, x, y, n, pairs, halves, cos, sin, scale_bits):
         e.store(y + 4 * i, e.load(x + 4 * i) * factor)
     with e.loop(whole, n) as i:
         e.store(y + 4 * i, e.load_f32(x + 4 * i) * scale)
-
-
-@intrinsic
-def rotate_head(typingctx, x, y, n, pairs, halves, cos, sin, scale_bits):
-    """`rotate`, for Numba code."""
-    def codegen(context, b, sig, args):
-        e = Emitter(context, b)
-        rotate(e, *(Value(e, argument) for argument in args))
-        return context.get_dummy_value()
-    return types.void(*[types.int64] * 8), codegen

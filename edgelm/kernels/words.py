@@ -22,7 +22,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
+from numba import types
 from numba.core import cgutils
+from numba.extending import intrinsic
 
 from edgelm.kernels.emit import (
     F32,
@@ -182,6 +184,9 @@ class Emitter:
     def fma(self, x: Value, y: Value, z: Value) -> Value:
         return Value(self, emit_fma(self.context, self.b, x.llvm, y.llvm, z.llvm))
 
+    def to_f32(self, x: Value) -> Value:
+        return Value(self, self.b.sitofp(x.llvm, F32))
+
     def lane(self, x: Value, i: int = 0) -> Value:
         return Value(self, self.b.extract_element(x.llvm, I32(i)))
 
@@ -336,3 +341,20 @@ def function(write: Callable[..., Value | None]) -> Callable[..., Value]:
         words = [a.llvm if isinstance(a, Value) else I64(a) for a in arguments]
         return Value(e, e.b.call(fn, words))
     return invoke
+
+
+def intrinsic_of(write: Callable[..., Value | None], n_arguments: int = 4) -> Any:
+    """What `write(e, *words)` writes, as a function without result for code that Numba compiles: a kernel's body.
+
+    Of three words, or of the four of a kernel.
+    """
+    def typed() -> Any:
+        def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+            e = Emitter(context, b)
+            write(e, *(Value(e, argument) for argument in args))
+            return context.get_dummy_value()
+        return types.void(*[types.int64] * n_arguments), codegen
+
+    if n_arguments == 3:
+        return intrinsic(lambda typingctx, x, y, z: typed())
+    return intrinsic(lambda typingctx, x, y, z, w: typed())
