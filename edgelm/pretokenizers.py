@@ -172,7 +172,10 @@ _FAMILIES: tuple[tuple[PreTokenizer, str], ...] = (
         ),
         "exaone-moe",
     ),
-    (PreTokenizer((r"[\r\n]", r"\s?" + _CASED, r"\s?" + _MARKS, r"\s+$", _CJK_HANGUL, r"\p{N}+")), "deepseek-llm"),
+    (
+        PreTokenizer((r"[\r\n]", r"\s?" + _CASED, r"\s?" + _MARKS, r"(?<!\s)\s+$", _CJK_HANGUL, r"\p{N}+")),
+        "deepseek-llm",
+    ),
     (PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK_HANGUL, r"\p{N}")), "deepseek-coder"),
     (_deepseek, "deepseek-v3 hunyuan-dense joyai-llm hy_v4"),
     (
