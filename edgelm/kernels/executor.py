@@ -32,20 +32,18 @@ UNIT_BITS = 24  # of a shared word; the rest is the generation: enough for 17 ye
 TICKET = 0  # 2 * generation; odd while a job is being written
 JOB_TABLE, JOB_ENV, JOB_N_ROWS, JOB_N_THREADS, JOB_N_TOKENS, JOB_N_OUTPUTS, JOB_SLOTS = range(LINE, LINE + 56, 8)
 SLOTS, YIELD, SLEEP, SLEEP_TIME, SPINS, YIELDS, SPINS_PER_US, IDLE = range(2 * LINE, 2 * LINE + 64, 8)
-BAN = 3 * LINE  # 1: workers stay away
-BAN_LEFT, BAN_LENGTH, CALM, STALL_TICKS = range(4 * LINE, 4 * LINE + 32, 8)  # see `walk.judge`
-WORKERS = 5 * LINE
+WORKERS = 3 * LINE
 WORKER = LINE  # bytes of a worker's own words
 WORKER_PARKED, WORKER_LAST, WORKER_STOPPED = 0, 8, 16
 
 SLOT = 2 * LINE  # a row's shared words: units handed out; and at DONE the units finished up to the next barrier
 DONE = LINE
 
-SPIN_US = 8  # how long to spin for the others before giving the core away
+# How long to spin for the others before giving the core away. Not longer: on a busy machine a thread loses its core
+# anyway, and had better lose it here than in the middle of a chunk that the others then wait for.
+SPIN_US = 8
 YIELD_COUNT = 200  # and how often to do that before sleeping
 SLEEP_MS = 0.05
-STALL_US = 150  # waiting for longer than this, and than twice the work itself, means that a worker has lost its core
-SHORTEST_BAN, LONGEST_BAN = 16, 1 << 14  # groups of rows for which workers are then sent away
 HOT_US = 1000  # how long workers stay awake after a run: longer than sampling and printing a token
 
 _Native = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
@@ -152,12 +150,11 @@ class _Crew:
         self._memory = _aligned(WORKERS + n_workers * WORKER)
         self._words = self._memory.view(np.int64)
         self.address = self._memory.ctypes.data
-        per_us, ticks_per_us = _rates()
+        per_us = _spins_per_us()
         sleep, sleep_time = _sleep()
         for field, value in (
             (YIELD, yield_address()), (SLEEP, sleep), (SLEEP_TIME, sleep_time), (YIELDS, YIELD_COUNT),
             (SPINS_PER_US, per_us), (SPINS, SPIN_US * per_us), (IDLE, HOT_US),
-            (STALL_TICKS, int(STALL_US * ticks_per_us)), (BAN_LENGTH, SHORTEST_BAN),
         ):
             self.set(field, value)
         self._parked = [self._words[i : i + 1].data for i in range(WORKERS // 8, len(self._words), WORKER // 8)]
@@ -175,14 +172,11 @@ class _Crew:
 
     def wake(self, n: int) -> None:
         """Releases the parked among the first `n` workers. One that parks at this very moment misses one run."""
-        if self._words[BAN // 8]:
-            return
         for parked, lock in zip(self._parked[:n], self._locks, strict=False):
             if parked[0] and lock.locked():
                 lock.release()
 
     def stop(self) -> None:
-        self.set(BAN, 0)
         _walk("run")(self.address, 0, 0, 0)
         self.wake(len(self._locks))
         for thread in self._threads:
@@ -201,17 +195,14 @@ def _work(serve: Any, memory: np.ndarray, worker: int, lock: threading.Lock) -> 
 
 
 @functools.cache
-def _rates() -> tuple[int, float]:
-    """(pauses, ticks of `walk.clock`) in a microsecond. A pause takes 5 to 200 ns, by processor."""
-    spin, ticks = _walk("spin"), ctypes.c_int64()
-    best, best_ticks = 1.0, 0
+def _spins_per_us() -> int:
+    """Pauses in a microsecond. One takes 5 to 200 ns, by processor."""
+    spin, best = _walk("spin"), 1.0
     for _ in range(5):
         start = time.perf_counter()
-        spin(ctypes.addressof(ticks), 500, 0, 0)
-        seconds = time.perf_counter() - start
-        if seconds < best:
-            best, best_ticks = seconds, ticks.value
-    return max(1, int(500 / (best * 1e6))), best_ticks / (best * 1e6)
+        spin(500, 0, 0, 0)
+        best = min(best, time.perf_counter() - start)
+    return max(1, int(500 / (best * 1e6)))
 
 
 _executors = weakref.WeakSet()

@@ -18,10 +18,6 @@ from numba.extending import intrinsic
 
 from edgelm.kernels.abi import Env, Row
 from edgelm.kernels.executor import (
-    BAN,
-    BAN_LEFT,
-    BAN_LENGTH,
-    CALM,
     DONE,
     IDLE,
     JOB_ENV,
@@ -31,15 +27,12 @@ from edgelm.kernels.executor import (
     JOB_N_TOKENS,
     JOB_SLOTS,
     JOB_TABLE,
-    LONGEST_BAN,
-    SHORTEST_BAN,
     SLEEP,
     SLEEP_TIME,
     SLOT,
     SLOTS,
     SPINS,
     SPINS_PER_US,
-    STALL_TICKS,
     TICKET,
     UNIT_BITS,
     WORKER,
@@ -70,15 +63,6 @@ def get(typingctx, address):
     def codegen(context, b, sig, args):
         return b.load(_word(b, args[0]), align=8)
     return types.int64(types.int64), codegen
-
-
-@intrinsic
-def put(typingctx, address, value):
-    """Plain store."""
-    def codegen(context, b, sig, args):
-        b.store(args[1], _word(b, args[0]), align=8)
-        return context.get_dummy_value()
-    return types.void(types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -130,20 +114,6 @@ def pause(typingctx):
         b.call(fn, parameters)
         return context.get_dummy_value()
     return types.void(), codegen
-
-
-@intrinsic
-def clock(typingctx):
-    """Ticks of a clock that all cores share; 0 where there is none that may be read."""
-    def codegen(context, b, sig, args):
-        machine = context.codegen().magic_tuple()[0].split("-")[0]
-        if machine == "x86_64":
-            fn = cgutils.get_or_insert_function(b.module, ir.FunctionType(I64, []), "llvm.readcyclecounter")
-            return b.call(fn, [])
-        if machine in ("aarch64", "arm64"):  # LLVM's own would read a register that user programs may not
-            return b.asm(ir.FunctionType(I64, []), "mrs $0, cntvct_el0", "=r", [], side_effect=True)
-        return I64(0)
-    return types.int64(), codegen
 
 
 @intrinsic
@@ -222,41 +192,10 @@ def wait(control, done, generation, goal):
 
 
 @njit
-def judge(control, worked, waited):
-    """Decides, for the thread that called `run`, whether the others help: `worked` and `waited` are ticks of a group.
-
-    A worker that loses its core to another process while it holds a chunk costs a time slice of milliseconds, more
-    than it can ever save. So after such a stall the workers are sent away for a number of groups, each time for longer;
-    while there is none, for less.
-    """
-    left = get(control + BAN_LEFT)
-    if left == 0 and waited > get(control + STALL_TICKS) + 2 * worked:
-        left = min(2 * get(control + BAN_LENGTH), LONGEST_BAN)
-        put(control + BAN_LENGTH, left)
-        put(control + BAN_LEFT, left)
-        put(control + CALM, 0)
-        atomic_set(control + BAN, 1)
-    elif left > 0:
-        put(control + BAN_LEFT, left - 1)
-        if left == 1:
-            atomic_set(control + BAN, 0)
-    else:
-        calm = get(control + CALM) + 1
-        put(control + CALM, calm)
-        if calm == get(control + BAN_LENGTH):
-            put(control + CALM, 0)
-            put(control + BAN_LENGTH, max(SHORTEST_BAN, calm // 2))
-
-
-@njit
-def walk(control, slots, table, n_rows, env, n_threads, n_tokens, n_outputs, generation, leads):
-    """One thread's share of a run. Returns when all units of all rows are finished, or when the run is over.
-
-    False if it was sent away before: then it may come back, and starts again with what there is left.
-    """
+def walk(control, slots, table, n_rows, env, n_threads, n_tokens, n_outputs, generation):
+    """One thread's share of a run. Returns when all units of all rows are finished, or when the run is over."""
     tag = generation << UNIT_BITS
     mine = goal = 0  # units of the current group of rows: finished by this thread, and in all
-    start = clock()
     for i in range(n_rows):
         op, slot = table + i * ROW_BYTES, slots + i * SLOT
         units = units_of(op, n_tokens, n_outputs)
@@ -269,12 +208,9 @@ def walk(control, slots, table, n_rows, env, n_threads, n_tokens, n_outputs, gen
                 if word >> UNIT_BITS == generation:
                     begin = word & UNIT_MASK
                 elif word >> UNIT_BITS > generation:
-                    return True
+                    return
                 if begin >= units:
                     break
-                if not leads and atomic_get(control + BAN) != 0:
-                    report(done_of(slots, table, i, n_rows), generation, mine)
-                    return False
                 share = (units - begin) // (2 * n_threads)
                 end = begin + max(1, (share + grain - 1) // grain) * grain
                 end = min(end, units)
@@ -288,31 +224,15 @@ def walk(control, slots, table, n_rows, env, n_threads, n_tokens, n_outputs, gen
         if get(op + OP_BARRIER) != 0 or i == n_rows - 1:
             if goal > 0:
                 report(slot + DONE, generation, mine)
-                worked = clock()
                 if not wait(control, slot + DONE, generation, goal):
-                    return True
-                if leads:
-                    end = clock()
-                    judge(control, worked - start, end - worked)
-                    start = end
+                    return
             mine = goal = 0
-    return True
 
 
-@njit
-def done_of(slots, table, i, n_rows):
-    """Where the finished units of the group that row `i` belongs to are counted."""
-    while i < n_rows - 1 and get(table + i * ROW_BYTES + OP_BARRIER) == 0:
-        i += 1
-    return slots + i * SLOT + DONE
-
-
-def spin(ticks, n, unused, unused2):
-    """`n` pauses, to be timed; writes how many ticks they took."""
-    start = clock()
+def spin(n, unused, unused2, unused3):
+    """`n` pauses, to be timed."""
     for _ in range(n):
         pause()
-    put(ticks, clock() - start)
 
 
 def run_alone(table, env, n_rows, unused):
@@ -343,7 +263,7 @@ def run(control, table, env, size):
     atomic_set(control + JOB_SLOTS, slots)
     atomic_set(control + TICKET, ticket + 2)
     if table != 0:
-        walk(control, slots, table, n_rows, env, n_threads, n_tokens, n_outputs, (ticket + 2) >> 1, True)
+        walk(control, slots, table, n_rows, env, n_threads, n_tokens, n_outputs, (ticket + 2) >> 1)
 
 
 def serve(control, worker, unused, unused2):
@@ -357,13 +277,13 @@ def serve(control, worker, unused, unused2):
     n = 0
     while True:
         ticket = atomic_get(control + TICKET)
-        if ticket == last or ticket & 1 or atomic_get(control + BAN) != 0:
+        if ticket == last or ticket & 1:
             if n < get(control + IDLE):
                 wait_for_work(control, n)
                 n += 1
                 continue
             atomic_set(me + WORKER_PARKED, 1)
-            if atomic_get(control + TICKET) == last or atomic_get(control + BAN) != 0:
+            if atomic_get(control + TICKET) == last:
                 return
             atomic_set(me + WORKER_PARKED, 0)
             n = 0
@@ -375,11 +295,10 @@ def serve(control, worker, unused, unused2):
         slots = atomic_get(control + JOB_SLOTS)
         if atomic_get(control + TICKET) != ticket:
             continue  # the job changed while it was read
+        last = ticket
+        atomic_set(me + WORKER_LAST, last)
         if table == 0:
             atomic_set(me + WORKER_STOPPED, 1)
             return
-        if worker + 1 >= n_threads or walk(
-            control, slots, table, n_rows, env, n_threads, n_tokens, n_outputs, ticket >> 1, False
-        ):
-            last = ticket
-            atomic_set(me + WORKER_LAST, last)
+        if worker + 1 < n_threads:
+            walk(control, slots, table, n_rows, env, n_threads, n_tokens, n_outputs, ticket >> 1)
