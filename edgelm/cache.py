@@ -321,6 +321,9 @@ class Sequence:
         return file.getvalue()
 
 
+_WANTED = ("last", "all", "none")
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Tokens of one call of a runner, from any number of sequences.
@@ -342,28 +345,34 @@ class Batch:
     @classmethod
     def of(cls, parts: Iterable[tuple[Sequence, Tokens[int] | NDArray[np.integer], str]]) -> Batch:
         """A batch that appends tokens to sequences; of each part "last", "all" or "none" of the outputs are wanted."""
-        tokens: list[NDArray[np.int32]] = []
-        positions, rows, outputs = [], [], []
+        columns: list[tuple[NDArray[np.int32], ...]] = []  # tokens, positions, rows, outputs
         sequences: list[Sequence] = []
         n_tokens = 0
         for sequence, part, wanted in parts:
-            if wanted not in ("last", "all", "none"):
+            if wanted not in _WANTED:
                 raise UsageError(f"outputs of a batch are 'last', 'all' or 'none', not {wanted!r}")
             if any(sequence is other for other in sequences):
                 raise UsageError("a sequence can appear only once in a batch")
-            n = len(part)
+            n, start = len(part), sequence.length
             if not n:
                 raise UsageError("a part of a batch has no tokens")
-            tokens.append(np.asarray(part, np.int32).reshape(n))
-            positions.append(np.arange(sequence.length, sequence.length + n, dtype=np.int32))
-            rows.append(np.full(n, len(sequences), np.int32))
-            first = {"last": n - 1, "all": 0, "none": n}[wanted]
-            outputs.append(np.arange(n_tokens + first, n_tokens + n, dtype=np.int32))
+            first = n_tokens + (n - 1 if wanted == "last" else 0)
+            rows = np.zeros(n, np.int32)
+            if sequences:
+                rows += len(sequences)
+            try:
+                tokens = np.asarray(part, np.int32).reshape(n)
+            except (TypeError, ValueError, OverflowError):
+                raise UsageError("tokens are a list of whole numbers below 2**31") from None
+            columns.append((
+                tokens, np.arange(start, start + n, dtype=np.int32), rows,
+                np.arange(first, first if wanted == "none" else n_tokens + n, dtype=np.int32),
+            ))
             sequences.append(sequence)
             n_tokens += n
         if not sequences:
             raise UsageError("a batch has no tokens")
-        return cls(
-            np.concatenate(tokens), np.concatenate(positions), np.concatenate(rows), tuple(sequences),
-            np.concatenate(outputs),
-        )
+        if len(columns) > 1:
+            columns = [tuple(np.concatenate(column) for column in zip(*columns, strict=True))]
+        tokens, positions, rows, outputs = columns[0]
+        return cls(tokens, positions, rows, tuple(sequences), outputs)

@@ -447,7 +447,8 @@ def test_batch():
     assert Batch.of([(a, [1], "none")]).outputs.shape == (0,)
     for parts, message in (
         ([], "no tokens"), ([(a, [], "all")], "no tokens"), ([(a, [1], "some")], "some"),
-        ([(a, [1], "all"), (a, [2], "all")], "once"),
+        ([(a, [1], "all"), (a, [2], "all")], "once"), ([(a, [1 << 40], "all")], "whole numbers"),
+        ([(a, ["x"], "all")], "whole numbers"), ([(a, np.zeros((2, 2)), "all")], "whole numbers"),
     ):
         with pytest.raises(UsageError, match=message):
             Batch.of(parts)
