@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from edgelm.kernels.abi import WORD, Env, Row
 from edgelm.kernels.attention import BLOCK, CAUSAL, F16, HALVES
-from edgelm.kernels.attention_tiles import convert, multiply, multiply_wide
+from edgelm.kernels.attention_tiles import NARROW_ROWS, convert, multiply
 from edgelm.kernels.rope import rotate
 from edgelm.kernels.vector_math import LOG2_E, emit_exp2_negative, emit_tanh
 from edgelm.kernels.words import function
@@ -94,24 +94,26 @@ def begin_row(e, state, merged, width):
 
 
 @function
-def block_scores(e, op, base, n_rows, page, keys, ahead):
+def block_scores(e, op, base, n_rows, page, n_seen, keys, ahead):
     """q·k of all rows with the block's first or second page, of a head whose keys are at `keys`.
 
-    `ahead`: as for `multiply`.
+    At least the first n_seen positions of the page; `ahead` as for `multiply`.
     """
     dim, half = e.load_i32(op + DIM), e.load_word(op + FLAGS) & F16
     scores = base + WEIGHTS + 4 * PAGE * page
     line = e.select(half.is_(0), e.word(4 * PAGE), 2 * PAGE)
     queries, stride = base + QUERIES, 4 * dim
+    narrow = e.select(n_seen > 16, e.word(32), 16)
+    width = e.select((n_seen > 32) | (n_rows < NARROW_ROWS[0]), PAGE, narrow)
     with e.choose(half.is_(0) | (n_rows < CONVERT_ROWS)) as (direct, converted):
         with direct:
-            multiply_wide(e, half, n_rows, dim, queries, stride, keys, line, scores, 4 * BLOCK, 1, ahead)
+            multiply(e, width, half, n_rows, dim, queries, stride, keys, line, scores, 4 * BLOCK, 1, ahead)
         with converted, e.loop(0, dim, PAGE) as d:  # as many dimensions at a time as stay in the nearest cache
             n = e.min(dim - d, PAGE)
-            convert(e, keys + line * d, line, base + CONVERTED, n, PAGE)
+            convert(e, keys + line * d, line, base + CONVERTED, n, width)
             fresh = e.select(d.is_(0), e.word(1), 0)
-            multiply_wide(e, e.word(0), n_rows, n, queries + 4 * d, stride, base + CONVERTED, 4 * PAGE, scores,
-                          4 * BLOCK, fresh, ahead)
+            multiply(e, width, e.word(0), n_rows, n, queries + 4 * d, stride, base + CONVERTED, 4 * PAGE, scores,
+                     4 * BLOCK, fresh, ahead)
 
 
 @function

@@ -74,15 +74,6 @@ _PRODUCTS = {
 }
 
 
-def multiply_wide(e: Emitter, half: Value, *arguments) -> None:
-    """`multiply` of 64 columns."""
-    with e.choose(half.is_not(0)) as (f16, f32):
-        with f16:
-            _PRODUCTS[WIDTH, True](e, *arguments)
-        with f32:
-            _PRODUCTS[WIDTH, False](e, *arguments)
-
-
 def multiply(e: Emitter, width: Value, half: Value, *arguments) -> None:
     """sums (n_rows, width) += x (n_rows, n) @ m (n, width), width 64, 32 or 16; m is float16 if `half`, else float32.
 
