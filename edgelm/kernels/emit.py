@@ -44,6 +44,11 @@ def store_at(b: ir.IRBuilder, value: ir.Value, address: ir.Value, align: int = 1
     b.store(value, b.inttoptr(address, value.type.as_pointer()), align=align)
 
 
+def prefetch_at(b: ir.IRBuilder, address: ir.Value) -> None:
+    """Asks for the cache line at `address`, any address, to be brought to the second-level cache."""
+    call(b, "llvm.prefetch.p0", ir.VoidType(), b.inttoptr(address, I8.as_pointer()), I32(0), I32(2), I32(1))
+
+
 def target(context: Any) -> tuple[str, frozenset[str]]:
     """(machine, features) that Numba compiles for; its disk cache is keyed by the same."""
     triple, _, features = context.codegen().magic_tuple()

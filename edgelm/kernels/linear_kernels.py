@@ -49,11 +49,14 @@ _WORKSPACE, _LOGITS, _COUNT, _UNITS, _UNITS_PER = (
 
 
 @njit
-def products(code, first, second, n_units, records, stride, n_tokens, slab, out):
-    """Sums of two groups at `first` and `second` with `n_tokens` records, as (token, 2, 16) float32 at `out`."""
+def products(code, first, second, n_units, records, stride, n_tokens, slab, out, step):
+    """Sums of two groups at `first` and `second` with `n_tokens` records, as (token, 2, 16) float32 at `out`.
+
+    step: from these groups to the ones that come next.
+    """
     if n_tokens == 1 and load_i64(code + _DIRECT) != 0:
-        call_function(load_i64(code + _DIRECT), first, n_units, records, out)
-        call_function(load_i64(code + _DIRECT), second, n_units, records, out + ROW)
+        direct = load_i64(code + _DIRECT)
+        call_function(direct, first, second, n_units, records, out, first + step, second + step)
         return
     zero = splat_f32(0.0)
     for i in range(0, n_tokens * PAIR, ROW):
@@ -61,15 +64,15 @@ def products(code, first, second, n_units, records, stride, n_tokens, slab, out)
     unit_blocks, unit_bytes = load_i64(code + _BLOCKS), load_i64(code + _UNIT_BYTES)
     unpack, slab_blocks = load_i64(code + _UNPACK), load_i64(code + _SLAB_BLOCKS)
     slab_bytes, record_bytes = load_i64(code + _SLAB_BYTES), load_i64(code + _RECORD_BYTES)
-    n_blocks = n_units * unit_blocks
+    n_blocks, group_bytes = n_units * unit_blocks, n_units * unit_bytes
     block = 0
     while block < n_blocks:
         n = min(slab_blocks, n_blocks - block)
         offset = block // unit_blocks * unit_bytes
         low, high = first + offset, second + offset
         if unpack != 0:
-            call_function(unpack, low, n, slab)
-            call_function(unpack, high, n, slab + slab_bytes)
+            call_function(unpack, low, n, slab, first + group_bytes, first + step)
+            call_function(unpack, high, n, slab + slab_bytes, second + group_bytes, second + step)
             low, high = slab, slab + slab_bytes
         t = 0
         for size in range(0, 32, 8):
@@ -128,7 +131,9 @@ def units(code, op, env, begin, end):
             group *= 2
             first = weights + group * group_bytes
             second = first + group_bytes if group + 1 < n_groups else first
-        products(code, first, second, n_units, x + first_token * x_stride, x_stride, n_tokens, slab, out)
+        record = x + first_token * x_stride
+        step = 0 if unit + 1 == end else second - first + group_bytes if up == 0 else group_bytes
+        products(code, first, second, n_units, record, x_stride, n_tokens, slab, out, step)
         column, left = group * ROW, n_rows - group * 16
         for t in range(n_tokens):
             low, high = mul_f32(load_f32x16(out + t * PAIR), power), mul_f32(load_f32x16(out + t * PAIR + ROW), power)

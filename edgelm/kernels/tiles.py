@@ -32,7 +32,20 @@ from numba.extending import intrinsic
 from edgelm.kernels import block_formats  # noqa: F401  (defines them)
 from edgelm.kernels import isa as isas
 from edgelm.kernels.blocks import BLOCKS, CHUNKS, Blocks, Int, at
-from edgelm.kernels.emit import F32, I8, I32, I64, F32x16, I8x64, I32x16, emit_fma, load_at, spread, store_at
+from edgelm.kernels.emit import (
+    F32,
+    I8,
+    I32,
+    I64,
+    F32x16,
+    I8x64,
+    I32x16,
+    emit_fma,
+    load_at,
+    prefetch_at,
+    spread,
+    store_at,
+)
 from edgelm.kernels.isa import Form, Isa
 from edgelm.kernels.records import (
     OFFSET_HIGH,
@@ -47,6 +60,7 @@ from edgelm.kernels.records import (
 
 Value = ir.Value
 ROW = 64  # bytes of 16 float32
+AHEAD = 4096  # how many bytes before they are needed weights are asked for: the processor's own prefetching comes late
 SLAB = 8  # blocks that are unpacked at a time: they stay in the first-level cache
 
 
@@ -122,27 +136,54 @@ def _vectors(values: list[Value]) -> Any:
 
 
 def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) -> None:
-    """(weights, n_units, record, out): the products of a packed group with one record, 16 float32, to `out`."""
-    weights, n_units, record, out = args
-    tile = _Tile(context, b, blocks, 1, 1)
-    with cgutils.for_range(b, n_units, intp=I64) as loop:
-        unit = b.add(weights, b.mul(loop.index, I64(blocks.unit_bytes)))
-        records = b.add(record, b.mul(loop.index, I64(RECORD * blocks.blocks)))
-        with cgutils.for_range(b, I64(blocks.blocks), intp=I64) as inner:
-            block = inner.index
-            scales, minima = blocks.scales(context, b, unit, block)
-            values = blocks.quants(b, tile.isa, unit, block, tile.form)
-            here = b.add(records, b.mul(block, I64(RECORD)))
-            tile.add_block([_vectors(values)], [scales], [minima], [here])
-    store_at(b, b.load(tile.acc[0][0]), out, 64)
+    """(first, second, n_units, record, out, next_first, next_second): products of two packed groups with one record.
+
+    out: (2, 16) float32. The last two: groups that this thread will read after these.
+    """
+    first, second, n_units, record, out, next_first, next_second = args
+    n_groups = isas.select(context).groups
+    with cgutils.for_range(b, I64(2 // n_groups), intp=I64) as outer:
+        weights = [b.add(first, b.mul(b.sub(second, first), outer.index)), second][:n_groups]
+        after = [b.add(next_first, b.mul(b.sub(next_second, next_first), outer.index)), next_second][:n_groups]
+        ends = [b.add(group, b.mul(n_units, I64(blocks.unit_bytes))) for group in weights]
+        tile = _Tile(context, b, blocks, n_groups, 1)
+        for acc in tile.acc:
+            b.store(ir.Constant(F32x16, None), acc[0])
+        with cgutils.for_range(b, n_units, intp=I64) as loop:
+            step = b.mul(loop.index, I64(blocks.unit_bytes))
+            units = [b.add(group, step) for group in weights]
+            ahead = [_ahead(b, blocks, *place) for place in zip(units, ends, after, strict=True)]
+            records = b.add(record, b.mul(loop.index, I64(RECORD * blocks.blocks)))
+            with cgutils.for_range(b, I64(blocks.blocks), intp=I64) as inner:
+                scales, minima = zip(*(blocks.scales(context, b, unit, inner.index) for unit in units), strict=True)
+                values = [_vectors(blocks.quants(b, tile.isa, unit, inner.index, tile.form)) for unit in units]
+                tile.add_block(values, scales, minima, [b.add(records, b.mul(inner.index, I64(RECORD)))])
+                for unit in ahead:
+                    _prefetch(b, blocks, unit, inner.index)
+        for g, acc in enumerate(tile.acc):
+            store_at(b, b.load(acc[0]), at(b, b.add(out, b.mul(outer.index, I64(ROW))), ROW * g), 64)
+
+
+def _ahead(b: ir.IRBuilder, blocks: Blocks, unit: Value, end: Value, after: Value) -> Value:
+    """The unit to ask for while working on `unit` of a group that goes to `end` and is followed by that at `after`."""
+    ahead = at(b, unit, -(-AHEAD // blocks.unit_bytes) * blocks.unit_bytes)
+    return b.select(b.icmp_unsigned("<", ahead, end), ahead, b.add(after, b.sub(ahead, end)))
+
+
+def _prefetch(b: ir.IRBuilder, blocks: Blocks, unit: Value, block: Value) -> None:
+    """Asks for the share of a block in a unit."""
+    share = blocks.unit_bytes // blocks.blocks
+    for line in range(0, share, 64):
+        prefetch_at(b, at(b, unit, line, block, share))
 
 
 def _unpack(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) -> None:
-    """(weights, n_blocks, slab): blocks (whole units) of a packed group on to a slab."""
-    weights, n_blocks, slab = args
+    """(weights, n_blocks, slab, end, after): blocks (whole units) of a packed group on to a slab; as for `_ahead`."""
+    weights, n_blocks, slab, end, after = args
     isa = isas.select(context)
     with cgutils.for_range(b, n_blocks, intp=I64) as loop:
         unit, block = _locate(b, blocks, weights, loop.index)
+        _prefetch(b, blocks, _ahead(b, blocks, unit, end, after), block)
         target = b.add(slab, b.mul(loop.index, I64(slab_block_bytes(blocks))))
         _unpack_block(context, b, isa, blocks, unit, block, target, blocks.form(isa))
 
@@ -303,8 +344,8 @@ def linear_code(typingctx, fmt):
 
         isa = isas.select(context)
         fields = {
-            Code.DIRECT: function(_direct, 4),
-            Code.UNPACK: function(_unpack, 3),
+            Code.DIRECT: function(_direct, 7),
+            Code.UNPACK: function(_unpack, 5),
             Code.BLOCKS: blocks.blocks,
             Code.UNIT_BYTES: blocks.unit_bytes,
             Code.RECORD_BYTES: RECORD,
