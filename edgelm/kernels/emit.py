@@ -5,6 +5,8 @@ Imports no Numba, so that the descriptions of formats, which emit code when aske
 
 from __future__ import annotations
 
+import math
+from functools import cache
 from typing import Any
 
 from llvmlite import ir
@@ -16,16 +18,39 @@ F32x16, I32x16, I16x16, I8x16, I8x64 = (
 )
 
 
+# Constants are kept: most of the time that it takes to generate code goes into writing them down.
+
+
 def repeat(type_: ir.VectorType, value: float) -> ir.Constant:
     """A constant with `value` in each lane."""
+    return _repeat(type_, value, math.copysign(1, value))
+
+
+@cache
+def _repeat(type_: ir.VectorType, value: float, sign: float) -> ir.Constant:  # 0.0 == -0.0
     return ir.Constant(type_, [value] * type_.count)
+
+
+@cache
+def undefined(type_: ir.Type) -> ir.Constant:
+    return ir.Constant(type_, ir.Undefined)
+
+
+@cache
+def indices(first: int, n: int) -> ir.Constant:
+    """first, first + 1, …: the lanes that a shuffle picks."""
+    return ir.Constant(ir.VectorType(I32, n), list(range(first, first + n)))
+
+
+@cache
+def _zeros(type_: ir.VectorType) -> ir.Constant:
+    return ir.Constant(ir.VectorType(I32, type_.count), None)
 
 
 def spread(b: ir.IRBuilder, scalar: ir.Value, type_: ir.VectorType) -> ir.Value:
     """A vector with `scalar` in each lane."""
-    one = b.insert_element(ir.Constant(type_, ir.Undefined), scalar, I32(0))
-    zeros = ir.Constant(ir.VectorType(I32, type_.count), None)
-    return b.shuffle_vector(one, ir.Constant(type_, ir.Undefined), zeros)
+    one = b.insert_element(undefined(type_), scalar, I32(0))
+    return b.shuffle_vector(one, undefined(type_), _zeros(type_))
 
 
 def call(b: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:

@@ -21,7 +21,21 @@ from typing import Any, ClassVar
 from llvmlite import ir
 from llvmlite.binding import llvm_version_info
 
-from edgelm.kernels.emit import I8, I16, I32, F32x16, I8x64, I32x16, call, load_at, repeat, spread, target
+from edgelm.kernels.emit import (
+    I8,
+    I16,
+    I32,
+    F32x16,
+    I8x64,
+    I32x16,
+    call,
+    indices,
+    load_at,
+    repeat,
+    spread,
+    target,
+    undefined,
+)
 
 Value = ir.Value
 X_MAX = 127  # largest |activation|
@@ -35,12 +49,10 @@ class Form(Enum):
 
 def parts(b: ir.IRBuilder, value: Value, n: int) -> list[Value]:
     """A vector as `n` equal vectors: free when they are what the machine's registers hold."""
+    if n == 1:
+        return [value]
     size = value.type.count // n
-    undefined = ir.Constant(value.type, ir.Undefined)
-    index = ir.VectorType(I32, size)
-    return [
-        b.shuffle_vector(value, undefined, ir.Constant(index, list(range(i * size, (i + 1) * size)))) for i in range(n)
-    ]
+    return [b.shuffle_vector(value, undefined(value.type), indices(i * size, size)) for i in range(n)]
 
 
 def joined(b: ir.IRBuilder, values: list[Value]) -> Value:
@@ -48,8 +60,7 @@ def joined(b: ir.IRBuilder, values: list[Value]) -> Value:
     while len(values) > 1:
         pairs = zip(values[::2], values[1::2], strict=True)
         size = 2 * values[0].type.count
-        index = ir.Constant(ir.VectorType(I32, size), list(range(size)))
-        values = [b.shuffle_vector(low, high, index) for low, high in pairs]
+        values = [b.shuffle_vector(low, high, indices(0, size)) for low, high in pairs]
     return values[0]
 
 
@@ -182,7 +193,7 @@ class _Maddubs(_Bytes):
         acc, narrow, _ = sums
         if narrow is None:
             return sums
-        ones = ir.Constant(narrow[0].type, [1] * narrow[0].type.count)
+        ones = repeat(narrow[0].type, 1)
         wide = [call(b, self.quads, a.type, term, ones) for a, term in zip(acc, narrow, strict=True)]
         return [b.add(a, quad) for a, quad in zip(acc, wide, strict=True)], None, 0
 
@@ -240,8 +251,7 @@ class _Neon(Isa):
     def input(self, b: ir.IRBuilder, record: Value, chunk: int) -> Value:
         """One lane of a register that holds four chunks: `sdot` takes a lane as it is."""
         four = load_at(b, b.add(record, record.type(16 * (chunk // 4))), ir.VectorType(I32, 4), 4)
-        lane = ir.Constant(ir.VectorType(I32, 16), [chunk % 4] * 16)
-        return b.shuffle_vector(four, ir.Constant(four.type, ir.Undefined), lane)
+        return b.shuffle_vector(four, undefined(four.type), repeat(I32x16, chunk % 4))
 
     def lookup(self, b: ir.IRBuilder, table: list[int], index: Value) -> Value:
         entries = ir.Constant(ir.VectorType(I8, 16), table)
