@@ -25,6 +25,7 @@ from edgelm.kernels.emit import (
     I32x16,
     emit_fma,
     load_at,
+    prefetch_at,
     spread,
     store_at,
     widen_f16,
@@ -63,12 +64,16 @@ NUMBERS = {name: Number(name) for name in FLOATS}
 
 
 def _float_tile(context: Any, b: ir.IRBuilder, number: Number, args: list[Value], n_tokens: int) -> None:
-    """(first, second, n_cols, x, x_stride, out): adds products of two groups of rows to `out`, (token, 2, 16)."""
-    first, second, n_cols, x, x_stride, out = args
+    """(first, second, n_cols, x, x_stride, out, next_first, next_second): adds products of two groups to `out`.
+
+    out: (token, 2, 16). The last two: columns that come next, to be fetched ahead.
+    """
+    first, second, n_cols, x, x_stride, out, next_first, next_second = args
     n_groups = isas.select(context).float_groups
     with cgutils.for_range(b, I64(2 // n_groups), intp=I64) as outer:
         first = b.add(first, b.mul(b.sub(second, first), outer.index))
         weights = [first, second][:n_groups]
+        after = [b.add(next_first, b.mul(b.sub(next_second, next_first), outer.index)), next_second][:n_groups]
         out = b.add(out, b.mul(outer.index, I64(64)))
         places = {(g, t): at(b, out, 64 * (2 * t + g)) for g in range(n_groups) for t in range(n_tokens)}
         acc = {key: cgutils.alloca_once(b, F32x16) for key in places}
@@ -76,6 +81,9 @@ def _float_tile(context: Any, b: ir.IRBuilder, number: Number, args: list[Value]
             b.store(load_at(b, place, F32x16, 64), acc[key])
         with cgutils.for_range(b, n_cols, intp=I64) as loop:
             step = b.mul(loop.index, I64(ROWS * number.n_bytes))
+            if n_tokens == 1:
+                for address in after:
+                    prefetch_at(b, b.add(address, step))
             w = [number.rows(context, b, b.add(address, step)) for address in weights]
             here = b.add(x, b.mul(loop.index, I64(4)))
             for t in range(n_tokens):
@@ -107,7 +115,7 @@ def float_linear_code(typingctx, fmt):
 
     def codegen(context, b, sig, args):
         def tile(tokens):
-            return function_address(context, b.module, number, _float_tile, 6, tokens)
+            return function_address(context, b.module, number, _float_tile, 8, tokens)
 
         fields = {
             Code.BLOCKS: 1,

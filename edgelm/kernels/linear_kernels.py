@@ -65,11 +65,16 @@ def products(code, first, second, n_units, records, stride, n_tokens, slab, out,
     unpack, slab_blocks = load_i64(code + _UNPACK), load_i64(code + _SLAB_BLOCKS)
     slab_bytes, record_bytes = load_i64(code + _SLAB_BYTES), load_i64(code + _RECORD_BYTES)
     n_blocks, group_bytes = n_units * unit_blocks, n_units * unit_bytes
+    if unpack == 0:  # equal pieces: while one is worked on, as much of the next is fetched
+        n_slabs = (n_blocks + slab_blocks - 1) // slab_blocks
+        slab_blocks = (n_blocks + n_slabs - 1) // n_slabs
     block = 0
     while block < n_blocks:
         n = min(slab_blocks, n_blocks - block)
         offset = block // unit_blocks * unit_bytes
         low, high = first + offset, second + offset
+        ahead = n * unit_bytes if block + n < n_blocks else step - offset
+        next_low, next_high = low + ahead, high + ahead
         if unpack != 0:
             call_function(unpack, low, n, slab, first + group_bytes, first + step)
             call_function(unpack, high, n, slab + slab_bytes, second + group_bytes, second + step)
@@ -79,7 +84,7 @@ def products(code, first, second, n_units, records, stride, n_tokens, slab, out,
             tile, tokens = load_i64(code + _TILES + size), load_i64(code + _TOKENS + size)
             while t + tokens <= n_tokens:
                 record = records + t * stride + block * record_bytes
-                call_function(tile, low, high, n, record, stride, out + t * PAIR)
+                call_function(tile, low, high, n, record, stride, out + t * PAIR, next_low, next_high)
                 t += tokens
         block += n
 

@@ -201,11 +201,11 @@ def _unpack_block(context, b, isa, blocks: Blocks, unit, block, target, form) ->
 
 
 def _tile(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_tokens: int) -> None:
-    """(slab, second, n_blocks, record, record_stride, out): adds products of two groups of rows to `out`.
+    """(slab, second, n_blocks, record, record_stride, out, …): adds products of two groups of rows to `out`.
 
     slab, second: blocks from `unpack` of either group; record + record_stride * token; out: (token, 2, 16) float32.
     """
-    slab, second, n_blocks, record, record_stride, out = args
+    slab, second, n_blocks, record, record_stride, out = args[:6]
     n_groups = isas.select(context).groups
     with cgutils.for_range(b, I64(2 // n_groups), intp=I64) as loop:
         slab = b.add(slab, b.mul(b.sub(second, slab), loop.index))
@@ -352,7 +352,7 @@ def linear_code(typingctx, fmt):
             Code.SLAB_BLOCKS: SLAB,
             Code.SLAB_BYTES: SLAB * slab_block_bytes(blocks),
             Code.FACTOR: int(np.float32(blocks.factor(blocks.form(isa))).view(np.int32)),
-            **tile_fields(isa.tokens, lambda tokens: function(_tile, 6, tokens)),
+            **tile_fields(isa.tokens, lambda tokens: function(_tile, 8, tokens)),
         }
         return code_address(b, blocks.name, fields)
 
