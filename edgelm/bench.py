@@ -114,7 +114,8 @@ def main(
     settings: dict[str, Any] = {} if max_tokens_per_run is None else {"max_tokens_per_run": max_tokens_per_run}
     if cache_type_k is not None:
         settings["kv_type"] = cache_type_k
-    for n_threads in numbers(threads, "-t") or [None]:
+    counts: list[int | None] = [*numbers(threads, "-t")]
+    for n_threads in counts or [None]:
         with bars(quiet) as progress:
             model = load(
                 path, ctx_size=longest, threads=n_threads, threads_batch=n_threads, progress=progress, **settings

@@ -92,15 +92,14 @@ class Repl:
         """The answer to `messages`, printed as it comes; None if it could not begin."""
         said: list[str] = []
         waiting = Bars(self.interactive and not self.quiet)
-        responses = self.session.chat(messages, progress=waiting, **self.settings)
         try:
-            for response in responses:
-                waiting.close()
-                said.append(response.text)
-                self.last = response
-                print(response.text, end="", flush=True)
+            with contextlib.closing(self.session.chat(messages, progress=waiting, **self.settings)) as responses:
+                for response in responses:
+                    waiting.close()
+                    said.append(response.text)
+                    self.last = response
+                    print(response.text, end="", flush=True)
         except KeyboardInterrupt:
-            responses.close()
             if not self.interactive:
                 raise
         except EdgelmError as error:
@@ -163,6 +162,7 @@ class Repl:
             key_bindings=keys,
             completer=WordCompleter(sorted(f"/{name}" for name in COMMANDS), sentence=True),
             complete_while_typing=False,
+            reserve_space_for_menu=4,
         )
 
         def read(prompt: str) -> str:
@@ -223,9 +223,10 @@ class Repl:
 
     def set_parameter(self, name: str, text: str) -> None:
         """/set parameter NAME VALUE, with the names of the flags: temperature, top_k, num_predict …"""
-        from edgelm.request import Request
+        from edgelm.request import ALIASES, Request
 
         name = name.replace("-", "_")
+        name = ALIASES.get(name, name)
         value: Any = text
         if name != "stop":
             with contextlib.suppress(ValueError):

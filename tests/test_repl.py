@@ -1,0 +1,219 @@
+"""The conversation: its commands on a tiny model, and a real terminal where the system has pseudo-terminals."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import tiny
+
+from edgelm import load
+from edgelm.errors import UsageError
+from edgelm.model import Model
+from edgelm.repl import COMMANDS, Leave, Repl, conversation_path, read_conversation
+
+PROMPT_BEGINS, PROMPT_ENDS = "\x1b[?2004h", "\x1b[?2004l"  # bracketed paste, on and off
+SETTINGS = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny("llama-gqa", folder=tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def model(path: Path) -> Model:
+    return load(path, chat_template="chatml", ctx_size=128)
+
+
+@pytest.fixture
+def repl(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repl:
+    monkeypatch.setattr("edgelm.repl.data_folder", lambda: tmp_path / "data")
+    return Repl(model, settings=SETTINGS, quiet=True)
+
+
+def test_a_message_is_answered_and_remembered(repl: Repl, capsys: pytest.CaptureFixture[str]) -> None:
+    repl.handle("hello")
+    shown = capsys.readouterr()
+    assert [m["role"] for m in repl.messages] == ["user", "assistant"]
+    assert shown.out == repl.messages[1]["content"] + "\n" and shown.err == ""
+    repl.handle("more")
+    assert repl.last.cached_tokens > 0, "the second turn computes only what is new"
+
+
+def test_undo_and_regen(repl: Repl) -> None:
+    repl.handle("one")
+    answer = repl.messages[-1]["content"]
+    repl.handle("/regen")
+    assert repl.messages[-1]["content"] == answer and len(repl.messages) == 2  # greedy: the same again
+    repl.handle("two")
+    repl.handle("/undo")
+    assert [m["content"] for m in repl.messages] == ["one", answer]
+    repl.handle("/undo")
+    assert repl.messages == []
+
+
+def test_clear_keeps_the_system_prompt(repl: Repl) -> None:
+    repl.handle("/set system be brief")
+    repl.handle("hello")
+    repl.handle("/clear")
+    assert repl.messages == [{"role": "system", "content": "be brief"}]
+    assert len(repl.session.tokens) == 0
+    repl.handle("/set system")
+    assert repl.messages == []
+
+
+def test_parameters_are_checked_and_used(repl: Repl, capsys: pytest.CaptureFixture[str]) -> None:
+    repl.handle("/set parameter num_predict 2")
+    repl.handle("hello")
+    assert repl.last.generation_tokens == 2
+    repl.handle("/set parameter top_p=0.5")
+    repl.handle("/set parameter no_such_thing 1")
+    repl.handle("/set parameter top_k many")
+    err = capsys.readouterr().err
+    assert "no_such_thing" in err and "top_k" in err and repl.settings["top_p"] == 0.5
+    repl.handle("/show parameters")
+    assert "top_p                    0.5" in capsys.readouterr().err
+
+
+def test_save_and_load(repl: Repl, model: Model) -> None:
+    repl.handle("/set system be brief")
+    repl.handle("hello")
+    repl.handle("/save a talk")
+    other = Repl(model, quiet=True)
+    other.handle("/load a talk")
+    assert other.messages == repl.messages and other.settings == repl.settings
+
+
+def test_a_damaged_conversation_is_refused(repl: Repl, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.json"
+    for text in ("", "[]", '{"messages": 3, "settings": {}}', '{"messages": [{"role": "user"}], "settings": {}}'):
+        broken.write_text(text, encoding="utf-8")
+        with pytest.raises(UsageError, match="not a saved conversation"):
+            read_conversation(broken)
+    assert conversation_path("name").parent.name == "conversations"
+    assert conversation_path("folder/name") == Path("folder/name")
+
+
+def test_read_goes_before_the_next_message(repl: Repl, tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("the secret is 42", encoding="utf-8")
+    repl.handle(f"/read {tmp_path / '*.txt'}")
+    repl.handle("what is it?")
+    assert "the secret is 42" in repl.messages[0]["content"]
+    assert repl.messages[0]["content"].endswith("what is it?") and repl.pending == ""
+
+
+def test_mistakes_are_told_and_change_nothing(repl: Repl, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("/nonsense", "/set nonsense", "/show nonsense", "/undo", "/regen", "/load nothing", "/read nothing",
+                    "/save"):
+        repl.handle(command)
+        shown = capsys.readouterr()
+        assert shown.out == "" and shown.err.startswith("edgelm: "), command
+    assert repl.messages == []
+
+
+def test_a_conversation_that_does_not_fit_is_told(repl: Repl, capsys: pytest.CaptureFixture[str]) -> None:
+    repl.interactive = True
+    repl.handle("word " * 300)
+    assert "context window" in capsys.readouterr().err and repl.messages == []
+
+
+def test_show_context_stats_and_help(repl: Repl, capsys: pytest.CaptureFixture[str]) -> None:
+    repl.handle("/stats")
+    assert "nothing was said" in capsys.readouterr().err
+    repl.handle("hello")
+    for command, expected in {
+        "/stats": "tokens/s", "/context": "of 128 tokens", "/show info": "architecture", "/show template": "chatml",
+        "/show messages": "[user] hello", "/show system": "(none)", "/show license": "", "/?": "/regen",
+    }.items():  # fmt: skip
+        repl.handle(command)
+        assert expected in capsys.readouterr().err, command
+    repl.handle("/?")
+    listed = capsys.readouterr().err
+    for command in COMMANDS.values():
+        assert (command.__doc__ or "").split(":")[0] in listed
+
+
+def test_bye(repl: Repl) -> None:
+    with pytest.raises(Leave):
+        repl.handle("/bye")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pseudo-terminals")
+def test_in_a_terminal(path: Path, tmp_path: Path) -> None:
+    """A real terminal: greeting, an answer, several lines as one message, Ctrl-C in an answer, Ctrl-D at the end."""
+    import pty
+
+    pid, terminal = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs the tests may ignore it
+        os.environ.update(XDG_DATA_HOME=str(tmp_path), TERM="xterm", HOME=str(tmp_path / "home"))
+        command = [sys.executable, "-P", "-m", "edgelm", "chat", str(path), "--chat-template", "chatml", "--temp", "0"]
+        os.execv(sys.executable, [*command, "--ignore-eos", "-c", "128", "--overflow", "shift"])
+    seen = ""
+
+    def read(timeout_s: float) -> bool:
+        """Adds what the program shows within `timeout_s` to `seen`; False once it has ended."""
+        nonlocal seen
+        if select.select([terminal], [], [], timeout_s)[0]:
+            try:
+                chunk = os.read(terminal, 4096)
+            except OSError:
+                return False
+            if b"\x1b[6n" in chunk:  # "where is the cursor?"
+                os.write(terminal, b"\x1b[1;1R")
+            seen += chunk.decode("utf-8", "replace")
+            return bool(chunk)
+        return True
+
+    def expect(text: str) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 60
+        while text not in seen:
+            assert read(0.2), f"waited for {text!r}, the end was {seen[-2000:]!r}"
+            assert time.monotonic() < deadline, f"waited for {text!r}, saw {seen[-2000:]!r}"
+        seen = seen.split(text, 1)[1]
+
+    def type_(text: str) -> None:
+        os.write(terminal, text.encode())
+
+    try:
+        expect("/? for help")
+        expect(">>>")
+        type_("/set parameter max_tokens 3\r")
+        expect("max_tokens = 3")
+        type_('"""one\r')
+        expect("...")
+        type_('two"""\r')
+        expect(">>>")
+        type_("/show messages\r")
+        expect("[user] one")
+        type_("/set parameter max_tokens 100000\r")
+        expect("max_tokens = 100000")
+        type_("go on\r")
+        expect(PROMPT_ENDS)
+        for _ in range(20):  # into the answer, which would be long
+            assert read(0.05)
+        seen = ""
+        type_("\x03")
+        expect(PROMPT_BEGINS)
+        type_("/stats\r")
+        expect("tokens/s")
+        expect(PROMPT_BEGINS)
+        type_("\x04")
+        deadline = time.monotonic() + 30
+        while read(0.2):
+            assert time.monotonic() < deadline, "it did not leave"
+        _, status = os.waitpid(pid, 0)
+        pid = 0
+        assert os.waitstatus_to_exitcode(status) == 0
+    finally:
+        if pid:
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+        os.close(terminal)
