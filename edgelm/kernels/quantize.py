@@ -1,81 +1,116 @@
-"""Writing the records of `records`: activations as int8. Knows nothing of weights.
-"""
+"""Writes the records of `records`: activations as int8. Knows nothing of weights."""
 
 from __future__ import annotations
 
-import numpy as np
-from numba import njit
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 from edgelm.kernels.abi import WORD, Env, Row
+from edgelm.kernels.emit import (
+    F32,
+    I8,
+    I32,
+    I64,
+    F32x16,
+    I32x16,
+    call,
+    load_at,
+    repeat,
+    store_at,
+    undefined,
+)
 from edgelm.kernels.records import (
     BLOCK,
-    OFFSET_HIGH,
     OFFSET_LOW,
     RECORD,
-    SCALE_HIGH,
     SCALE_LOW,
     SCALED_SUM,
-    SCALED_SUM_HIGH,
     SCALED_SUM_LOW,
     activation_bytes,
 )
-from edgelm.kernels.simd import (
-    abs_f32,
-    lanes_max_f32,
-    load_f32x16,
-    load_i64,
-    mul_f32,
-    round_i32,
-    splat_f32,
-    splat_i32,
-    store,
-    sum_i32,
-    to_i8,
-)
+from edgelm.kernels.simd import load_i64, splat_i32, store, to_i8
 
 __all__ = ["activation_bytes", "quantize", "quantize_row"]
 
-_TINY = np.float32(np.finfo(np.float32).tiny)
-_F32 = np.float32
+Value = ir.Value
+TINY = 2.0**-126  # the smallest normal float32
+MAGIC = 1.5 * 2.0**23  # adding it rounds to an integer, to nearest even, in the low bits
+I8x16, F32x4, I32x4 = ir.VectorType(I8, 16), ir.VectorType(F32, 4), ir.VectorType(I32, 4)
 _WORKSPACE = WORD * Env.WORKSPACE
 _X, _X_STRIDE, _N_COLS, _Q, _Q_STRIDE = (WORD * (Row.ARGS + i) for i in range(5))
 
 
-@njit(inline="always")
-def quantize_half(source, target, scale_at, sum_at, offset_at):
-    """Sixteen float32 to int8 at `target`; their scale, scaled sum and offset to the other addresses."""
-    x = load_f32x16(source)
-    scale = _F32(lanes_max_f32(abs_f32(x)) / _F32(127))
-    inverse = _F32(0)
-    if scale >= _TINY:
-        inverse = _F32(_F32(1) / scale)
-    else:
-        scale = _F32(0)
-    q = round_i32(mul_f32(x, splat_f32(inverse)))
-    total = sum_i32(q)
-    scaled = _F32(scale * _F32(total))
-    store(target, to_i8(q))
-    store(scale_at, scale)
-    store(sum_at, scaled)
-    store(offset_at, np.int32(-128 * total))
-    return scaled
+def _shuffle(b: ir.IRBuilder, low: Value, high: Value, lanes: list[int]) -> Value:
+    return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
+def _reduce(b: ir.IRBuilder, low: Value, high: Value, combine: Any) -> Value:
+    """The 16 lanes of each of two vectors combined: four lanes, low, high, low, high."""
+    first, second = list(range(8)), list(range(8, 16))
+    v = combine(
+        _shuffle(b, low, high, first + [16 + i for i in first]),
+        _shuffle(b, low, high, second + [16 + i for i in second]),
+    )
+    for distance in (4, 2, 1):
+        v = combine(v, _shuffle(b, v, undefined(v.type), [i ^ distance for i in range(16)]))
+    return _shuffle(b, v, undefined(v.type), [0, 8, 0, 8])
+
+
+def _pair(b: ir.IRBuilder, values: Value, address: Value) -> None:
+    """Stores the first two of four lanes."""
+    store_at(b, _shuffle(b, values, undefined(values.type), [0, 1]), address, 4)
+
+
+@intrinsic
+def quantize_block(typingctx, source, target):
+    """Writes the 64 bytes of a record for 32 float32."""
+
+    def codegen(context, b, sig, args):
+        source, target = args
+
+        def maximum(x, y):
+            return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+        def at(offset):
+            return b.add(target, I64(offset))
+
+        halves = [load_at(b, source, F32x16), load_at(b, b.add(source, I64(64)), F32x16)]
+        peaks = _reduce(b, *(call(b, "llvm.fabs.v16f32", F32x16, x) for x in halves), maximum)
+        scales = b.fmul(peaks, repeat(F32x4, 1 / 127))
+        normal = b.fcmp_ordered(">=", scales, repeat(F32x4, TINY))
+        inverses = b.select(normal, b.fdiv(repeat(F32x4, 1.0), scales), repeat(F32x4, 0.0))
+        scales = b.select(normal, scales, repeat(F32x4, 0.0))
+        quants = []
+        for i, x in enumerate(halves):
+            inverse = _shuffle(b, inverses, undefined(F32x4), [i] * 16)
+            shifted = b.bitcast(b.fadd(b.fmul(x, inverse), repeat(F32x16, MAGIC)), I32x16)
+            quants.append(b.sub(shifted, b.bitcast(repeat(F32x16, MAGIC), I32x16)))
+            store_at(b, b.trunc(quants[i], I8x16), at(16 * i), 16)
+        sums = _reduce(b, *quants, b.add)
+        scaled = b.fmul(scales, b.sitofp(sums, F32x4))
+        _pair(b, scales, at(SCALE_LOW))
+        both = b.fadd(*(b.extract_element(scaled, I32(i)) for i in range(2)))
+        store_at(b, both, at(SCALED_SUM), 4)
+        _pair(b, scaled, at(SCALED_SUM_LOW))
+        _pair(b, b.mul(sums, repeat(I32x4, -128)), at(OFFSET_LOW))
+        store_at(b, I32(0), at(60), 4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
 @njit
 def quantize_row(x, n_cols, out):
     """Writes the record of the `n_cols` float32 at address `x` to address `out`."""
-    for i in range(n_cols // BLOCK):
-        source, block = x + 4 * BLOCK * i, out + RECORD * i
-        low = quantize_half(source, block, block + SCALE_LOW, block + SCALED_SUM_LOW, block + OFFSET_LOW)
-        high = quantize_half(
-            source + 64, block + 16, block + SCALE_HIGH, block + SCALED_SUM_HIGH, block + OFFSET_HIGH
-        )
-        store(block + SCALED_SUM, _F32(low + high))
-        store(block + 60, np.int32(0))
-    if n_cols // BLOCK % 2 == 1:
-        block = out + RECORD * (n_cols // BLOCK)
+    n_blocks = n_cols // BLOCK
+    for i in range(n_blocks):
+        quantize_block(x + 4 * BLOCK * i, out + RECORD * i)
+    if n_blocks % 2 == 1:
         for i in range(0, RECORD, 16):
-            store(block + i, to_i8(splat_i32(np.int32(0))))
+            store(out + RECORD * n_blocks + i, to_i8(splat_i32(0)))
 
 
 def quantize(op, env, begin, end):

@@ -3,7 +3,7 @@
 A record holds one row of activations: for each block of 32 inputs 64 bytes, one cache line,
 
     0   int8 (32,)   q: round to nearest even of x / d
-    32  float32      d of inputs 0-15: max|x| / 127; 0 where that is no normal float32; at 36 that of inputs 16-31
+    32  float32      d of inputs 0-15: max|x| * (1 / 127), 0 if that is no normal number; at 36 that of inputs 16-31
     40  float32      sum of d * q over the block, for weights that have a minimum; at 44 and 48 over either half
     52  int32        -128 * sum(q) of inputs 0-15, for weights stored with an offset; at 56 of inputs 16-31
 

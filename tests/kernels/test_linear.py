@@ -43,7 +43,7 @@ def activations(n_tokens: int, n_cols: int, seed: int = 1) -> np.ndarray:
 def quantized(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What a record holds of `x`: int8 (tokens, blocks of 16, 16) and float32 scales (tokens, blocks of 16, 1)."""
     blocks = x.reshape(len(x), -1, 16)
-    scale = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
+    scale = np.abs(blocks).max(axis=-1, keepdims=True) * np.float32(1 / 127)
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.where(scale < np.finfo(np.float32).tiny, np.float32(0), np.float32(1) / scale)
     return np.rint(blocks * inverse).astype(np.int8), np.where(inverse == 0, np.float32(0), scale)
