@@ -214,7 +214,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     # -- rendering
 
     def render(self, code: CodeType, variables: Mapping[str, Any]) -> str:
-        """The text that compiled `code` makes of `variables` (plain data, weighed already)."""
+        """The text that compiled `code` makes of `variables`, for which the budget was made."""
         template = Template.from_code(self, code, dict(self.globals))
         context = template.new_context(dict(variables))
         return "".join(template.root_render_func(context))

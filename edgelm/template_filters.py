@@ -61,7 +61,7 @@ def _counted(name: str, cost: int) -> Callable[..., Any]:
         budget: Budget = sandbox.budget
         if of_text and not isinstance(value, str):
             budget.take(REPR_BYTES * budget.weigh(value))  # it becomes text
-        elif isinstance(value, str | list | tuple | dict):
+        elif isinstance(value, str | list | tuple | dict | range):
             budget.take(cost * len(value))
         budget.step()
         for arg in (*args, *kwargs.values()):

@@ -77,6 +77,7 @@ def check_operator(budget: Budget, operator: str, left: Any, right: Any) -> None
             bits = max(left.bit_length(), right.bit_length())
         if bits > MAX_BITS:
             raise LimitExceeded("it computes with numbers that are too large")
+        budget.take(bits >> 3)
     elif operator == "+":
         if isinstance(left, str) and isinstance(right, str):
             budget.take((len(left) + len(right)) * max(item_bytes(left), item_bytes(right)))
@@ -268,7 +269,7 @@ def _raise_exception(message: Any) -> None:
 
 
 def _strftime_now(pattern: str) -> str:
-    if len(pattern) > 200 or re.search(r"%[^a-zA-Z%]?[^a-zA-Z%]", pattern):  # C libraries take widths: %999999999d
+    if len(pattern) > 200 or "%" in re.sub(r"%[-_^#0:]?[A-Za-z%]", "", pattern):  # C libraries take widths: %99999999d
         raise LimitExceeded("it formats the date in a way that is not allowed")
     return datetime.now().strftime(pattern)
 

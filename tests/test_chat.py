@@ -314,6 +314,12 @@ def test_what_jinja2_refuses_is_refused(source: str) -> None:
     assert outcomes(source)(TALK, {}) == (None, None)
 
 
+def test_dates() -> None:
+    for pattern in ("%d %b %Y", "%-d %B", "%Y-%m-%dT%H", "100%%", "%A"):
+        expected, found = outcomes(f"{{{{ strftime_now('{pattern}') }}}}")(HELLO, {})
+        assert found == expected != ""
+
+
 def test_white_space_is_trimmed_as_in_transformers() -> None:
     expected, found = outcomes("  {% if true %}  \n  a\n  {% endif %}\n{{ 1 }}\n\n{#- x -#}  b\n")(TALK, {})
     assert found == expected == "  \n  a\n1b"
