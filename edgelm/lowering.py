@@ -349,7 +349,7 @@ def plan(
     progress: Callable[[str, int, int], None],
 ) -> Plan:
     """The op table of a graph, in order, for at most `n_rows` tokens at a time. Compiles the kernels it needs."""
-    from .kernels import compiler, executor
+    from .kernels import compiler, executor, sampling
 
     lowering = Lowering(nodes, resources, layouts)
     steps = schedule(lowering.steps)
@@ -359,7 +359,7 @@ def plan(
         for step in steps:
             step.row()
         _cap(lowering)
-    kernels = [*executor.KERNELS, *wanted]
+    kernels = [*executor.KERNELS, *wanted, *([sampling.KERNEL] if hidden is None else [])]  # logits will be sampled
     compiler.compile_all(kernels, lambda name, done, total: progress("compiling kernels", done, total))
     table = np.array([step.row() for step in steps], np.int64).reshape(len(steps), Row.SIZE)
     levels = np.array([step.level for step in steps])

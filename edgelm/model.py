@@ -81,8 +81,10 @@ def load(
         UsageError: an argument that cannot be meant.
     """
     path = hub.resolve(source, offline=offline, progress=progress)
+    known = hub.KNOWN.get(hub.DEFAULT if source is None else os.fspath(source))
     return Model(
         gguf.read(path),
+        system=known.system if known is not None else None,
         ctx_size=ctx_size,
         threads=threads,
         threads_batch=threads_batch,
@@ -116,6 +118,8 @@ class Model:
         interpreter: "program" or "reference", which one that is.
         n_ctx: size of the context window, in tokens.
         kv_type: type of cached keys and values.
+        system: a system prompt that suits the model, from where it was found; `edgelm chat` begins with it. None:
+            whatever the chat template says.
     """
 
     def __init__(
@@ -129,6 +133,7 @@ class Model:
         interpreter: str = "auto",
         chat_template: str | None = None,
         max_tokens_per_run: int | None = None,
+        system: str | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.gguf = file
@@ -138,7 +143,7 @@ class Model:
         self.n_ctx = context_window(self.config, ctx_size)
         self.interpreter = _choose(interpreter)
         self.kv_type = kv_type or ("f32" if self.interpreter == "reference" else "f16")
-        self._chat_template = chat_template
+        self._chat_template, self.system = chat_template, system
         self._threads, self._max_tokens = (threads, threads_batch), max_tokens_per_run
         if chat_template is not None:
             _ = self.template  # a wrong one is said now
@@ -305,10 +310,10 @@ class Model:
 
     @cached_property
     def hidden_runner(self) -> Runner:
-        """What computes the last hidden states. A decoder gets a second runner for it, when it is first asked."""
-        return self.runner if self.is_encoder else self._new_runner("hidden", None)
+        """What computes the last hidden states. A decoder gets a second runner of the same weights when first asked."""
+        return self.runner if self.is_encoder else self._new_runner("hidden", None, self.runner)
 
-    def _new_runner(self, head: str, progress: Progress | None) -> Runner:
+    def _new_runner(self, head: str, progress: Progress | None, shared: Any = None) -> Runner:
         function = model_of(self.config)
         if self.interpreter == "reference":
             from .reference import Reference
@@ -325,6 +330,7 @@ class Model:
             n_ctx=self.n_ctx,
             n_threads=self._threads[0],
             n_threads_batch=self._threads[1],
+            shared=shared,
             progress=progress,
             **batch,
         )

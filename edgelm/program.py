@@ -7,7 +7,7 @@ How a graph becomes a table is `edgelm.lowering`'s matter, how a row computes th
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +45,7 @@ class Program:
         n_threads_batch: threads for more; None = as n_threads.
         max_tokens: tokens that are computed at once. Longer batches are cut; the results are the same bit for bit.
             Models in which all tokens see each other take as many as the context has.
+        shared: a program of the same weights, whose packed matrices serve here too.
         progress: called as progress(stage, done, total) while weights are packed and kernels compiled.
     """
 
@@ -59,6 +60,7 @@ class Program:
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
         max_tokens: int = 256,
+        shared: Program | None = None,
         progress: Progress | None = None,
     ) -> None:
         from .kernels.executor import Executor, yield_address
@@ -71,14 +73,17 @@ class Program:
         self.n_threads_batch = max(1, n_threads_batch or self.n_threads)
         self._progress = progress or (lambda stage, done, total: None)
         self._nodes = in_order([model(Recorder(config, head), config, weights)])
+        self._packed: dict[Matrix, Any]
         self._whole = any(node.kind == "attention" and not node.args["causal"] for node in self._nodes)
         self.max_tokens = max(max_tokens, self.n_ctx) if self._whole else min(max_tokens, self.n_ctx)
         self._n_cols = self._nodes[-1].n_cols
 
-        packed = _pack(self._nodes, self._progress)
-        self._resources = Resources(config, packed, self.n_ctx)
-        self.n_bytes = sum(p.n_bytes for p in packed.values())
-        self.transcoded = {m.tensor.name: (p.transcoded_from, p.format) for m, p in packed.items() if p.transcoded_from}
+        self._packed = _pack(self._nodes, shared._packed if shared is not None else {}, self._progress)
+        self._resources = Resources(config, self._packed, self.n_ctx)
+        self.n_bytes = sum(p.n_bytes for p in self._packed.values())
+        self.transcoded = {
+            matrix.tensor.name: (p.transcoded_from, p.format) for matrix, p in self._packed.items() if p.transcoded_from
+        }
 
         self._lock = threading.Lock()
         self._groups = config.cache_groups()
@@ -126,7 +131,11 @@ class Program:
                 counts = [1] * len(sequences)
             else:
                 counts = np.bincount(batch.rows, minlength=len(sequences)).tolist()
+            first = 0
             for sequence, n in zip(sequences, counts, strict=True):
+                if batch.positions[first] != sequence.length:  # kernels write where the batch says
+                    raise UsageError("a sequence has changed since this batch of its tokens was made")
+                first += n
                 sequence.reserve(n)
             self._point_to(sequences)
             results = np.empty((len(batch.outputs), self._n_cols), np.float32)
@@ -270,13 +279,14 @@ class Program:
         self._env[Env.LENGTHS], self._env[Env.TABLES] = self._lengths.ctypes.data, self._tables.ctypes.data
 
 
-def _pack(nodes: list[Node], progress: Progress) -> dict[Matrix, Any]:
-    """Every weight matrix of a graph, once, in the order of bytes that its kernel reads."""
+def _pack(nodes: list[Node], there: Mapping[Matrix, Any], progress: Progress) -> dict[Matrix, Any]:
+    """Every weight matrix of a graph, once, in the order of bytes that its kernel reads. there: packed before."""
     from .kernels import linear
 
     needed = dict.fromkeys(node.args[name] for node in nodes for name in ("matrix", "table") if name in node.args)
-    matrices = [matrix for matrix in needed if isinstance(matrix, Matrix)]
+    found = {matrix: there[matrix] for matrix in needed if matrix in there}
+    matrices = [matrix for matrix in needed if isinstance(matrix, Matrix) and matrix not in found]
     packed = linear.pack_all(
         [m.slice() for m in matrices], progress=lambda done, total: progress("packing weights", done, total)
     )
-    return dict(zip(matrices, packed, strict=True))
+    return found | dict(zip(matrices, packed, strict=True))

@@ -30,13 +30,17 @@ class Leave(Exception):
 
 
 class Repl:
-    """A conversation with `model`; `settings` are the keyword arguments of `Session.chat`."""
+    """A conversation with `model`; `settings` are the keyword arguments of `Session.chat`.
+
+    Without `system` it begins with the system prompt that came with the model; "" begins without any.
+    """
 
     def __init__(
         self, model: Model, *, system: str | None = None, settings: dict[str, Any] | None = None, quiet: bool = False
     ) -> None:
         self.model, self.quiet = model, quiet
         self.settings = dict(settings or {})
+        system = model.system if system is None else system
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
         self.session = model.session()
         self.last: Any = None  # the final Response of the last answer
@@ -65,6 +69,8 @@ class Repl:
         template = self.model.template
         origin = f"chat template: {template.origin}" if template else "no chat template"
         note(f"{self.model.name} ({origin}; context {self.model.n_ctx} tokens). /? for help, Ctrl-D to leave.")
+        for message in self.messages:
+            note(f"{message['role']}: {message['content']}")
 
     def handle(self, text: str) -> None:
         """A command if it begins with a slash that we know, else a message."""

@@ -226,6 +226,28 @@ def test_batches_that_make_no_sense_are_refused(make: Make) -> None:
         program.forward(Batch.of(mixed))
 
 
+def test_a_batch_of_the_past_is_refused(make: Make) -> None:
+    """Its positions are not the next ones any more: kernels would write where no page is."""
+    program = make("llama-gqa")
+    sequence = program.new_cache().new_sequence()
+    stale = Batch.of([(sequence, text(program, 3), "last")])
+    program.forward(stale)
+    with pytest.raises(UsageError, match="has changed"):
+        program.forward(stale)
+    assert sequence.length == 3
+
+
+def test_a_program_of_the_same_weights_packs_none(make: Make, folder: Path) -> None:
+    program = make("llama-gqa")
+    weights = Weights.from_gguf(program.config, gguf.read(folder / "llama-gqa-F32.gguf").tensors)
+    first = Program(model_of(program.config), program.config, weights, n_ctx=64)
+    other = Program(model_of(program.config), program.config, weights, head="hidden", n_ctx=64, shared=first)
+    assert other._packed and all(other._packed[m] is p for m, p in first._packed.items() if m in other._packed)
+    assert run(other, text(other, 4)).shape == (4, program.config.dim)
+    first.close()
+    other.close()
+
+
 def test_weights_are_packed_once(make: Make) -> None:
     """llama-mqa has tied embeddings: one matrix is both the first and the last layer."""
     program = make("llama-mqa")

@@ -31,7 +31,8 @@ def measure(command: list[str], tests: list[str]) -> dict[Key, float]:
 
 def table(rounds: list[dict[str, dict[Key, float]]], peers: list[str]) -> list[str]:
     """A Markdown table: medians of tokens/s, and of the ratios within a round."""
-    head = ["test", "threads", "edgelm t/s", *(f"{p} t/s" for p in peers), *(f"edgelm / {p} (min … max)" for p in peers)]
+    head = ["test", "threads", "edgelm t/s", *(f"{p} t/s" for p in peers)]
+    head += [f"edgelm / {p} (min … max)" for p in peers]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for key in rounds[0]["edgelm"]:
         n_prompt, n_gen, depth, threads = key
@@ -48,7 +49,7 @@ def table(rounds: list[dict[str, dict[Key, float]]], peers: list[str]) -> list[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model")
-    parser.add_argument("--llama-bench", action="append", default=[], metavar="[NAME=]PATH", help="a peer; may be repeated")
+    parser.add_argument("--llama-bench", action="append", default=[], metavar="[NAME=]PATH", help="a peer")
     parser.add_argument("-p", default="512")
     parser.add_argument("-n", default="64")
     parser.add_argument("-d", default="0")
