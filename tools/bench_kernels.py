@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from edgelm.formats import QTensor
 from edgelm.kernels import compiler, linear
 from edgelm.kernels.abi import Env, Row
 from edgelm.kernels.blocks import BLOCKS
@@ -140,7 +139,8 @@ def main() -> None:
         for format in options.formats:
             print(f"  {format:7s} compiled in {compile_seconds(format):.2f} s", end="", flush=True)
             for tokens in options.tokens:
-                large = Bench(format, tuple(options.shape), (options.megabytes << 20) if tokens == 1 else 0, threads, tokens)
+                n_bytes = (options.megabytes << 20) if tokens == 1 else 0
+                large = Bench(format, tuple(options.shape), n_bytes, threads, tokens)
                 if tokens == 1:
                     rate = large.n_bytes / large.seconds(options.rounds) / 1e9
                     small = Bench(format, (512, 512), 0, threads, 1)
