@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from tiny import tiny
 
 import edgelm
 from edgelm.arch import CacheGroup
 from edgelm.cache import KVCache
 from edgelm.errors import FormatError, UsageError
 from edgelm.evaluate import EvalReport, perplexity, score
-from tests.tiny import tiny
 
 VOCAB, BOS = 50, 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from blocks import random_blocks
 from op_rows import Workspace
 
 from edgelm.errors import UnsupportedError
@@ -12,7 +13,6 @@ from edgelm.kernels import linear
 from edgelm.kernels.abi import Env
 from edgelm.kernels.blocks import BLOCKS
 from edgelm.kernels.packing import packed_bytes
-from tests.blocks import random_blocks
 
 FLOATS = ["F32", "F16", "BF16"]
 NATIVE = [*(name for name in BLOCKS if name != "INT8"), *FLOATS]
