@@ -473,6 +473,8 @@ def load_model(
         "chat_template": "chat_template",
     }
     settings = {names[name]: value for name, value in given(flags).items() if name in names}
+    if (values := flags.get("cache_type_v")) is not None and values != settings.setdefault("kv_type", values):
+        raise UsageError(f"-ctk {settings['kv_type']} -ctv {values}: keys and values are stored as the same type")
     if path := flags.get("chat_template_file"):
         with open(path, encoding="utf-8") as file:
             settings["chat_template"] = file.read()

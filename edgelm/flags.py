@@ -29,7 +29,8 @@ MODEL_FLAGS = (
         type=click.IntRange(1),
         help="Tokens of a prompt that are computed at a time.",
     ),
-    _flag("-ctk", "--cache-type-k", type=click.Choice(["f16", "f32"]), help="Type of the KV cache."),
+    _flag("-ctk", "--cache-type-k", type=click.Choice(["f16", "f32"]), help="Type of cached keys, and of values."),
+    _flag("-ctv", "--cache-type-v", type=click.Choice(["f16", "f32"]), help="Type of cached values: as that of keys."),
     _flag(
         "--interpreter",
         type=click.Choice(["auto", "program", "reference"]),
