@@ -75,9 +75,13 @@ def prefetch_at(b: ir.IRBuilder, address: ir.Value) -> None:
 
 
 def target(context: Any) -> tuple[str, frozenset[str]]:
-    """(machine, features) that Numba compiles for; its disk cache is keyed by the same."""
-    triple, _, features = context.codegen().magic_tuple()
-    return triple.split("-")[0], frozenset(f[1:] for f in features.split(",") if f.startswith("+"))
+    """(machine, features) that Numba compiles for; its disk cache is keyed by the same. ARM is "aarch64" everywhere."""
+    triple, cpu, features = context.codegen().magic_tuple()
+    machine = triple.split("-")[0]
+    found = {f[1:] for f in features.split(",") if f.startswith("+")}
+    if cpu.startswith("apple-m"):  # macOS does not list them
+        found.add("dotprod")
+    return "aarch64" if machine == "arm64" else machine, frozenset(found)
 
 
 def emit_fma(context: Any, b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:

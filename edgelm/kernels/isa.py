@@ -71,6 +71,7 @@ class Isa:
     needs: ClassVar[tuple[frozenset[str], ...]] = ()
     tokens: ClassVar[tuple[int, ...]] = (4, 2, 1)  # sizes of tiles, at most four; the last must be 1
     groups: ClassVar[int] = 1  # groups of 16 rows in a tile: 1 or 2
+    direct_groups: ClassVar[int] = 1  # the same where one token is multiplied straight from packed weights
     float_tokens: ClassVar[tuple[int, ...]] = (4, 2, 1)  # the same for float32 activations
     float_groups: ClassVar[int] = 1
     n_parts: ClassVar[int] = 1  # registers that hold 64 bytes
@@ -128,6 +129,7 @@ class Vnni512(_Bytes):
     """AVX-512 VNNI: `vpdpbusd` adds 64 products of unsigned and signed bytes to 16 lanes, without saturation."""
 
     needs = (frozenset({"avx512vnni", "avx512bw"}),)
+    direct_groups = 2
     tokens, groups = (6, 4, 2, 1), 2  # 12 sums and 12 accumulators: all but a few of 32 registers
     float_tokens, float_groups = (8, 2, 1), 2
     shuffle = "llvm.x86.avx512.pshuf.b.512"
@@ -150,8 +152,8 @@ class Vnni256(Vnni512):
     """The same on 32 bytes: AVX-VNNI, or AVX-512 VNNI on 256 bits."""
 
     needs = (frozenset({"avxvnni"}), frozenset({"avx512vnni", "avx512vl"}))
-    tokens = (4, 2, 1)
-    groups = 1
+    direct_groups = 1
+    tokens, groups = (4, 2, 1), 1
     float_tokens, float_groups = (4, 2, 1), 1
     n_parts = 2
     shuffle = "llvm.x86.avx2.pshuf.b"
@@ -209,7 +211,8 @@ class Avx512(_Maddubs):
     """AVX-512 without VNNI (Skylake-X)."""
 
     needs = (frozenset({"avx512bw"}),)
-    tokens = (8, 2, 1)
+    tokens = (8, 4, 2, 1)
+    float_tokens, float_groups = (8, 2, 1), 2
     shuffle = "llvm.x86.avx512.pshuf.b.512"
     pairs = "llvm.x86.avx512.pmaddubs.w.512"
     quads = "llvm.x86.avx512.pmaddw.d.512"
@@ -221,6 +224,7 @@ class Avx512(_Maddubs):
 
 class Avx2(_Maddubs):
     needs = (frozenset({"avx2"}),)
+    tokens, groups = (3, 2, 1), 2
     n_parts = 2
     shuffle = "llvm.x86.avx2.pshuf.b"
     pairs = "llvm.x86.avx2.pmadd.ub.sw"
@@ -233,7 +237,7 @@ class Avx2(_Maddubs):
 
 class Ssse3(Avx2):
     needs = (frozenset({"ssse3"}),)
-    tokens = (2, 2, 1)
+    tokens, groups = (2, 1), 1
     n_parts = 4
     shuffle = "llvm.x86.ssse3.pshuf.b.128"
     pairs = "llvm.x86.ssse3.pmadd.ub.sw.128"
@@ -242,7 +246,7 @@ class Ssse3(Avx2):
 
 
 class _Neon(Isa):
-    machines = ("aarch64", "arm64")
+    machines = ("aarch64",)
     n_parts = 4
 
     def form(self, bits: int, zero: bool) -> Form:
@@ -263,6 +267,7 @@ class NeonDot(_Neon):
     """ARMv8.2 dot product: `sdot` adds 16 products of signed bytes to 4 lanes."""
 
     needs = (frozenset({"dotprod"}),)
+    tokens = (2, 1)  # of 32 registers, 16 hold sums and products; more tokens spill
 
     def step(self, b: ir.IRBuilder, sums: Any, w: Value, x: Value, form: Form, bits: int) -> Any:
         done = []
@@ -275,7 +280,7 @@ class Neon(_Neon):
     """ARMv8.0: products in 16 bits, neighbours added."""
 
     needs = (frozenset(),)
-    tokens = (2, 2, 1)
+    tokens = (1,)
 
     def empty(self, b: ir.IRBuilder, first: Value) -> Any:
         return parts(b, first, 4), None, 0
@@ -284,9 +289,8 @@ class Neon(_Neon):
         acc, narrow, n = sums
         limit = 32767 // (2 * X_MAX * (1 << bits if form is Form.LOW else 1 << (bits - 1)))
         i16x8 = ir.VectorType(I16, 8)
-        signed = b.sext if form is Form.SIGNED else b.zext
-        products = [
-            b.mul(signed(u, i16x8), b.sext(s, i16x8))
+        products = [  # the forms are LOW of at most 6 bits and SIGNED: both are good signed bytes
+            b.mul(b.sext(u, i16x8), b.sext(s, i16x8))
             for u, s in zip(parts(b, w, 8), parts(b, b.bitcast(x, w.type), 8), strict=True)
         ]
         if narrow is not None:
@@ -312,7 +316,7 @@ class Portable(Isa):
     """Any machine: bytes widened to 16 bits, two products added at a time (LLVM finds `pmaddwd` and its like)."""
 
     needs = (frozenset(),)
-    tokens = (2, 2, 1)
+    tokens = (2, 1)
 
     def form(self, bits: int, zero: bool) -> Form:
         return Form.SIGNED if zero else Form.LOW

@@ -26,7 +26,7 @@ from edgelm.kernels.simd import (
 from edgelm.kernels.tiles import MAX_SLAB_BYTES, Code, call_function, linear_code, scratch
 from edgelm.kernels.vector_math import gelu_f32, silu_f32
 
-MAX_TOKENS = 120  # of a unit
+MAX_TOKENS = 132  # of a unit
 ROW = 64  # bytes of 16 float32
 PAIR = 2 * ROW
 SLAB_SCRATCH, OUT_SCRATCH = 2 * MAX_SLAB_BYTES, MAX_TOKENS * PAIR

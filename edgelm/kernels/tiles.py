@@ -141,7 +141,7 @@ def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) ->
     out: (2, 16) float32. The last two: groups that this thread will read after these.
     """
     first, second, n_units, record, out, next_first, next_second = args
-    n_groups = isas.select(context).groups
+    n_groups = isas.select(context).direct_groups
     with cgutils.for_range(b, I64(2 // n_groups), intp=I64) as outer:
         weights = [b.add(first, b.mul(b.sub(second, first), outer.index)), second][:n_groups]
         after = [b.add(next_first, b.mul(b.sub(next_second, next_first), outer.index)), next_second][:n_groups]
