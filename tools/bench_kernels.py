@@ -1,10 +1,11 @@
-"""How fast the matrix kernels are, beside what the machine can do at all, measured in the same minutes.
+"""How fast the matrix kernels are, beside what the machine can do at all, measured in turns.
 
     python tools/bench_kernels.py                          # all formats, one and two threads
     python tools/bench_kernels.py Q4_1 Q8_0 -t 1 --tokens 1 8 128
 
-For each format: GB/s of weights for one token, from memory and from the cache; billions of multiply-adds a second for
-more tokens, and their share of the peak of the int8 instruction. Figures are medians of several rounds.
+For each format: GB/s of weights for one token, from memory and from the cache, and their share of the read bandwidth;
+billions of multiply-adds a second for more tokens, and their share of the peak of the int8 instruction (for float
+formats of the float32 one). Roof and kernel take turns; a figure is the best round, a share the median of ratios.
 """
 
 from __future__ import annotations
@@ -12,90 +13,87 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from edgelm.kernels import compiler, linear
-from edgelm.kernels.abi import Env, Row
+from edgelm.kernels.abi import Env
 from edgelm.kernels.blocks import BLOCKS
 from edgelm.kernels.executor import Executor
-from edgelm.kernels.packing import FLOATS, Packed, packed_bytes
+from edgelm.kernels.packing import FLOATS, Packed, _zeros, packed_bytes
 
-SHAPE = (2048, 2048)
+LINE = 64
 
 
 class Bench:
-    """Weights of one shape and format, repeated until they exceed `n_bytes`, and an executor to multiply them."""
+    """Weights of one shape and format, as often as fits into `n_bytes`, and a table that multiplies with them."""
 
     def __init__(self, format: str, shape: tuple[int, int], n_bytes: int, threads: int, tokens: int) -> None:
-        self.tokens, self.executor = tokens, Executor(threads)
+        self.executor = Executor(threads)
         rows, cols = shape
         size = packed_bytes(format, rows, cols)
-        copies = max(1, -(-n_bytes // size))
-        rng = np.random.default_rng(0)
-        self.weights = np.empty(copies * size + 64, np.uint8)
-        at = -self.weights.ctypes.data % 64
-        one = rng.integers(0, 64, size, dtype=np.uint8)  # as scales: small positive float16
-        for i in range(copies):
-            self.weights[at + i * size : at + (i + 1) * size] = one
-        address = self.weights.ctypes.data + at
-        self.n_bytes, self.macs = copies * size, copies * rows * cols * tokens
-        x_stride = 4 * cols + 64 if linear.is_float(format) else linear.activation_bytes(cols)
-        self.workspace = np.zeros(tokens * (x_stride + 4 * rows) + 64, np.uint8)
-        base = -self.workspace.ctypes.data % 64
-        x, y = base, base + tokens * x_stride
-        self.workspace[x:y].view(np.int8)[:] = rng.integers(0, 60, y - x)
-        table = [
-            linear.row_linear(Packed(format, rows, cols, address + i * size, size), x, x_stride, y, 4 * rows)
-            for i in range(copies)
-        ]
-        self.table = np.array(table, np.int64)
-        self.table[:, Row.BARRIER] = 1
+        copies, repeats = max(1, n_bytes // size), 1 if n_bytes else max(1, (8 << 30) // (rows * cols * tokens * 32))
+        self.weights = _zeros(copies * size)
+        self.weights[:] = 0x33  # scales and weights of a sensible size in every format: no subnormal numbers
+        x_stride = -(-4 * cols // LINE) * LINE if linear.is_float(format) else linear.activation_bytes(cols)
+        x, y = LINE, LINE + tokens * (x_stride + 4 * cols)
+        self.workspace = _zeros(y + tokens * 4 * -(-rows // 16) * 16)
         self.env = np.zeros(Env.SIZE, np.int64)
         self.env[Env.WORKSPACE], self.env[Env.N_TOKENS] = self.workspace.ctypes.data, tokens
-        self.env[Env.N_THREADS] = threads
+        values = np.random.default_rng(0).standard_normal((tokens, cols)).astype(np.float32)
+        if linear.is_float(format):
+            self.workspace[x : x + tokens * x_stride].reshape(tokens, x_stride)[:, : 4 * cols] = values.view(np.uint8)
+        else:
+            floats = x + tokens * x_stride
+            self.workspace[floats : floats + values.nbytes] = values.view(np.uint8).ravel()
+            self._run([linear.row_quantize(floats, 4 * cols, cols, x)])
+        base = self.weights.ctypes.data
+        self.table = np.array(repeats * [
+            linear.row_linear(Packed(format, rows, cols, base + i * size, size), x, x_stride, y, 4 * rows)
+            for i in range(copies)
+        ], np.int64)  # fmt: skip
+        self.n_bytes, self.macs = repeats * copies * size, repeats * copies * rows * cols * tokens
 
-    def seconds(self, rounds: int) -> float:
-        """Median time of a pass over all weights."""
-        times = []
-        for _ in range(rounds + 1):
-            start = time.perf_counter()
-            self.executor.run(self.table, len(self.table), self.env.ctypes.data)
-            times.append(time.perf_counter() - start)
-        self.executor.close()
-        return statistics.median(times[1:])
+    def _run(self, rows: list[list[int]]) -> None:
+        table = np.array(rows, np.int64)
+        self.executor.run(table, len(table), self.env.ctypes.data)
+
+    def run(self) -> None:
+        self.executor.run(self.table, len(self.table), self.env.ctypes.data)
 
 
-def int8_peak(threads: int) -> float:
-    """Multiply-adds a second of the int8 instruction with everything in registers."""
-    from concurrent.futures import ThreadPoolExecutor
-
+def spin(name: str, chains: int = 12) -> Callable[[int], int]:
+    """A loop of n times `chains` multiply-adds of whole vectors in registers: "int8" (64 each) or "float32" (16)."""
     from numba import njit, types
     from numba.core import cgutils
     from numba.extending import intrinsic
 
     from edgelm.kernels import isa as isas
-    from edgelm.kernels.emit import I32, I64, I8x64, I32x16, repeat, spread
-
-    chains = 12
+    from edgelm.kernels.emit import I32, I64, F32x16, I8x64, I32x16, emit_fma, repeat, spread
 
     @intrinsic
-    def loop(typingctx, n):
+    def loop(typingctx: Any, n: Any) -> Any:
         def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
             isa = isas.select(context)
             form = isa.form(4, False)
-            zero = repeat(I32x16, 0)
-            sums = [cgutils.alloca_once_value(b, zero) for _ in range(chains)]
-            w = b.bitcast(spread(b, b.trunc(args[0], I32), I32x16), I8x64)
-            x = spread(b, b.add(b.trunc(args[0], I32), I32(3)), I32x16)
+            x = spread(b, b.trunc(b.add(args[0], I64(0x3F800000)), I32), I32x16)  # as float32 about 1
+            vector = I32x16 if name == "int8" else F32x16
+            sums = [cgutils.alloca_once_value(b, repeat(vector, 0)) for _ in range(chains)]
             with cgutils.for_range(b, args[0], intp=I64):
                 for acc in sums:
-                    value = isa.end(b, isa.step(b, isa.empty(b, b.load(acc)), w, x, form, 4))
-                    b.store(value, acc)
-            total = zero
+                    old = b.load(acc)
+                    if name == "int8":
+                        new = isa.end(b, isa.step(b, isa.empty(b, old), b.bitcast(x, I8x64), x, form, 4))
+                    else:
+                        new = emit_fma(context, b, old, repeat(F32x16, 0.5), b.bitcast(x, F32x16))
+                    b.store(new, acc)
+            total = repeat(I32x16, 0)
             for acc in sums:
-                total = b.add(total, b.load(acc))
+                total = b.add(total, b.bitcast(b.load(acc), I32x16))
             return b.zext(b.extract_element(total, I32(0)), I64)
 
         return types.int64(types.int64), codegen
@@ -104,53 +102,83 @@ def int8_peak(threads: int) -> float:
     def run(n):
         return loop(n)
 
-    n = 4_000_000
     run(10)
-    rates = []
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(5):
-            start = time.perf_counter()
-            list(pool.map(run, [n] * threads))
-            rates.append(threads * n * chains * 64 / (time.perf_counter() - start))
-    return max(rates)
+    return run
 
 
-def compile_seconds(format: str) -> float:
-    start = time.perf_counter()
-    compiler.address(linear.linear_kernel(format))
-    return time.perf_counter() - start
+class Roofs:
+    """What the machine can do, each measured in a few milliseconds."""
+
+    def __init__(self, threads: int, n_bytes: int) -> None:
+        from edgelm.kernels import bandwidth
+
+        self.threads, self.pool = threads, ThreadPoolExecutor(threads)
+        self._read, self._memory = bandwidth._read, _zeros(n_bytes)
+        self._memory[:] = 1
+        self._spins = {"int8": spin("int8"), "float32": spin("float32")}
+
+    def read(self) -> float:
+        """Bytes a second."""
+        share = len(self._memory) // self.threads // 256 * 256
+        starts = [self._memory.ctypes.data + i * share for i in range(self.threads)]
+        return self._rate(self._read, [(start, share) for start in starts], share * self.threads)
+
+    def peak(self, name: str) -> float:
+        """Multiply-adds a second."""
+        n, lanes = 200_000, 64 if name == "int8" else 16
+        return self._rate(self._spins[name], [(n,)] * self.threads, n * 12 * lanes * self.threads)
+
+    def _rate(self, work: Any, arguments: list[tuple[int, ...]], amount: float) -> float:
+        start = time.perf_counter()
+        list(self.pool.map(lambda a: work(*a), arguments))
+        return amount / (time.perf_counter() - start)
+
+
+def in_turns(bench: Bench, amount: float, roof: Callable[[], float], rounds: int) -> tuple[float, float]:
+    """(best rate of the bench, median of its ratios to the roof)."""
+    bench.run()
+    rates, ratios = [], []
+    for _ in range(rounds):
+        limit = roof()
+        start = time.perf_counter()
+        bench.run()
+        rates.append(amount / (time.perf_counter() - start))
+        ratios.append(rates[-1] / limit)
+    bench.executor.close()
+    return max(rates), statistics.median(ratios)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("formats", nargs="*", default=[*BLOCKS, *FLOATS])
     parser.add_argument("-t", "--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 128, 512])
-    parser.add_argument("--shape", type=int, nargs=2, default=SHAPE, metavar=("ROWS", "COLUMNS"))
-    parser.add_argument("--megabytes", type=int, default=400, help="weights read for one token, from memory")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shape", type=int, nargs=2, default=(1024, 2048), metavar=("ROWS", "COLUMNS"))
+    parser.add_argument("--megabytes", type=int, default=300, help="weights read for one token, from memory")
+    parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    from edgelm.kernels.bandwidth import read_bandwidth
-
+    shape, n_bytes = tuple(options.shape), options.megabytes << 20
     for threads in options.threads:
-        read = statistics.median(read_bandwidth(threads, options.megabytes << 20, 5)) / 1e9
-        peak = int8_peak(threads) / 1e9
-        print(f"{threads} thread(s): memory is read at {read:.1f} GB/s; int8 peak {peak:.0f} G multiply-adds/s")
+        roofs = Roofs(threads, n_bytes)
+        read = max(roofs.read() for _ in range(5)) / 1e9
+        int8, float32 = (max(roofs.peak(name) for _ in range(5)) / 1e9 for name in ("int8", "float32"))
+        print(f"{threads} thread(s): reads {read:.1f} GB/s; int8 {int8:.0f}, float32 {float32:.0f} G MAC/s")
         for format in options.formats:
-            print(f"  {format:7s} compiled in {compile_seconds(format):.2f} s", end="", flush=True)
+            start = time.perf_counter()
+            compiler.address(linear.linear_kernel(format))
+            print(f"  {format:7s} compiled in {time.perf_counter() - start:.2f} s", end="", flush=True)
+            peak = partial(roofs.peak, "float32" if linear.is_float(format) else "int8")
             for tokens in options.tokens:
-                n_bytes = (options.megabytes << 20) if tokens == 1 else 0
-                large = Bench(format, tuple(options.shape), n_bytes, threads, tokens)
+                bench = Bench(format, shape, n_bytes if tokens == 1 else 0, threads, tokens)
                 if tokens == 1:
-                    rate = large.n_bytes / large.seconds(options.rounds) / 1e9
+                    rate, share = in_turns(bench, bench.n_bytes, roofs.read, options.rounds)
                     small = Bench(format, (512, 512), 0, threads, 1)
-                    small.table = np.repeat(small.table, 200, axis=0)
-                    cached = 200 * small.n_bytes / small.seconds(options.rounds) / 1e9
-                    print(f" | memory {rate:5.1f} GB/s ({rate / read:4.0%}), cache {cached:5.1f}", end="", flush=True)
+                    cached, _ = in_turns(small, small.n_bytes, roofs.read, options.rounds)
+                    line = f"memory {rate / 1e9:5.1f} GB/s ({share:4.0%}), cache {cached / 1e9:5.1f}"
                 else:
-                    large.table = np.repeat(large.table, max(1, 1024 // tokens), axis=0)
-                    rate = large.macs * max(1, 1024 // tokens) / large.seconds(options.rounds) / 1e9
-                    print(f" | {tokens} tokens {rate:4.0f} G ({rate / peak:3.0%})", end="", flush=True)
+                    rate, share = in_turns(bench, bench.macs, peak, options.rounds)
+                    line = f"{tokens} tokens {rate / 1e9:4.0f} G ({share:3.0%})"
+                print(f" | {line}", end="", flush=True)
             print()
 
 
