@@ -12,9 +12,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from edgelm import hub
 from edgelm.errors import SourceError
+
+# No test fails for being slow. Where many machines run the same tests, all of them run the same examples.
+settings.register_profile(
+    "edgelm", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=bool(os.environ.get("CI"))
+)
+settings.load_profile("edgelm")
 
 MODEL_FIXTURES = {"smollm2_path", "gemma3_path", "minilm_path", "smollm2", "gemma3"}
 MINILM_WHEEL = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
