@@ -6,8 +6,9 @@ from numba import njit
 
 from edgelm.kernels.abi import WORD, Env, Row
 from edgelm.kernels.float_tiles import float_embed_code
+from edgelm.kernels.functions import call_function
 from edgelm.kernels.simd import load_i32, load_i64
-from edgelm.kernels.tiles import call_function, embed_code
+from edgelm.kernels.tiles import embed_code
 
 _WEIGHTS, _GROUP_BYTES, _N_COLS, _IDS, _OFFSET, _Y, _Y_STRIDE, _SCALE = (WORD * (Row.ARGS + i) for i in range(8))
 _WORKSPACE = WORD * Env.WORKSPACE

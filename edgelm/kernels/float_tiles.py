@@ -30,8 +30,8 @@ from edgelm.kernels.emit import (
     store_at,
     widen_f16,
 )
+from edgelm.kernels.functions import Code, address_of, code_address, function_address, tile_fields
 from edgelm.kernels.packing import FLOATS
-from edgelm.kernels.tiles import Code, address_of, code_address, function_address, tile_fields
 
 Value = ir.Value
 COLUMNS = 512  # that a tile goes over at a time

@@ -25,7 +25,6 @@ from edgelm.kernels.emit import (
     I8,
     I16,
     I32,
-    F32x16,
     I8x64,
     I32x16,
     call,
@@ -341,7 +340,3 @@ def select(context: Any) -> Isa:
         if (not isa.machines or machine in isa.machines) and any(needs <= features for needs in isa.needs):
             return isa()
     raise AssertionError("the portable one fits every machine")
-
-
-def to_f32(b: ir.IRBuilder, sums: Value) -> Value:
-    return b.sitofp(sums, F32x16)

@@ -22,7 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 ACTIVATIONS = {"silu": 1, "gelu": 2}
-_MAX_TOKENS = 132  # of a unit of work: 256 are two, and tiles of 4 and 6 tokens fit
+MAX_TOKENS = 132  # of a unit of work: 256 are two, and tiles of 4 and 6 tokens fit
 _CACHE = 1 << 19  # bytes of activation records that a unit may go over again and again
 _GRAIN = 1 << 15  # bytes of weights that are worth going to the shared counter for
 
@@ -140,7 +140,7 @@ def _linear(
     args[Arg.Y], args[Arg.Y_STRIDE] = y
     args[Arg.N_ROWS], args[Arg.BIAS], args[Arg.ACTIVATION] = packed.n_rows, bias, activation
     args[Arg.RESIDUAL], args[Arg.RESIDUAL_STRIDE] = residual, residual_stride
-    tokens = min(_MAX_TOKENS, max(24, _CACHE // x[1] // 12 * 12))
+    tokens = min(MAX_TOKENS, max(24, _CACHE // x[1] // 12 * 12))
     grain = max(1, _GRAIN // (2 * packed.group_bytes))
     return _row(linear_kernel(packed.format), units, tokens, count, grain, args)
 

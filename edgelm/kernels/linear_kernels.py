@@ -13,7 +13,8 @@ from numba import njit
 
 from edgelm.kernels.abi import WORD, Env, Row
 from edgelm.kernels.float_tiles import float_linear_code
-from edgelm.kernels.linear import Arg
+from edgelm.kernels.functions import Code, call_function, scratch
+from edgelm.kernels.linear import MAX_TOKENS, Arg
 from edgelm.kernels.simd import (
     add_f32,
     load_f32,
@@ -23,10 +24,9 @@ from edgelm.kernels.simd import (
     splat_f32,
     store,
 )
-from edgelm.kernels.tiles import MAX_SLAB_BYTES, Code, call_function, linear_code, scratch
+from edgelm.kernels.tiles import MAX_SLAB_BYTES, linear_code
 from edgelm.kernels.vector_math import gelu_f32, silu_f32
 
-MAX_TOKENS = 132  # of a unit
 ROW = 64  # bytes of 16 float32
 PAIR = 2 * ROW
 SLAB_SCRATCH, OUT_SCRATCH = 2 * MAX_SLAB_BYTES, MAX_TOKENS * PAIR

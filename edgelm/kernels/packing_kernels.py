@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from numba import njit
 
+from edgelm.kernels.functions import call_function
 from edgelm.kernels.simd import load_i16, load_i32, load_i64, store
-from edgelm.kernels.tiles import call_function, pack_code
+from edgelm.kernels.tiles import pack_code
 
 
 @njit

@@ -20,7 +20,6 @@ Knows formats as `blocks.Blocks`, machines as `isa.Isa`, activations as the reco
 
 from __future__ import annotations
 
-from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -46,6 +45,7 @@ from edgelm.kernels.emit import (
     spread,
     store_at,
 )
+from edgelm.kernels.functions import Code, address_of, code_address, function_address, stack, tile_fields
 from edgelm.kernels.isa import Form, Isa
 from edgelm.kernels.records import (
     OFFSET_HIGH,
@@ -248,7 +248,7 @@ def _embed(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) -> 
     """(weights, n_cols, lane, out, scale): row `lane` of a packed group as float32; scale: bits of a float32."""
     weights, n_cols, lane, out, scale = args
     isa, form = isas.select(context), Form.SIGNED if blocks.zero else Form.LOW
-    slab = _stack(b, slab_block_bytes(blocks))
+    slab = stack(b, slab_block_bytes(blocks))
     own = b.add(slab, b.mul(lane, I64(4)))
     factor = spread(b, b.bitcast(b.trunc(scale, I32), F32), F32x16)
     with cgutils.for_range(b, b.udiv(n_cols, I64(32)), intp=I64) as loop:
@@ -265,14 +265,6 @@ def _embed(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) -> 
             if blocks.minimum:
                 value = b.fadd(value, _lane(b, own, CHUNKS + blocks.halves + which))
             store_at(b, b.fmul(value, factor), at(b, target, 64 * half))
-
-
-def _stack(b: ir.IRBuilder, n_bytes: int) -> Value:
-    """Address of uninitialised memory on the stack (`cgutils.alloca_once` would fill it with zeros, for minutes)."""
-    with b.goto_entry_block():
-        memory = b.alloca(ir.ArrayType(I8, n_bytes))
-        memory.align = 64
-        return b.ptrtoint(memory, I64)
 
 
 def _lane(b: ir.IRBuilder, own: Value, k: int) -> Value:
@@ -294,41 +286,8 @@ def _pack(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) -> N
 
 # --- the way to them from Numba
 
-
-def address_of(formats: dict[str, Any], emit: Any, n_args: int) -> Any:
-    """An intrinsic of one format's name (a literal) that returns the address of what `emit` emits for it."""
-
-    @intrinsic(prefer_literal=True)
-    def address(typingctx, fmt):
-        if not isinstance(fmt, types.StringLiteral):
-            return None
-
-        def codegen(context, b, sig, args):
-            return function_address(context, b.module, formats[fmt.literal_value], emit, n_args)
-
-        return types.int64(fmt), codegen
-
-    return address
-
-
 embed_code = address_of(BLOCKS, _embed, 5)
 pack_code = address_of(BLOCKS, _pack, 5)
-
-
-class Code(IntEnum):
-    """Fields, int64 each, of what the body of a linear kernel knows of its format."""
-
-    DIRECT = 0  # addresses of functions; 0: tiles do it
-    UNPACK = 1  # 0: tiles read packed weights
-    TILES = 2  # four, of fewer and fewer tokens
-    TOKENS = 6  # of these tiles
-    BLOCKS = 10  # of a unit
-    UNIT_BYTES = 11
-    RECORD_BYTES = 12  # of activations for a block
-    SLAB_BLOCKS = 13  # that a tile goes over at a time
-    SLAB_BYTES = 14
-    FACTOR = 15  # of the sums: a power of two, as the bits of a float32
-    SIZE = 16
 
 
 @intrinsic(prefer_literal=True)
@@ -357,62 +316,3 @@ def linear_code(typingctx, fmt):
         return code_address(b, blocks.name, fields)
 
     return types.int64(fmt), codegen
-
-
-def tile_fields(sizes: tuple[int, ...], function: Any) -> dict[int, Any]:
-    """The fields of tiles: `function(tokens)` returns the address of each. Those that are not there never fit."""
-    fields: dict[int, Any] = {Code.TOKENS + i: 1 << 30 for i in range(4)}
-    for i, tokens in enumerate(sizes):
-        fields[Code.TILES + i], fields[Code.TOKENS + i] = function(tokens), tokens
-    return fields
-
-
-def function_address(context: Any, module: ir.Module, fmt: Any, emit: Any, n_args: int, *numbers: int) -> Value:
-    """Address of the function whose body is emit(context, b, fmt, arguments, *numbers), all int64. A constant.
-
-    Functions of their own, because LLVM takes minutes over one that has everything in it.
-    """
-    name = ".".join(["edgelm", emit.__name__, fmt.name, *map(str, numbers)])
-    found = module.globals.get(name)
-    if found is None:
-        found = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * n_args), name)
-        found.linkage = "internal"
-        found.attributes.add("noinline")
-        found.attributes.add("nounwind")
-        b = ir.IRBuilder(found.append_basic_block())
-        emit(context, b, fmt, list(found.args), *numbers)
-        b.ret_void()
-    return found.ptrtoint(I64)
-
-
-def code_address(b: ir.IRBuilder, name: str, fields: dict[int, Any]) -> Value:
-    """Address of a `Code` with these fields."""
-    values = [fields.get(field, 0) for field in range(Code.SIZE)]
-    values = [I64(value) if isinstance(value, int) else value for value in values]
-    array = ir.Constant(ir.ArrayType(I64, len(values)), values)
-    return b.ptrtoint(cgutils.global_constant(b, f"edgelm.code.{name}", array), I64)
-
-
-@intrinsic
-def call_function(typingctx, function, *args):
-    """Calls a function of int64 arguments by its address."""
-
-    def codegen(context, b, sig, args):
-        values = cgutils.unpack_tuple(b, args[1])
-        type_ = ir.FunctionType(ir.VoidType(), [I64] * len(values))
-        b.call(b.inttoptr(args[0], type_.as_pointer()), values)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.StarArgTuple([types.int64] * len(args))), codegen
-
-
-@intrinsic(prefer_literal=True)
-def scratch(typingctx, n_bytes):
-    """Address of `n_bytes` (a literal) on the stack, at a multiple of 64; good until the kernel returns."""
-    if not isinstance(n_bytes, types.IntegerLiteral):
-        return None
-
-    def codegen(context, b, sig, args):
-        return _stack(b, n_bytes.literal_value)
-
-    return types.int64(n_bytes), codegen
