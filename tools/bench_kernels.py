@@ -125,7 +125,7 @@ class Roofs:
 
     def peak(self, name: str) -> float:
         """Multiply-adds a second."""
-        n, lanes = 200_000, 64 if name == "int8" else 16
+        n, lanes = 1_000_000, 64 if name == "int8" else 16
         return self._rate(self._spins[name], [(n,)] * self.threads, n * 12 * lanes * self.threads)
 
     def _rate(self, work: Any, arguments: list[tuple[int, ...]], amount: float) -> float:
