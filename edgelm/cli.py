@@ -11,7 +11,7 @@ import io
 import os
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -21,13 +21,12 @@ from edgelm.flags import (
     MODEL_FLAGS,
     SAMPLING_FLAGS,
     TEMPLATE_FLAGS,
-    given,
+    generation_settings,
+    load_model,
+    resolve,
     with_flags,
 )
 from edgelm.terminal import bars, note, print_json, printable, readable, statistics, summary
-
-if TYPE_CHECKING:
-    from edgelm.model import Model
 
 MODEL = click.argument("model", required=False)
 MODEL_FLAG = click.option("-m", "--model", "model_flag", metavar="MODEL", help="The same as the argument MODEL.")
@@ -438,65 +437,6 @@ def warm(model: str | None, model_flag: str | None, hf_repo: str | None, quiet: 
     for _ in loaded.stream_generate([0], max_tokens=2, ignore_eos=True):
         pass
     note(f"ready in {time.perf_counter() - began:.1f} s")
-
-
-# --- what the commands share -------------------------------------------------------------------------------------
-
-
-def resolve(model: str | None, model_flag: str | None, hf_repo: str | None, quiet: bool, offline: bool) -> str:
-    """The path of the model that the flags name, fetched if need be."""
-    from edgelm import hub
-    with bars(quiet) as progress:
-        return os.fspath(hub.resolve(source_of(model, model_flag, hf_repo), offline=offline, progress=progress))
-
-
-def source_of(model: str | None, model_flag: str | None, hf_repo: str | None) -> str | None:
-    named = [source for source in (model, model_flag, f"hf:{hf_repo}" if hf_repo else None) if source]
-    if len(named) > 1:
-        raise UsageError(f"two models are named, {named[0]!r} and {named[1]!r}; name one")
-    return named[0] if named else None
-
-
-def load_model(
-    model: str | None, model_flag: str | None, hf_repo: str | None, quiet: bool, flags: dict[str, Any]
-) -> Model:
-    """The model that the flags name, with a progress bar while it is fetched, packed and compiled."""
-    from edgelm.model import load
-    names = {
-        "ctx_size": "ctx_size",
-        "threads": "threads",
-        "threads_batch": "threads_batch",
-        "cache_type_k": "kv_type",
-        "max_tokens_per_run": "max_tokens_per_run",
-        "interpreter": "interpreter",
-        "offline": "offline",
-        "chat_template": "chat_template",
-    }
-    settings = {names[name]: value for name, value in given(flags).items() if name in names}
-    if (values := flags.get("cache_type_v")) is not None and values != settings.setdefault("kv_type", values):
-        raise UsageError(f"-ctk {settings['kv_type']} -ctv {values}: keys and values are stored as the same type")
-    if path := flags.get("chat_template_file"):
-        with open(path, encoding="utf-8") as file:
-            settings["chat_template"] = file.read()
-    with bars(quiet) as progress:
-        return load(source_of(model, model_flag, hf_repo), progress=progress, **settings)
-
-
-def generation_settings(flags: dict[str, Any]) -> dict[str, Any]:
-    """What `stream_generate` takes, from the flags of the tables SAMPLING_FLAGS and GENERATION_FLAGS."""
-    import dataclasses
-
-    from edgelm.request import Request
-    from edgelm.sampling import Sampling
-
-    names = {f.name for kind in (Request, Sampling) for f in dataclasses.fields(kind)}
-    settings = {name: value for name, value in given(flags).items() if name in names}
-    if flags.get("sampler_seq"):
-        settings["samplers"] = flags["sampler_seq"]
-    if flags.get("context_shift"):
-        settings["overflow"] = "shift"
-    Request.of(settings)  # a value that cannot be meant is told before a model is loaded
-    return settings
 
 
 def silence_stdout() -> None:

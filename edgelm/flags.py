@@ -1,4 +1,4 @@
-"""The flags that several commands share, under llama.cpp's names, as one table each.
+"""The flags that several commands share, under llama.cpp's names, as one table each; and what they mean together.
 
 A flag of `SAMPLING_FLAGS` is a field of `edgelm.sampling.Sampling`; its default is that field's, so it is not
 repeated here. A flag left out stays None and is not passed on.
@@ -6,12 +6,23 @@ repeated here. A flag left out stays None and is not passed on.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from edgelm.errors import UsageError
+from edgelm.terminal import bars
+
+if TYPE_CHECKING:
+    from edgelm.model import Model
+
 Command = TypeVar("Command", bound=Callable[..., Any])
+# What `edgelm.load` takes of them.
+LOAD_SETTINGS = (
+    "ctx_size", "threads", "threads_batch", "kv_type", "max_tokens_per_run", "interpreter", "offline", "chat_template",
+)  # fmt: skip
 
 
 def _flag(*names: str, **settings: Any) -> Callable[[Command], Command]:
@@ -29,7 +40,7 @@ MODEL_FLAGS = (
         type=click.IntRange(1),
         help="Tokens of a prompt that are computed at a time.",
     ),
-    _flag("-ctk", "--cache-type-k", type=click.Choice(["f16", "f32"]), help="Type of cached keys, and of values."),
+    _flag("-ctk", "--cache-type-k", "kv_type", type=click.Choice(["f16", "f32"]), help="Type of cached keys and values."),
     _flag("-ctv", "--cache-type-v", type=click.Choice(["f16", "f32"]), help="Type of cached values: as that of keys."),
     _flag(
         "--interpreter",
@@ -115,3 +126,54 @@ def with_flags(*tables: tuple[Callable[[Command], Command], ...]) -> Callable[[C
 def given(values: dict[str, Any]) -> dict[str, Any]:
     """The values that somebody gave: everything but None, False and empty tuples."""
     return {name: value for name, value in values.items() if value is not None and value is not False and value != ()}
+
+
+# --- what the flags mean --------------------------------------------------------------------------------------------
+
+
+def resolve(model: str | None, model_flag: str | None, hf_repo: str | None, quiet: bool, offline: bool) -> str:
+    """The path of the model that the flags name, fetched if need be."""
+    from edgelm import hub
+
+    with bars(quiet) as progress:
+        return os.fspath(hub.resolve(source_of(model, model_flag, hf_repo), offline=offline, progress=progress))
+
+
+def source_of(model: str | None, model_flag: str | None, hf_repo: str | None) -> str | None:
+    named = [source for source in (model, model_flag, f"hf:{hf_repo}" if hf_repo else None) if source]
+    if len(named) > 1:
+        raise UsageError(f"two models are named, {named[0]!r} and {named[1]!r}; name one")
+    return named[0] if named else None
+
+
+def load_model(
+    model: str | None, model_flag: str | None, hf_repo: str | None, quiet: bool, flags: dict[str, Any]
+) -> Model:
+    """The model that the flags name, with a progress bar while it is fetched, packed and compiled."""
+    from edgelm.model import load
+
+    settings = {name: value for name, value in given(flags).items() if name in LOAD_SETTINGS}
+    if (values := flags.get("cache_type_v")) is not None and values != settings.setdefault("kv_type", values):
+        raise UsageError(f"-ctk {settings['kv_type']} -ctv {values}: keys and values are stored as the same type")
+    if path := flags.get("chat_template_file"):
+        with open(path, encoding="utf-8") as file:
+            settings["chat_template"] = file.read()
+    with bars(quiet) as progress:
+        return load(source_of(model, model_flag, hf_repo), progress=progress, **settings)
+
+
+def generation_settings(flags: dict[str, Any]) -> dict[str, Any]:
+    """What `stream_generate` takes, from the flags of the tables SAMPLING_FLAGS and GENERATION_FLAGS."""
+    import dataclasses
+
+    from edgelm.request import Request
+    from edgelm.sampling import Sampling
+
+    names = {f.name for kind in (Request, Sampling) for f in dataclasses.fields(kind)}
+    settings = {name: value for name, value in given(flags).items() if name in names}
+    if flags.get("sampler_seq"):
+        settings["samplers"] = flags["sampler_seq"]
+    if flags.get("context_shift"):
+        settings["overflow"] = "shift"
+    Request.of(settings)  # a value that cannot be meant is told before a model is loaded
+    return settings

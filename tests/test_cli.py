@@ -74,6 +74,11 @@ def test_chat_answers_a_piped_input_line_by_line(model: Path) -> None:
     assert single.stdout == first.stdout
 
 
+def test_the_default_model_knows_the_capital_of_france(smollm2_path: Path) -> None:
+    result = edgelm("chat", "--temp", 0, "-q", stdin="What is the capital of France?\n")
+    assert result.stdout == "The capital of France is Paris.\n"
+
+
 def test_embed_gives_a_line_for_each_text(encoder: Path) -> None:
     result = edgelm("embed", encoder, "-p", "hello", "-p", "there")
     rows = [[float(x) for x in line.split()] for line in result.stdout.splitlines()]
