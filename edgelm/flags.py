@@ -40,7 +40,7 @@ MODEL_FLAGS = (
         type=click.IntRange(1),
         help="Tokens of a prompt that are computed at a time.",
     ),
-    _flag("-ctk", "--cache-type-k", "kv_type", type=click.Choice(["f16", "f32"]), help="Type of cached keys and values."),
+    _flag("-ctk", "--cache-type-k", "kv_type", type=click.Choice(["f16", "f32"]), help="Type of the KV cache."),
     _flag("-ctv", "--cache-type-v", type=click.Choice(["f16", "f32"]), help="Type of cached values: as that of keys."),
     _flag(
         "--interpreter",
