@@ -44,6 +44,11 @@ class Known:
     licence: str
     system: str | None = None  # a system prompt that suits it better than what its chat template says by itself
 
+    @property
+    def sha256(self) -> str:
+        """Checksum of the file."""
+        return self.source.rpartition("#sha256=")[2]
+
     def __str__(self) -> str:
         return f"{self.what}, {self.n_bytes / 1e6:.0f} MB ({self.licence})"
 
@@ -70,6 +75,15 @@ KNOWN: dict[str, Known] = {
         "Gemma Terms of Use, https://ai.google.dev/gemma/terms",
     ),
 }
+
+
+def recognise(path: Path) -> Known | None:
+    """The known model that a file is, wherever it lies: by its size, and then by its contents."""
+    size = path.stat().st_size
+    for known in KNOWN.values():
+        if size == known.n_bytes and dl.file_sha256(path) == known.sha256:
+            return known
+    return None
 
 
 def cache_dir() -> Path:

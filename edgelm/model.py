@@ -81,10 +81,8 @@ def load(
         UsageError: an argument that cannot be meant.
     """
     path = hub.resolve(source, offline=offline, progress=progress)
-    known = hub.KNOWN.get(hub.DEFAULT if source is None else os.fspath(source))
     return Model(
         gguf.read(path),
-        system=known.system if known is not None else None,
         ctx_size=ctx_size,
         threads=threads,
         threads_batch=threads_batch,
@@ -118,8 +116,6 @@ class Model:
         interpreter: "program" or "reference", which one that is.
         n_ctx: size of the context window, in tokens.
         kv_type: type of cached keys and values.
-        system: a system prompt that suits the model, from where it was found; `edgelm chat` begins with it. None:
-            whatever the chat template says.
     """
 
     def __init__(
@@ -133,7 +129,6 @@ class Model:
         interpreter: str = "auto",
         chat_template: str | None = None,
         max_tokens_per_run: int | None = None,
-        system: str | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.gguf = file
@@ -143,7 +138,7 @@ class Model:
         self.n_ctx = context_window(self.config, ctx_size)
         self.interpreter = _choose(interpreter)
         self.kv_type = kv_type or ("f32" if self.interpreter == "reference" else "f16")
-        self._chat_template, self.system = chat_template, system
+        self._chat_template = chat_template
         self._threads, self._max_tokens = (threads, threads_batch), max_tokens_per_run
         if chat_template is not None:
             _ = self.template  # a wrong one is said now
@@ -184,6 +179,13 @@ class Model:
         if self._chat_template is None:
             return ChatTemplate.from_gguf(self.gguf.metadata, self.tokenizer)
         return _given_template(self._chat_template, self.tokenizer)
+
+    @cached_property
+    def system(self) -> str | None:
+        """A system prompt that suits the model better than what its template says by itself; `edgelm chat` begins with
+        it. None for models that `hub.KNOWN` does not name. A file that may be one of them is read to be sure."""
+        known = hub.recognise(self.path)
+        return None if known is None else known.system
 
     @cached_property
     def fingerprint(self) -> str:

@@ -676,3 +676,15 @@ def test_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch, no_network: No
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(SourceError, match=r"pip install 'edgelm\[hub\]'"):
         hub.resolve("hf:org/repo")
+
+
+def test_a_known_model_is_recognised_wherever_it_lies(smollm2_path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.gguf"
+    other.write_bytes(smollm2_path.read_bytes())
+    assert hub.recognise(other) is hub.KNOWN["smollm2"]
+    with other.open("r+b") as file:
+        file.seek(1000)
+        file.write(b"\x00\x01\x02")
+    assert hub.recognise(other) is None
+    (tmp_path / "small.gguf").write_bytes(b"GGUF")
+    assert hub.recognise(tmp_path / "small.gguf") is None
