@@ -18,7 +18,7 @@ import re
 import stat
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -69,6 +69,13 @@ class GGUF:
     metadata: Mapping[str, Any]
     tensors: Mapping[str, QTensor]
     n_bytes: int
+    _maps: tuple[mmap.mmap, ...] = field(repr=False, default=())
+
+    def forget(self) -> None:
+        """Gives the memory of everything that was read back to the system; what is used again is read again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for data in self._maps:
+                data.madvise(mmap.MADV_DONTNEED)
 
 
 def read(path: str | os.PathLike[str]) -> GGUF:
@@ -121,6 +128,7 @@ def _join(parts: list[GGUF]) -> GGUF:
         first.metadata,
         MappingProxyType(tensors),
         sum(part.n_bytes for part in parts),
+        tuple(data for part in parts for data in part._maps),
     )
 
 
@@ -169,7 +177,7 @@ def _read_part(path: Path) -> GGUF:
     infos = [_tensor_info(header) for _ in range(n_tensors)]
     start = -(-header.offset // alignment) * alignment
     tensors = _tensors(header, infos, start, alignment)
-    return GGUF((path,), version, MappingProxyType(metadata), MappingProxyType(tensors), len(data))
+    return GGUF((path,), version, MappingProxyType(metadata), MappingProxyType(tensors), len(data), (data,))
 
 
 def _check_magic(path: Path, data: mmap.mmap) -> int:

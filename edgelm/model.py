@@ -143,6 +143,8 @@ class Model:
         if chat_template is not None:
             _ = self.template  # a wrong one is said now
         self.runner = self._new_runner("hidden" if self.is_encoder else "logits", progress)
+        if self.interpreter == "program":
+            file.forget()  # its weights are packed now
         self._cache = self.runner.new_cache(self.kv_type)
 
     # ------------------------------------------------------------------------------------------------------- what it is

@@ -410,3 +410,24 @@ def test_a_weight_equals_itself_alone() -> None:
     """QTensor compares by identity: comparing weights would read gigabytes."""
     a, b = (QTensor.from_array("w", np.zeros((2, 2))) for _ in range(2))
     assert a == a and a != b and len({a, b}) == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not tell what is in memory")
+def test_what_was_read_can_be_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    values = np.arange(1 << 20, dtype="<f4")
+    tensor = Tensor("w", (1 << 20,), 0, values.tobytes())
+    path.write_bytes(gguf_file([key("general.architecture", STRING, "x")], [tensor]))
+    file = gguf.read(path)
+
+    def resident_kib() -> int:
+        """Of the file's mapping."""
+        lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+        sizes = (next(line for line in lines if line.startswith("Rss:")) for found in lines if found.endswith(str(path)))
+        return sum(int(line.split()[1]) for line in sizes)
+
+    assert file.tensors["w"].dequantize()[-1] == values[-1]
+    assert resident_kib() >= 4096
+    file.forget()
+    assert resident_kib() < 1024
+    assert file.tensors["w"].dequantize()[-1] == values[-1]
