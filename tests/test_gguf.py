@@ -421,9 +421,10 @@ def test_what_was_read_can_be_forgotten(tmp_path: Path) -> None:
     file = gguf.read(path)
 
     def resident_kib() -> int:
-        """Of the file's mapping."""
+        """Of the mapping of the file."""
         lines = iter(Path("/proc/self/smaps").read_text().splitlines())
-        sizes = (next(line for line in lines if line.startswith("Rss:")) for found in lines if found.endswith(str(path)))
+        ours = (found for found in lines if found.endswith(str(path)))
+        sizes = (next(line for line in lines if line.startswith("Rss:")) for _ in ours)
         return sum(int(line.split()[1]) for line in sizes)
 
     assert file.tensors["w"].dequantize()[-1] == values[-1]
