@@ -25,8 +25,6 @@ from edgelm.kernels.emit import (
     call,
     emit_fma,
     load_at,
-    narrow_f16,
-    repeat,
     spread,
     store_at,
     target,
@@ -34,7 +32,6 @@ from edgelm.kernels.emit import (
 )
 
 __all__ = ["F16", "F32", "I1", "I8", "I16", "I32", "I64", "call", "load_at", "store_at", "target"]  # of `emit`
-LANES = 16
 
 
 class Vec(types.Type):
@@ -70,9 +67,6 @@ VECS = {v.name: v for v in (f32x16, i32x16, i16x16, i8x16, i8x64, i1x16)}
 
 # --- building blocks for code generators: plain functions over an IR builder -----------------------------------
 
-def const(vec: Vec, value: float) -> ir.Constant:
-    return repeat(vec.llvm, value)
-
 
 def splat(b: ir.IRBuilder, scalar: ir.Value, vec: Vec) -> ir.Value:
     return spread(b, scalar, vec.llvm)
@@ -89,9 +83,7 @@ def _loader(vec: Vec) -> Any:
     return load
 
 
-load_f32x16, load_i32x16, load_i16x16, load_i8x16, load_i8x64 = (
-    _loader(v) for v in (f32x16, i32x16, i16x16, i8x16, i8x64)
-)
+load_f32x16, load_i32x16 = (_loader(v) for v in (f32x16, i32x16))
 
 
 def _scalar_loader(numba_type: types.Type, llvm_type: ir.Type) -> Any:
@@ -106,8 +98,6 @@ def _scalar_loader(numba_type: types.Type, llvm_type: ir.Type) -> Any:
 load_i64 = _scalar_loader(types.int64, I64)
 load_i32 = _scalar_loader(types.int32, I32)
 load_i16 = _scalar_loader(types.int16, I16)
-load_i8 = _scalar_loader(types.int8, I8)
-load_u8 = _scalar_loader(types.uint8, I8)
 load_f32 = _scalar_loader(types.float32, F32)
 
 
@@ -117,14 +107,6 @@ def load_f16(typingctx, address):
     def codegen(context, b, sig, args):
         return widen_f16(context, b, load_at(b, args[0], I16))
     return types.float32(types.int64), codegen
-
-
-@intrinsic
-def bits_f32(typingctx, bits):
-    """The float32 with these bits."""
-    def codegen(context, b, sig, args):
-        return b.bitcast(args[0], F32)
-    return types.float32(types.int32), codegen
 
 
 @intrinsic
@@ -162,11 +144,8 @@ def _binary(vec: Vec, emit: Any) -> Any:
 add_f32 = _binary(f32x16, lambda b, x, y: b.fadd(x, y))
 sub_f32 = _binary(f32x16, lambda b, x, y: b.fsub(x, y))
 mul_f32 = _binary(f32x16, lambda b, x, y: b.fmul(x, y))
-div_f32 = _binary(f32x16, lambda b, x, y: b.fdiv(x, y))
 max_f32 = _binary(f32x16, lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
-min_f32 = _binary(f32x16, lambda b, x, y: b.select(b.fcmp_ordered("<", x, y), x, y))
 add_i32 = _binary(i32x16, lambda b, x, y: b.add(x, y))
-sub_i32 = _binary(i32x16, lambda b, x, y: b.sub(x, y))
 
 
 @intrinsic
@@ -178,13 +157,6 @@ def fma(typingctx, x, y, z):
 
 
 @intrinsic
-def abs_f32(typingctx, x):
-    def codegen(context, b, sig, args):
-        return call(b, "llvm.fabs.v16f32", f32x16.llvm, *args)
-    return f32x16(f32x16), codegen
-
-
-@intrinsic
 def to_f32(typingctx, x):
     """int32 lanes to float32 lanes."""
     def codegen(context, b, sig, args):
@@ -193,34 +165,11 @@ def to_f32(typingctx, x):
 
 
 @intrinsic
-def round_i32(typingctx, x):
-    """float32 lanes to int32 lanes, to nearest, ties to even. |x| must be below 2**22."""
-    def codegen(context, b, sig, args):
-        magic = const(f32x16, 1.5 * 2.0**23)
-        return b.sub(b.bitcast(b.fadd(args[0], magic), i32x16.llvm), b.bitcast(magic, i32x16.llvm))
-    return i32x16(f32x16), codegen
-
-
-@intrinsic
 def to_i8(typingctx, x):
     """The low byte of each int32 lane."""
     def codegen(context, b, sig, args):
         return b.trunc(args[0], i8x16.llvm)
     return i8x16(i32x16), codegen
-
-
-@intrinsic
-def f16_to_f32(typingctx, bits):
-    def codegen(context, b, sig, args):
-        return widen_f16(context, b, args[0])
-    return f32x16(i16x16), codegen
-
-
-@intrinsic
-def f32_to_f16(typingctx, x):
-    def codegen(context, b, sig, args):
-        return narrow_f16(context, b, args[0])
-    return i16x16(f32x16), codegen
 
 
 def _halving(b: ir.IRBuilder, v: ir.Value, combine: Any) -> ir.Value:

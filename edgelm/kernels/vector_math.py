@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import types
 from numba.extending import intrinsic
 
 from edgelm.kernels.emit import I32, call, emit_fma
@@ -123,10 +122,6 @@ def emit_erf(context: Any, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return b.select(b.fcmp_unordered("<=", size, _k(x, 1.0)), small, _fn(b, "copysign", large, x))
 
 
-def emit_sigmoid(context: Any, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    return b.fdiv(_k(x, 1.0), b.fadd(_k(x, 1.0), emit_exp(context, b, b.fneg(x))))
-
-
 def emit_silu(context: Any, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """x * sigmoid(x)"""
     return b.fdiv(x, b.fadd(_k(x, 1.0), emit_exp(context, b, b.fneg(x))))
@@ -172,21 +167,3 @@ ACTIVATIONS = {
     "identity": lambda context, b, x: x, "silu": emit_silu, "gelu": emit_gelu, "gelu_erf": emit_gelu_erf,
     "relu": emit_relu, "tanh": emit_tanh,
 }
-
-
-@intrinsic(prefer_literal=True)
-def activation_f32(typingctx, kind, x):
-    """The function of ACTIVATIONS that the literal `kind` names."""
-    emit = ACTIVATIONS[kind.literal_value]
-
-    def codegen(context, b, sig, args):
-        return emit(context, b, args[1])
-    return f32x16(kind, f32x16), codegen
-
-
-@intrinsic
-def lane_0(typingctx, x):
-    """The first lane: for a value that fills all of them."""
-    def codegen(context, b, sig, args):
-        return b.extract_element(args[0], I32(0))
-    return types.float32(f32x16), codegen

@@ -81,14 +81,6 @@ def atomic_set(typingctx, address, value):
 
 
 @intrinsic
-def exchange(typingctx, address, value):
-    """Stores `value`, returns what was there before."""
-    def codegen(context, b, sig, args):
-        return b.atomic_rmw("xchg", _word(b, args[0]), args[1], "seq_cst")
-    return types.int64(types.int64, types.int64), codegen
-
-
-@intrinsic
 def compare_exchange(typingctx, address, expected, value):
     """Stores `value` if the word is `expected`; returns what was there before."""
     def codegen(context, b, sig, args):
