@@ -434,8 +434,10 @@ def warm(model: str | None, model_flag: str | None, hf_repo: str | None, quiet: 
 
     began = time.perf_counter()
     loaded = load_model(model, model_flag, hf_repo, quiet, flags)
-    for _ in loaded.stream_generate([0], max_tokens=2, ignore_eos=True):
-        pass
+    if loaded.is_encoder:
+        loaded.embed([[0]])
+    else:
+        loaded.generate([0], max_tokens=2, ignore_eos=True)
     note(f"ready in {time.perf_counter() - began:.1f} s")
 
 

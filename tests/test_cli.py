@@ -89,6 +89,12 @@ def test_embed_gives_a_line_for_each_text(encoder: Path) -> None:
     assert record["data"][0]["embedding"] == pytest.approx(rows[0], rel=1e-5, abs=1e-6)
 
 
+def test_warm_is_for_encoders_too(model: Path, encoder: Path) -> None:
+    for path in (model, encoder):
+        result = edgelm("warm", path, "-q")
+        assert result.exit_code == 0 and result.stdout == "" and "ready in" in result.stderr
+
+
 def test_tokenize_shows_ids_and_texts(model: Path) -> None:
     ids = json.loads(edgelm("tokenize", model, "-p", "hello there", "--ids").stdout)
     table = json.loads(edgelm("tokenize", model, "-p", "hello there", "--json").stdout)
