@@ -176,7 +176,7 @@ def feed(model: Model, sequence: Any, tokens: Any) -> None:
     """Computes tokens; logits only for the last, as llama-bench does."""
     from edgelm.cache import Batch
 
-    model.runner.forward(Batch.of([(sequence, [int(t) for t in tokens], "last")]))
+    model.runner.forward(Batch.of([(sequence, tokens, "last")]))
 
 
 def read_bandwidth(n_threads: int) -> float:

@@ -73,16 +73,15 @@ class Program:
         self.n_threads_batch = max(1, n_threads_batch or self.n_threads)
         self._progress = progress or (lambda stage, done, total: None)
         self._nodes = in_order([model(Recorder(config, head), config, weights)])
-        self._packed: dict[Matrix, Any]
         self._whole = any(node.kind == "attention" and not node.args["causal"] for node in self._nodes)
         self.max_tokens = max(max_tokens, self.n_ctx) if self._whole else min(max_tokens, self.n_ctx)
         self._n_cols = self._nodes[-1].n_cols
 
-        self._packed = _pack(self._nodes, shared._packed if shared is not None else {}, self._progress)
-        self._resources = Resources(config, self._packed, self.n_ctx)
-        self.n_bytes = sum(p.n_bytes for p in self._packed.values())
+        packed = _pack(self._nodes, {} if shared is None else shared._resources.packed, self._progress)
+        self._resources: Resources = Resources(config, packed, self.n_ctx)
+        self.n_bytes = sum(p.n_bytes for p in packed.values())
         self.transcoded = {
-            matrix.tensor.name: (p.transcoded_from, p.format) for matrix, p in self._packed.items() if p.transcoded_from
+            matrix.tensor.name: (p.transcoded_from, p.format) for matrix, p in packed.items() if p.transcoded_from
         }
 
         self._lock = threading.Lock()

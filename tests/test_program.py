@@ -242,7 +242,8 @@ def test_a_program_of_the_same_weights_packs_none(make: Make, folder: Path) -> N
     weights = Weights.from_gguf(program.config, gguf.read(folder / "llama-gqa-F32.gguf").tensors)
     first = Program(model_of(program.config), program.config, weights, n_ctx=64)
     other = Program(model_of(program.config), program.config, weights, head="hidden", n_ctx=64, shared=first)
-    assert other._packed and all(other._packed[m] is p for m, p in first._packed.items() if m in other._packed)
+    ours, theirs = other._resources.packed, first._resources.packed
+    assert ours and all(ours[matrix] is packed for matrix, packed in theirs.items() if matrix in ours)
     assert run(other, text(other, 4)).shape == (4, program.config.dim)
     first.close()
     other.close()
