@@ -72,7 +72,7 @@ def spin(name: str, chains: int = 12) -> Callable[[int], int]:
     from numba.core import cgutils
     from numba.extending import intrinsic
 
-    from edgelm.kernels import isa as isas
+    from edgelm.kernels import isas
     from edgelm.kernels.emit import I32, I64, F32x16, I8x64, I32x16, emit_fma, repeat, spread
 
     @intrinsic

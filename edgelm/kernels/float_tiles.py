@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edgelm.kernels import isa as isas
+from edgelm.kernels import isas
 from edgelm.kernels.blocks import ROWS, at
 from edgelm.kernels.emit import (
     F32,

@@ -28,8 +28,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edgelm.kernels import block_formats  # noqa: F401  (defines them)
-from edgelm.kernels import isa as isas
+from edgelm.kernels import (
+    block_formats,  # noqa: F401  (defines them)
+    isas,
+)
 from edgelm.kernels.blocks import BLOCKS, CHUNKS, Blocks, Int, at
 from edgelm.kernels.emit import (
     F32,

@@ -14,7 +14,7 @@ import pytest
 SSE = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16"
 AVX2 = f"{SSE},+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+movbe"
 AVX512 = f"{AVX2},+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512cd"
-# CPU, features that Numba is told, what must come out of `isa.select`, features this machine must have
+# CPU, features that Numba is told, what must come out of `isas.select`, features this machine must have
 TARGETS = {
     "portable": ("x86-64", "+sse,+sse2", "Portable", ""),
     "sse4": ("nehalem", SSE, "Ssse3", "sse4.2"),
@@ -24,9 +24,9 @@ TARGETS = {
     "avx512vnni": ("cascadelake", f"{AVX512},+avx512vnni", "Vnni512", "avx512vnni"),
 }
 CHOSEN = """
-from edgelm.kernels import isa
+from edgelm.kernels import isas
 from numba.core.registry import cpu_target
-print(type(isa.select(cpu_target.target_context)).__name__)
+print(type(isas.select(cpu_target.target_context)).__name__)
 """
 
 

@@ -1,0 +1,77 @@
+"""ARM: signed bytes, from plain NEON on. Source: Arm C language extensions (sdot, smull, addp, saddlp)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+from edgelm.kernels.emit import I8, I16, I32, I32x16, call, load_at, repeat, undefined
+from edgelm.kernels.isa import X_MAX, Form, Isa, Value, joined, parts
+
+
+class _Neon(Isa):
+    machines = ("aarch64",)
+    n_parts = 4
+
+    def form(self, bits: int, zero: bool) -> Form:
+        return Form.SIGNED if zero else Form.LOW
+
+    def input(self, b: ir.IRBuilder, record: Value, chunk: int) -> Value:
+        """One lane of a register that holds four chunks: `sdot` takes a lane as it is."""
+        four = load_at(b, b.add(record, record.type(16 * (chunk // 4))), ir.VectorType(I32, 4), 4)
+        return b.shuffle_vector(four, undefined(four.type), repeat(I32x16, chunk % 4))
+
+    def lookup(self, b: ir.IRBuilder, table: list[int], index: Value) -> Value:
+        entries = ir.Constant(ir.VectorType(I8, 16), table)
+        name = "llvm.aarch64.neon.tbl1.v16i8"
+        return joined(b, [call(b, name, entries.type, entries, i) for i in parts(b, index, 4)])
+
+
+class NeonDot(_Neon):
+    """ARMv8.2 dot product: `sdot` adds 16 products of signed bytes to 4 lanes."""
+
+    needs = (frozenset({"dotprod"}),)
+    tokens = (2, 1)  # of 32 registers, 16 hold sums and products; more tokens spill
+
+    def step(self, b: ir.IRBuilder, sums: Any, w: Value, x: Value, form: Form, bits: int) -> Any:
+        done = []
+        for acc, u, s in zip(*(parts(b, v, 4) for v in (sums, w, b.bitcast(x, w.type))), strict=True):
+            done.append(call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", acc.type, acc, u, s))
+        return joined(b, done)
+
+
+class Neon(_Neon):
+    """ARMv8.0: products in 16 bits, neighbours added."""
+
+    needs = (frozenset(),)
+    tokens = (1,)
+
+    def empty(self, b: ir.IRBuilder, first: Value) -> Any:
+        return parts(b, first, 4), None, 0
+
+    def step(self, b: ir.IRBuilder, sums: Any, w: Value, x: Value, form: Form, bits: int) -> Any:
+        acc, narrow, n = sums
+        limit = 32767 // (2 * X_MAX * (1 << bits if form is Form.LOW else 1 << (bits - 1)))
+        i16x8 = ir.VectorType(I16, 8)
+        products = [  # the forms are LOW of at most 6 bits and SIGNED: both are good signed bytes
+            b.mul(b.sext(u, i16x8), b.sext(s, i16x8))
+            for u, s in zip(parts(b, w, 8), parts(b, b.bitcast(x, w.type), 8), strict=True)
+        ]
+        if narrow is not None:
+            products = [b.add(old, product) for old, product in zip(narrow, products, strict=True)]
+        sums = acc, products, n + 1
+        return self._widen(b, sums) if n + 1 == limit else sums
+
+    def _widen(self, b: ir.IRBuilder, sums: Any) -> Any:
+        acc, narrow, _ = sums
+        if narrow is None:
+            return sums
+        done = []
+        for a, low, high in zip(acc, narrow[::2], narrow[1::2], strict=True):
+            pairs = call(b, "llvm.aarch64.neon.addp.v8i16", low.type, low, high)
+            done.append(b.add(a, call(b, "llvm.aarch64.neon.saddlp.v4i32.v8i16", a.type, pairs)))
+        return done, None, 0
+
+    def end(self, b: ir.IRBuilder, sums: Any) -> Value:
+        return joined(b, self._widen(b, sums)[0])

@@ -1,0 +1,148 @@
+"""x86: unsigned times signed bytes, from SSSE3 to AVX-512 VNNI.
+
+Sources: Intel intrinsics guide (vpdpbusd, pmaddubsw); the sign trick for int8 x int8 is that of ggml and of Intel's
+oneDNN.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from llvmlite import ir
+from llvmlite.binding import llvm_version_info
+
+from edgelm.kernels.emit import I8, I16, I8x64, call, repeat
+from edgelm.kernels.isa import X_MAX, Form, Isa, Value, joined, parts
+
+
+class _Bytes(Isa):
+    """x86: unsigned times signed bytes."""
+
+    machines = ("x86_64", "i686")
+    shuffle: ClassVar[str]
+
+    def lookup(self, b: ir.IRBuilder, table: list[int], index: Value) -> Value:
+        size = 64 // self.n_parts
+        vector = ir.VectorType(I8, size)
+        entries = ir.Constant(vector, table * (size // 16))
+        return joined(b, [call(b, self.shuffle, vector, entries, i) for i in parts(b, index, self.n_parts)])
+
+
+class Vnni512(_Bytes):
+    """AVX-512 VNNI: `vpdpbusd` adds 64 products of unsigned and signed bytes to 16 lanes, without saturation."""
+
+    needs = (frozenset({"avx512vnni", "avx512bw"}),)
+    direct_groups = 2
+    tokens, groups = (6, 4, 2, 1), 2  # 12 sums and 12 accumulators: all but a few of 32 registers
+    float_tokens, float_groups = (8, 2, 1), 2
+    shuffle = "llvm.x86.avx512.pshuf.b.512"
+    dot = "llvm.x86.avx512.vpdpbusd.512"
+
+    def form(self, bits: int, zero: bool) -> Form:
+        return Form.TOP if zero else Form.LOW
+
+    def step(self, b: ir.IRBuilder, sums: Any, w: Value, x: Value, form: Form, bits: int) -> Any:
+        operands = b.bitcast(w, I8x64), b.bitcast(x, I8x64)
+        done = []
+        for acc, *pair in zip(*(parts(b, v, self.n_parts) for v in (sums, *operands)), strict=True):
+            if llvm_version_info[0] < 22:  # which took the bytes as int32
+                pair = [b.bitcast(v, acc.type) for v in pair]
+            done.append(call(b, self.dot, acc.type, acc, *pair))
+        return joined(b, done)
+
+
+class Vnni256(Vnni512):
+    """The same on 32 bytes: AVX-VNNI, or AVX-512 VNNI on 256 bits."""
+
+    needs = (frozenset({"avxvnni"}), frozenset({"avx512vnni", "avx512vl"}))
+    direct_groups = 1
+    tokens, groups = (4, 2, 1), 1
+    float_tokens, float_groups = (4, 2, 1), 1
+    n_parts = 2
+    shuffle = "llvm.x86.avx2.pshuf.b"
+    dot = "llvm.x86.avx512.vpdpbusd.256"
+
+
+class _Maddubs(_Bytes):
+    """`pmaddubsw` adds pairs of products of unsigned and signed bytes in 16 bits, with saturation.
+
+    Up to 6 bits nothing can saturate, and with fewer bits several steps fit into 16 bits before they are widened. For 8
+    bits the sign of the weight moves to the activation: 2 * 128 * 127 fits.
+    """
+
+    tokens = (4, 2, 1)
+    pairs: ClassVar[str]  # bytes to sums of pairs in int16
+    quads: ClassVar[str]  # int16 to sums of pairs in int32
+
+    def form(self, bits: int, zero: bool) -> Form:
+        return Form.LOW if bits <= 6 else Form.SIGNED
+
+    def empty(self, b: ir.IRBuilder, first: Value) -> Any:
+        return parts(b, first, self.n_parts), None, 0
+
+    def step(self, b: ir.IRBuilder, sums: Any, w: Value, x: Value, form: Form, bits: int) -> Any:
+        acc, narrow, n = sums
+        limit = 1 if form is Form.SIGNED else 32767 // (2 * X_MAX * ((1 << bits) - 1))
+        terms = []
+        for u, s in zip(parts(b, w, self.n_parts), parts(b, b.bitcast(x, w.type), self.n_parts), strict=True):
+            if form is Form.SIGNED:
+                s = self.signed_like(b, s, u)
+                u = call(b, f"llvm.abs.v{u.type.count}i8", u.type, u, ir.IntType(1)(0))
+            terms.append(call(b, self.pairs, ir.VectorType(I16, u.type.count // 2), u, s))
+        if narrow is not None:
+            terms = [b.add(old, term) for old, term in zip(narrow, terms, strict=True)]
+        sums = acc, terms, n + 1
+        return self._widen(b, sums) if n + 1 == limit else sums
+
+    def _widen(self, b: ir.IRBuilder, sums: Any) -> Any:
+        acc, narrow, _ = sums
+        if narrow is None:
+            return sums
+        ones = repeat(narrow[0].type, 1)
+        wide = [call(b, self.quads, a.type, term, ones) for a, term in zip(acc, narrow, strict=True)]
+        return [b.add(a, quad) for a, quad in zip(acc, wide, strict=True)], None, 0
+
+    def end(self, b: ir.IRBuilder, sums: Any) -> Value:
+        return joined(b, self._widen(b, sums)[0])
+
+    def signed_like(self, b: ir.IRBuilder, s: Value, w: Value) -> Value:
+        """s where w > 0, -s where w < 0; anything where w is 0."""
+        raise NotImplementedError
+
+
+class Avx512(_Maddubs):
+    """AVX-512 without VNNI (Skylake-X)."""
+
+    needs = (frozenset({"avx512bw"}),)
+    tokens = (8, 4, 2, 1)
+    float_tokens, float_groups = (8, 2, 1), 2
+    shuffle = "llvm.x86.avx512.pshuf.b.512"
+    pairs = "llvm.x86.avx512.pmaddubs.w.512"
+    quads = "llvm.x86.avx512.pmaddw.d.512"
+
+    def signed_like(self, b: ir.IRBuilder, s: Value, w: Value) -> Value:
+        zero = ir.Constant(w.type, None)
+        return b.select(b.icmp_signed("<", w, zero), b.sub(zero, s), s)
+
+
+class Avx2(_Maddubs):
+    needs = (frozenset({"avx2"}),)
+    tokens, groups = (3, 2, 1), 2
+    n_parts = 2
+    shuffle = "llvm.x86.avx2.pshuf.b"
+    pairs = "llvm.x86.avx2.pmadd.ub.sw"
+    quads = "llvm.x86.avx2.pmadd.wd"
+    sign = "llvm.x86.avx2.psign.b"
+
+    def signed_like(self, b: ir.IRBuilder, s: Value, w: Value) -> Value:
+        return call(b, self.sign, s.type, s, w)
+
+
+class Ssse3(Avx2):
+    needs = (frozenset({"ssse3"}),)
+    tokens, groups = (2, 1), 1
+    n_parts = 4
+    shuffle = "llvm.x86.ssse3.pshuf.b.128"
+    pairs = "llvm.x86.ssse3.pmadd.ub.sw.128"
+    quads = "llvm.x86.sse2.pmadd.wd"
+    sign = "llvm.x86.ssse3.psign.b.128"
