@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 CPUS = Path("/sys/devices/system/cpu")
+SLOW_CPUS = Path("/sys/devices/cpu_atom/cpus")  # of Intel's hybrid processors, which tell no capacities
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -29,6 +30,7 @@ def default_threads() -> int:
 
 def _fast_cores(cpus: set[int]) -> int:
     """Distinct cores among `cpus`, without those that are much slower than the fastest."""
+    cpus = cpus - _cpu_list(_text(SLOW_CPUS) or "") or cpus
     capacities = {cpu: _number(CPUS / f"cpu{cpu}" / "cpu_capacity") or 0 for cpu in cpus}
     fastest = max(capacities.values(), default=0)
     cores = set()
@@ -56,6 +58,12 @@ def _quota() -> int | None:
         if micros and period_us and micros > 0:
             limits.append(micros / period_us)
     return max(1, -int(-min(limits) // 1)) if limits else None
+
+
+def _cpu_list(text: str) -> set[int]:
+    """The kernel's way to write a set: "0-3,8"."""
+    ranges = [part.partition("-") for part in text.split(",") if part]
+    return {cpu for first, _, last in ranges for cpu in range(int(first), int(last or first) + 1)}
 
 
 def _text(path: Path) -> str | None:

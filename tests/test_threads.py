@@ -15,6 +15,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A Linux machine without CPUs or control groups."""
     monkeypatch.setattr(threads.sys, "platform", "linux")
     monkeypatch.setattr(threads, "CPUS", tmp_path / "cpu")
+    monkeypatch.setattr(threads, "SLOW_CPUS", tmp_path / "cpu_atom/cpus")
     monkeypatch.setattr(threads, "CGROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(threads, "OWN_CGROUP", tmp_path / "own")
     return tmp_path
@@ -44,6 +45,14 @@ def test_slow_cores_are_left_out(machine: Path, monkeypatch: pytest.MonkeyPatch)
     may_use(monkeypatch, *range(7))
     assert threads.default_threads() == 3
     may_use(monkeypatch, 0, 1)
+    assert threads.default_threads() == 2
+
+
+def test_slow_cores_of_a_hybrid_processor_are_left_out(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(machine / "cpu_atom/cpus", "4-5,7")
+    may_use(monkeypatch, *range(8))
+    assert threads.default_threads() == 5
+    may_use(monkeypatch, 4, 7)
     assert threads.default_threads() == 2
 
 
