@@ -56,7 +56,8 @@ def stored(name: str, kind: str, data: NDArray[Any]) -> Array:
 def to_float32(values: NDArray[Any], kind: str) -> Floats:
     """Stored numbers as float32, in a new contiguous array."""
     if kind == "BF16":
-        return np.left_shift(values, 16, dtype=np.uint32, casting="unsafe").view(np.float32)
+        upper: Floats = np.left_shift(values, 16, dtype=np.uint32).view(np.float32)
+        return upper
     if kind.startswith("F8"):
         decoded: Floats = _float8(kind)[values]
         return decoded

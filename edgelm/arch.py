@@ -16,7 +16,7 @@ import numpy as np
 
 from .architectures import ARCHS, Arch, Pairing, arch_of_hf
 from .errors import FormatError, UnsupportedError
-from .hf_config import normalised
+from .hf_config import normalised, refuse_unknown
 from .tensors import Role, TensorSpec
 
 __all__ = ["ARCHS", "Arch", "CacheGroup", "Config", "Pairing", "Role", "Rope", "TensorSpec", "tensors"]
@@ -340,7 +340,9 @@ class Config:
         """The shape of the model that a Hugging Face config.json describes; raises as `from_gguf` does."""
         arch = arch_of_hf((config.get("architectures") or [None])[0])
         try:
-            config = normalised(config)
+            config = normalised(config, ARCHS[arch].hf_defaults)
+            known = (name for f in dataclasses.fields(cls)[1:] for name in _names(arch, f, "hf"))
+            refuse_unknown(config, (name.split(".")[0] for name in known))
         except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise FormatError(f"config.json of this {arch} model lacks or garbles {error}") from None
 

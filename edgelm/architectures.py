@@ -36,7 +36,10 @@ class Arch:
         scaled_embedding: token embeddings are multiplied by sqrt(dim).
         local_scaling: layers with a window stretch RoPE as the others do.
         defaults: values of Config fields, or functions of the fields above them, where no key says otherwise.
-        hf_ignored: patterns of tensors in Hugging Face checkpoints that nothing needs.
+        hf_ignored: patterns of tensors in Hugging Face checkpoints that nothing needs, by their renamed names.
+        hf_renamed: (regular expression, replacement): what turns the names of older and of larger checkpoints, one
+            after the other, into those of the table.
+        hf_defaults: what transformers assumes where config.json is silent, and `Config` would not.
     """
 
     hf: tuple[str, ...]
@@ -48,6 +51,8 @@ class Arch:
     local_scaling: bool = True
     defaults: Mapping[str, Any] = field(default_factory=dict)
     hf_ignored: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
+    hf_renamed: tuple[tuple[str, str], ...] = ()
+    hf_defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 L = "model.layers.{i}."
@@ -95,6 +100,9 @@ GEMMA_POST_NORMS = (
     *norm("blk.{i}.post_ffw_norm", L + "post_feedforward_layernorm", offset=1.0),
     *FFN,
 )
+
+GEMMA_ACTIVATION = {"hidden_activation": "gelu_pytorch_tanh"}  # early files name the exact one, and do not mean it
+BERT_RENAMED = ((r"^bert\.", ""), (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 
 
 def _gemma_scale(n_layers_of_27b: int) -> Callable[[Mapping[str, Any]], float]:
@@ -177,6 +185,8 @@ ARCHS: dict[str, Arch] = {
         ),
         scaled_embedding=True,
         defaults={"activation": "gelu"},
+        hf_ignored=("*.rotary_emb.inv_freq", "lm_head.weight"),
+        hf_defaults=GEMMA_ACTIVATION,
     ),
     "gemma2": Arch(
         hf=("Gemma2ForCausalLM",),
@@ -190,6 +200,8 @@ ARCHS: dict[str, Arch] = {
             "final_softcap": 30.0,
             "attention_scale": _gemma_scale(46),
         },
+        hf_ignored=("*.rotary_emb.inv_freq", "lm_head.weight"),
+        hf_defaults=GEMMA_ACTIVATION,
     ),
     "gemma3": Arch(
         hf=("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
@@ -201,6 +213,24 @@ ARCHS: dict[str, Arch] = {
             "windowed": 6,
             "rope_base_local": 10000.0,
             "attention_scale": _gemma_scale(62),
+        },
+        hf_ignored=("*.rotary_emb.inv_freq", "vision_tower.*", "multi_modal_projector.*"),
+        hf_renamed=(
+            (r"^language_model\.", ""),
+            (r"^model\.language_model\.", "model."),
+            (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+        ),
+        hf_defaults={
+            **GEMMA_ACTIVATION,
+            "vocab_size": 262208,
+            "max_position_embeddings": 131072,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "query_pre_attn_scalar": 256,
         },
     ),
     "gpt2": Arch(
@@ -216,6 +246,7 @@ ARCHS: dict[str, Arch] = {
         pairing=None,
         defaults={"activation": "gelu", "ffn_dim": lambda c: 4 * c["dim"]},
         hf_ignored=("*.attn.bias", "*.attn.masked_bias"),
+        hf_renamed=((r"^(wte|wpe|h|ln_f)\.", r"transformer.\1."),),
     ),
     "phi3": Arch(
         hf=("Phi3ForCausalLM",),
@@ -247,6 +278,7 @@ ARCHS: dict[str, Arch] = {
         pairing=None,
         defaults={"activation": "gelu_erf", "causal": False, "pooling": "mean"},
         hf_ignored=("embeddings.position_ids", "pooler.*", "cls.*"),
+        hf_renamed=BERT_RENAMED,
     ),
     "nomic-bert": Arch(
         hf=("NomicBertModel",),
@@ -254,6 +286,8 @@ ARCHS: dict[str, Arch] = {
         family="encoder",
         norm="layer",
         defaults={"causal": False, "pooling": "mean"},
+        hf_ignored=("*.rotary_emb.inv_freq", "embeddings.position_ids", "pooler.*", "cls.*"),
+        hf_renamed=BERT_RENAMED,
     ),
 }
 
