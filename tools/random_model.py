@@ -54,6 +54,15 @@ MIXES = {
     "q5_k_m": ("Q5_K", "Q6_K", "Q6_K"),
     "q6_k": ("Q6_K", "Q6_K", "Q6_K"),
 }
+FILE_TYPES = {
+    "f16": "MOSTLY_F16",
+    "bf16": "MOSTLY_BF16",
+    "q8_0": "MOSTLY_Q8_0",
+    "q4_0": "MOSTLY_Q4_0",
+    "q4_k_m": "MOSTLY_Q4_K_M",
+    "q5_k_m": "MOSTLY_Q5_K_M",
+    "q6_k": "MOSTLY_Q6_K",
+}  # some readers refuse a file that does not name its mix
 SEED, CHUNK, SPREAD = 1, 1 << 20, 0.02  # SPREAD: standard deviation of a weight
 
 
@@ -87,6 +96,8 @@ def write(shape: Shape, mix: str, path: str) -> None:
     rng = np.random.default_rng(SEED)
     writer = gguf.GGUFWriter(path, shape.arch)
     writer.add_name("random weights")
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[mix]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_context_length(131072)
     writer.add_embedding_length(shape.dim)
     writer.add_block_count(shape.n_layers)

@@ -1,0 +1,56 @@
+"""edgelm under llama-bench's flags, as the other peers are: without the pass over memory that `edgelm bench` adds."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from llama_bench import Settings, Tokens, main
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+import edgelm
+from edgelm.bench import feed
+
+
+class Loaded:
+    """A model in an `edgelm.Model`; see `llama_bench.Engine`."""
+
+    def __init__(self, settings: Settings) -> None:
+        if settings.type_k != settings.type_v:
+            sys.exit(f"cache types {settings.type_k} and {settings.type_v}: edgelm stores both as one type")
+        self.model = edgelm.load(
+            settings.model, ctx_size=settings.n_ctx, threads=settings.n_threads, threads_batch=settings.n_threads,
+            kv_type=settings.type_k,
+        )  # fmt: skip
+        self.n_vocab = self.model.vocab_size
+
+    def facts(self) -> dict[str, Any]:
+        return {"version": edgelm.__version__, "interpreter": self.model.interpreter}
+
+    def timed(self, depth: Tokens, batches: list[Tokens]) -> int:
+        sequence = self.model.new_cache().new_sequence()
+        try:
+            if depth:
+                feed(self.model, sequence, depth)
+            began = time.perf_counter_ns()
+            for tokens in batches:
+                feed(self.model, sequence, tokens)
+            return time.perf_counter_ns() - began
+        finally:
+            sequence.release()
+
+    def prompt(self, depth: Tokens, tokens: Tokens) -> int:
+        return self.timed(depth, [tokens])
+
+    def generate(self, depth: Tokens, n_tokens: int) -> int:
+        return self.timed(depth, [[depth[i % len(depth)]] for i in range(n_tokens)])
+
+    def say(self, tokens: Tokens, n_tokens: int) -> Tokens:
+        stream = self.model.stream_generate(tokens, max_tokens=n_tokens, temperature=0, ignore_eos=True)
+        return [response.token for response in stream if response.token is not None]
+
+
+if __name__ == "__main__":
+    main(__doc__, Loaded)
