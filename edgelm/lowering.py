@@ -93,7 +93,7 @@ class Lowering:
             for i in node.inputs:
                 self._users[i].append(node)
         self._floats: dict[Node, Value] = {}
-        self._records: dict[Node, Value] = {}
+        self._records: dict[tuple[Node, str], Value] = {}  # by kind
         self.steps: list[Step] = []
         self.softcap = 0.0
         self._result = nodes[-1]  # what makes the result, but for the cap
@@ -170,25 +170,27 @@ class Lowering:
         value = self._floats[node] = Value(node.rows, -(-node.n_cols // 16) * ALIGN)
         return value
 
-    def _new_record(self, node: Node) -> Value:
-        value = self._records[node] = Value(node.rows, self._linear.activation_bytes(node.n_cols))
+    def _new_record(self, node: Node, kind: str) -> Value:
+        value = self._records[node, kind] = Value(node.rows, self._linear.record_bytes(kind, node.n_cols))
         return value
 
     def _record_wanted(self, node: Node) -> bool:
-        return any(
-            user.kind == "linear" and not self._linear.is_float(self._packed(user).format) for user in self._users[node]
-        )
+        """Whether a record of int8, which norms can write themselves, is needed."""
+        return any(user.kind == "linear" and self._record_kind(user) == "int8" for user in self._users[node])
+
+    def _record_kind(self, linear: Node) -> str:
+        return self._linear.record_kind(self._packed(linear).format)
 
     def _input(self, linear: Node) -> Value:
         """What a linear layer reads: its input itself, or the record of it, which is made once."""
-        x = linear.inputs[0]
-        if self._linear.is_float(self._packed(linear).format):
+        x, kind = linear.inputs[0], self._record_kind(linear)
+        if kind == "float32":
             return self._floats[x]
-        if x not in self._records:
-            value, record, build = self._floats[x], self._new_record(x), self._linear.row_quantize
-            row = partial(_quantize, build, value, record, x.n_cols)
+        if (x, kind) not in self._records:
+            value, record = self._floats[x], self._new_record(x, kind)
+            row = partial(_quantize, partial(self._linear.row_quantize, kind=kind), value, record, x.n_cols)
             self.steps.append(Step("quantize", (value,), (record,), row))
-        return self._records[x]
+        return self._records[x, kind]
 
     def _step(
         self, node: Node, reads: Iterable[Value], row: Callable[..., list[int]], *, reuses: Value | None = None,
@@ -212,7 +214,7 @@ class Lowering:
 
     def _norm(self, node: Node, build: Callable[..., list[int]], *arguments: Any, **options: Any) -> None:
         x = self._floats[node.inputs[0]]
-        record = self._new_record(node) if self._record_wanted(node) else None
+        record = self._new_record(node, "int8") if self._record_wanted(node) else None
         self._step(node, (x,), lambda y: build(
             x.offset, x.stride, y.offset, y.stride, node.n_cols, *arguments, **options,
             quantized_off=-1 if record is None else record.offset, count=COUNTS[node.rows],

@@ -39,18 +39,19 @@ class Bench:
         copies, repeats = max(1, n_bytes // size), 1 if n_bytes else max(1, (8 << 30) // (rows * cols * tokens * 32))
         self.weights = _zeros(copies * size)
         self.weights[:] = 0x33  # scales and weights of a sensible size in every format: no subnormal numbers
-        x_stride = -(-4 * cols // LINE) * LINE if linear.is_float(format) else linear.activation_bytes(cols)
+        kind = linear.record_kind(format)
+        x_stride = -(-4 * cols // LINE) * LINE if kind == "float32" else linear.record_bytes(kind, cols)
         x, y = LINE, LINE + tokens * (x_stride + 4 * cols)
         self.workspace = _zeros(y + tokens * 4 * -(-rows // 16) * 16)
         self.env = np.zeros(Env.SIZE, np.int64)
         self.env[Env.WORKSPACE], self.env[Env.N_TOKENS] = self.workspace.ctypes.data, tokens
         values = np.random.default_rng(0).standard_normal((tokens, cols)).astype(np.float32)
-        if linear.is_float(format):
+        if kind == "float32":
             self.workspace[x : x + tokens * x_stride].reshape(tokens, x_stride)[:, : 4 * cols] = values.view(np.uint8)
         else:
             floats = x + tokens * x_stride
             self.workspace[floats : floats + values.nbytes] = values.view(np.uint8).ravel()
-            self._run([linear.row_quantize(floats, 4 * cols, cols, x)])
+            self._run([linear.row_quantize(floats, 4 * cols, cols, x, kind=kind)])
         base = self.weights.ctypes.data
         self.table = np.array(repeats * [
             linear.row_linear(Packed(format, rows, cols, base + i * size, size), x, x_stride, y, 4 * rows)
@@ -150,7 +151,7 @@ def in_turns(bench: Bench, amount: float, roof: Callable[[], float], rounds: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("formats", nargs="*", default=[*BLOCKS, *FLOATS])
+    parser.add_argument("formats", nargs="*", default=[*BLOCKS, *FLOATS, "INT16"])
     parser.add_argument("-t", "--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 128, 512])
     parser.add_argument("--shape", type=int, nargs=2, default=(1024, 2048), metavar=("ROWS", "COLUMNS"))
@@ -167,7 +168,7 @@ def main() -> None:
             start = time.perf_counter()
             compiler.address(linear.linear_kernel(format))
             print(f"  {format:7s} compiled in {time.perf_counter() - start:.2f} s", end="", flush=True)
-            peak = partial(roofs.peak, "float32" if linear.is_float(format) else "int8")
+            peak = partial(roofs.peak, "float32" if linear.record_kind(format) == "float32" else "int8")
             for tokens in options.tokens:
                 bench = Bench(format, shape, n_bytes if tokens == 1 else 0, threads, tokens)
                 if tokens == 1:

@@ -7,6 +7,7 @@ from numba import njit
 from edgelm.kernels.abi import WORD, Env, Row
 from edgelm.kernels.float_tiles import float_embed_code
 from edgelm.kernels.functions import call_function
+from edgelm.kernels.int16_tiles import int16_embed_code
 from edgelm.kernels.simd import load_i32, load_i64
 from edgelm.kernels.tiles import embed_code
 
@@ -36,6 +37,10 @@ def embed_f16(op, env, begin, end):
 
 def embed_bf16(op, env, begin, end):
     rows(float_embed_code("BF16"), op, env, begin, end)
+
+
+def embed_int16(op, env, begin, end):
+    rows(int16_embed_code("F16"), op, env, begin, end)
 
 
 def embed_q4_0(op, env, begin, end):

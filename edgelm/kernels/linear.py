@@ -11,14 +11,14 @@ from enum import IntEnum
 import numpy as np
 
 from edgelm.errors import UnsupportedError
-from edgelm.kernels import compiler
+from edgelm.kernels import compiler, int16
 from edgelm.kernels.abi import Env, Row
 from edgelm.kernels.packing import Packed, is_float, pack, pack_all
 from edgelm.kernels.records import activation_bytes
 
 __all__ = [
-    "Packed", "activation_bytes", "can_gate", "is_float", "linear_kernel", "pack", "pack_all", "row_embed", "row_gated",
-    "row_linear", "row_quantize",
+    "Packed", "activation_bytes", "can_gate", "is_float", "linear_kernel", "pack", "pack_all", "record_bytes",
+    "record_kind", "row_embed", "row_gated", "row_linear", "row_quantize",
 ]  # fmt: skip
 
 ACTIVATIONS = {"silu": 1, "gelu": 2}
@@ -58,13 +58,25 @@ def _row(kernel: str, units: int, units_per: int, count: int, grain: int, args: 
     return row
 
 
-def row_quantize(x_off: int, x_stride: int, n_cols: int, q_off: int, count: int = Env.N_TOKENS) -> list[int]:
-    """Writes the records of (count, n_cols) float32 at `x_off` to `q_off`, `activation_bytes(n_cols)` apart.
+def record_kind(format: str) -> str:
+    """What kernels of a packed format multiply with: records of "int8" or "int16", or "float32" as they are."""
+    return "int16" if format == "INT16" else "float32" if is_float(format) else "int8"
+
+
+def record_bytes(kind: str, n_cols: int) -> int:
+    """Bytes from one record of "int8" or "int16" to the next."""
+    return int16.record_bytes(n_cols) if kind == "int16" else activation_bytes(n_cols)
+
+
+def row_quantize(
+    x_off: int, x_stride: int, n_cols: int, q_off: int, count: int = Env.N_TOKENS, kind: str = "int8"
+) -> list[int]:
+    """Writes the records of (count, n_cols) float32 at `x_off` to `q_off`, `record_bytes(kind, n_cols)` apart.
 
     Offsets into the workspace; strides in bytes. A unit is a token.
     """
-    args = [x_off, x_stride, n_cols, q_off, activation_bytes(n_cols)]
-    return _row("quantize:quantize", 1, 1, count, max(1, 4096 // n_cols), args)
+    args = [x_off, x_stride, n_cols, q_off, record_bytes(kind, n_cols)]
+    return _row("quantize:quantize" if kind == "int8" else f"quantize:quantize_{kind}", 1, 1, count, max(1, 4096 // n_cols), args)
 
 
 def linear_kernel(format: str) -> str:
@@ -86,7 +98,7 @@ def row_linear(
 ) -> list[int]:
     """y = x @ W.T + bias + residual.
 
-    x: (count, n_cols) activations, float32 if `is_float(packed.format)`, else records. Offsets into the workspace,
+    x: (count, n_cols) activations as `record_kind(packed.format)` says. Offsets into the workspace,
     strides in bytes. Rows of y and of the residual must have room for whole groups of 16 columns, except with
     `to_logits`: then y is `Env.LOGITS`, rows of n_rows float32 without gaps. The residual may be y.
     """

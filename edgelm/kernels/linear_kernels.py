@@ -14,6 +14,7 @@ from numba import njit
 from edgelm.kernels.abi import WORD, Env, Row
 from edgelm.kernels.float_tiles import float_linear_code
 from edgelm.kernels.functions import Code, call_function, scratch
+from edgelm.kernels.int16_tiles import int16_linear_code
 from edgelm.kernels.linear import MAX_TOKENS, Arg
 from edgelm.kernels.simd import (
     add_f32,
@@ -165,6 +166,10 @@ def linear_f16(op, env, begin, end):
 
 def linear_bf16(op, env, begin, end):
     units(float_linear_code("BF16"), op, env, begin, end)
+
+
+def linear_int16(op, env, begin, end):
+    units(int16_linear_code(), op, env, begin, end)
 
 
 def linear_q4_0(op, env, begin, end):

@@ -1,7 +1,8 @@
 """Weights made ready for the kernels: from the blocks of a file to the packed form that `blocks` describes.
 
 The work is done by compiled kernels on several threads, at the speed of the memory. Formats that have no kernels are
-transcoded: those made of integers times a scale to `INT8`, without loss, and plain numbers to float32.
+transcoded: those made of integers times a scale to `INT8`, without loss, and plain numbers to float32. Where integers
+are multiplied faster than floats, float16 and bfloat16 become `int16`.
 
 Imports no Numba. Knows nothing of activations.
 """
@@ -21,6 +22,7 @@ from edgelm.formats import QTensor
 from edgelm.kernels import (
     block_formats,  # noqa: F401  (defines them)
     compiler,
+    int16,
 )
 from edgelm.kernels.blocks import BLOCKS, ROWS
 
@@ -72,6 +74,8 @@ def _unit(format: str) -> tuple[int, int]:
     """(columns, bytes) of the smallest piece of 16 rows."""
     if format in FLOATS:
         return 1, ROWS * FLOATS[format]
+    if format == "INT16":
+        return int16.BLOCK, int16.UNIT
     return 32 * BLOCKS[format].blocks, BLOCKS[format].unit_bytes
 
 
@@ -129,6 +133,8 @@ def _shape(tensor: QTensor) -> tuple[int, int]:
 
 def _format_for(tensor: QTensor) -> str:
     name = tensor.format.name
+    if name in ("F16", "BF16") and int16.preferred():
+        return "INT16"
     if name in FLOATS or name in BLOCKS:
         return name
     return "INT8" if tensor.format.block > 1 else "F32"
@@ -151,8 +157,10 @@ def _zeros(n_bytes: int) -> np.ndarray:
 def _pack_groups(tensor: QTensor, packed: Packed, first: int, last: int) -> None:
     """Packs groups `first` to `last`, not included."""
     rows = slice(first * ROWS, min(last * ROWS, packed.n_rows))
-    data = tensor.data[rows]
-    if packed.transcoded_from is not None:
+    data, kernel = tensor.data[rows], f"pack_{packed.format.lower()}"
+    if packed.format == "INT16":
+        kernel = f"pack_int16_{tensor.format.name.lower()}"
+    elif packed.transcoded_from is not None:
         data = _transcoded(tensor, rows, packed.format)
     if data.strides[-1] != 1:
         data = np.ascontiguousarray(data)
@@ -160,8 +168,7 @@ def _pack_groups(tensor: QTensor, packed: Packed, first: int, last: int) -> None
         [data.ctypes.data, data.strides[0], len(data), packed.n_cols, packed.address + first * packed.group_bytes,
          packed.group_bytes], np.int64,
     )  # fmt: skip
-    kernel = _Native(compiler.address(f"packing_kernels:pack_{packed.format.lower()}"))
-    kernel(job.ctypes.data, 0, 0, last - first)
+    _Native(compiler.address(f"packing_kernels:{kernel}"))(job.ctypes.data, 0, 0, last - first)
 
 
 # --- transcoding

@@ -9,19 +9,20 @@ from __future__ import annotations
 from numba import njit
 
 from edgelm.kernels.functions import call_function
+from edgelm.kernels.int16_tiles import int16_pack_code
 from edgelm.kernels.simd import load_i16, load_i32, load_i64, store
 from edgelm.kernels.tiles import pack_code
 
 
 @njit
-def groups(code, job, begin, end):
-    """Groups `begin` to `end` of a job."""
+def groups(code, block, job, begin, end):
+    """Groups `begin` to `end` of a job. The code counts columns in blocks of `block`."""
     source, row_bytes, n_rows, n_cols = load_i64(job), load_i64(job + 8), load_i64(job + 16), load_i64(job + 24)
     target, group_bytes = load_i64(job + 32), load_i64(job + 40)
     for group in range(begin, end):
         rows = min(16, n_rows - group * 16)
         first = source + group * 16 * row_bytes
-        call_function(code, first, row_bytes, rows, n_cols // 32, target + group * group_bytes)
+        call_function(code, first, row_bytes, rows, n_cols // block, target + group * group_bytes)
 
 
 @njit
@@ -54,57 +55,65 @@ def pack_bf16(job, unused, begin, end):
     floats(2, job, begin, end)
 
 
+def pack_int16_f16(job, unused, begin, end):
+    groups(int16_pack_code("F16"), 1, job, begin, end)
+
+
+def pack_int16_bf16(job, unused, begin, end):
+    groups(int16_pack_code("BF16"), 1, job, begin, end)
+
+
 def pack_q4_0(job, unused, begin, end):
-    groups(pack_code("Q4_0"), job, begin, end)
+    groups(pack_code("Q4_0"), 32, job, begin, end)
 
 
 def pack_q4_1(job, unused, begin, end):
-    groups(pack_code("Q4_1"), job, begin, end)
+    groups(pack_code("Q4_1"), 32, job, begin, end)
 
 
 def pack_q5_0(job, unused, begin, end):
-    groups(pack_code("Q5_0"), job, begin, end)
+    groups(pack_code("Q5_0"), 32, job, begin, end)
 
 
 def pack_q5_1(job, unused, begin, end):
-    groups(pack_code("Q5_1"), job, begin, end)
+    groups(pack_code("Q5_1"), 32, job, begin, end)
 
 
 def pack_q8_0(job, unused, begin, end):
-    groups(pack_code("Q8_0"), job, begin, end)
+    groups(pack_code("Q8_0"), 32, job, begin, end)
 
 
 def pack_q2_k(job, unused, begin, end):
-    groups(pack_code("Q2_K"), job, begin, end)
+    groups(pack_code("Q2_K"), 32, job, begin, end)
 
 
 def pack_q3_k(job, unused, begin, end):
-    groups(pack_code("Q3_K"), job, begin, end)
+    groups(pack_code("Q3_K"), 32, job, begin, end)
 
 
 def pack_q4_k(job, unused, begin, end):
-    groups(pack_code("Q4_K"), job, begin, end)
+    groups(pack_code("Q4_K"), 32, job, begin, end)
 
 
 def pack_q5_k(job, unused, begin, end):
-    groups(pack_code("Q5_K"), job, begin, end)
+    groups(pack_code("Q5_K"), 32, job, begin, end)
 
 
 def pack_q6_k(job, unused, begin, end):
-    groups(pack_code("Q6_K"), job, begin, end)
+    groups(pack_code("Q6_K"), 32, job, begin, end)
 
 
 def pack_iq4_nl(job, unused, begin, end):
-    groups(pack_code("IQ4_NL"), job, begin, end)
+    groups(pack_code("IQ4_NL"), 32, job, begin, end)
 
 
 def pack_iq4_xs(job, unused, begin, end):
-    groups(pack_code("IQ4_XS"), job, begin, end)
+    groups(pack_code("IQ4_XS"), 32, job, begin, end)
 
 
 def pack_mxfp4(job, unused, begin, end):
-    groups(pack_code("MXFP4"), job, begin, end)
+    groups(pack_code("MXFP4"), 32, job, begin, end)
 
 
 def pack_int8(job, unused, begin, end):
-    groups(pack_code("INT8"), job, begin, end)
+    groups(pack_code("INT8"), 32, job, begin, end)

@@ -22,6 +22,8 @@ from edgelm.kernels.emit import (
     store_at,
     undefined,
 )
+from edgelm.kernels.functions import call_function
+from edgelm.kernels.int16_tiles import int16_record_code
 from edgelm.kernels.records import (
     BLOCK,
     OFFSET_LOW,
@@ -120,3 +122,12 @@ def quantize(op, env, begin, end):
     n_cols, x_stride, q_stride = load_i64(op + _N_COLS), load_i64(op + _X_STRIDE), load_i64(op + _Q_STRIDE)
     for token in range(begin, end):
         quantize_row(x + token * x_stride, n_cols, q + token * q_stride)
+
+
+def quantize_int16(op, env, begin, end):
+    """Unit: the `int16` record of one token."""
+    workspace, n_cols = load_i64(env + _WORKSPACE), load_i64(op + _N_COLS)
+    x, q = workspace + load_i64(op + _X), workspace + load_i64(op + _Q)
+    x_stride, q_stride = load_i64(op + _X_STRIDE), load_i64(op + _Q_STRIDE)
+    for token in range(begin, end):
+        call_function(int16_record_code("F32"), x + token * x_stride, n_cols, q + token * q_stride)
