@@ -58,7 +58,8 @@ class Pipeline:
 
     def facts(self) -> dict[str, Any]:
         core = openvino.Core()
-        defaults = {name: str(core.get_property("CPU", name)) for name in DEFAULTS}
+        defaults = {name: core.get_property("CPU", name) for name in DEFAULTS}
+        defaults = {name: getattr(value, "to_string", value.__repr__)() for name, value in defaults.items()}
         return {"version": openvino_genai.__version__, **self.properties, **defaults}
 
     def run(self, tokens: Tokens, n_tokens: int) -> tuple[int, list[int], Tokens]:
