@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgelm.errors import UsageError
+from edgelm.flags import cache_type
+from edgelm.kv_types import both
 
 if TYPE_CHECKING:
     from edgelm.model import Model
@@ -91,6 +93,7 @@ def main(
     quiet: bool,
     max_tokens_per_run: int | None = None,
     cache_type_k: str | None = None,
+    cache_type_v: str | None = None,
 ) -> None:
     """Runs `edgelm bench`: prints a table, or records, to standard output."""
     if startup:
@@ -112,8 +115,7 @@ def main(
     longest = max(t.n_prompt + t.n_gen + t.n_depth for t in tests)
     results: list[Result] = []
     settings: dict[str, Any] = {} if max_tokens_per_run is None else {"max_tokens_per_run": max_tokens_per_run}
-    if cache_type_k is not None:
-        settings["kv_type"] = cache_type_k
+    settings |= cache_type({"cache_type_k": cache_type_k, "cache_type_v": cache_type_v})
     counts: list[int | None] = [*numbers(threads, "-t")]
     for n_threads in counts or [None]:
         with bars(quiet) as progress:
@@ -200,8 +202,8 @@ def record(model: Model, result: Result) -> dict[str, Any]:
         "n_batch": model.runner.max_tokens,
         "n_ubatch": model.runner.max_tokens,
         "n_threads": result.n_threads,
-        "type_k": model.kv_type,
-        "type_v": model.kv_type,
+        "type_k": both(model.kv_type)[0],
+        "type_v": both(model.kv_type)[1],
         "n_prompt": result.test.n_prompt,
         "n_gen": result.test.n_gen,
         "n_depth": result.test.n_depth,

@@ -37,7 +37,7 @@ class KVCache:
 
     Args:
         groups: the model's cache groups (`Config.cache_groups()`).
-        kv_type: "f16" or "f32", what keys and values are stored as.
+        kv_type: what keys and values are stored as: a name of `kv_types.KV_TYPES`, or two as "q8_0/f16".
         max_bytes: limit on the memory of all pages together; `CacheFull` instead of going beyond it.
         undo: positions by which a sequence can always be truncated without computing anything again. Layers with a
             sliding window keep their pages that much longer.
@@ -285,8 +285,8 @@ class Sequence:
             if pool.counts.get(address) != 1:
                 raise UsageError(f"position {start + at} lies in a page that is shared or dropped; reserve it first")
             keys, values = layout.views(pool.pages[address], index)
-            keys[:, :, row : row + n] = k[at : at + n].transpose(1, 2, 0)
-            values[:, row : row + n, : layout.group.v_head_dim] = v[at : at + n].transpose(1, 0, 2)
+            layout.keys.write(keys, row, k[at : at + n])
+            layout.values.write(values, row, v[at : at + n])
             at += n
 
     def read(self, layer: int, n: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -304,8 +304,8 @@ class Sequence:
             if address:
                 at = slice(page * PAGE, min(n, (page + 1) * PAGE))
                 keys, values = layout.views(pool.pages[int(address)], index)
-                k[at] = keys.transpose(2, 0, 1)[: at.stop - at.start]
-                v[at] = values.transpose(1, 0, 2)[: at.stop - at.start, :, : group.v_head_dim]
+                k[at] = layout.keys.read(keys)[: at.stop - at.start]
+                v[at] = layout.values.read(values)[: at.stop - at.start]
         return k, v
 
     def save(self, file: BinaryIO) -> None:

@@ -18,7 +18,7 @@ from .cache import KVCache, Sequence
 from .errors import FormatError
 from .pages import PAGE, GroupLayout
 
-_MAGIC, _VERSION = b"edgelmKV", 1
+_MAGIC, _VERSION = b"edgelmKV", 2
 
 
 def save(sequence: Sequence, file: BinaryIO) -> None:
@@ -90,15 +90,15 @@ def _layout(cache: KVCache) -> bytes:
     fields = [PAGE, len(cache.groups)]
     for g in cache.groups:
         fields += [g.n_kv_heads, g.head_dim, g.v_head_dim, g.window, len(g.layers), *g.layers]
-    head = _MAGIC + struct.pack("<I4s", _VERSION, cache.kv_type.encode().ljust(4))
+    head = _MAGIC + struct.pack("<I16s", _VERSION, cache.kv_type.encode())
     return head + struct.pack(f"<{1 + len(fields)}q", len(fields), *fields)
 
 
 def _without_tail(layout: GroupLayout, page: NDArray[np.uint8], n: int) -> NDArray[np.uint8]:
     """A copy of a page with only its first n positions, and without the padding of values."""
-    clean = np.zeros_like(page)
+    clean = page.copy()
     for i in range(len(layout.group.layers)):
-        (old_k, old_v), (new_k, new_v) = layout.views(page, i), layout.views(clean, i)
-        new_k[:, :, :n] = old_k[:, :, :n]
-        new_v[:, :n, : layout.group.v_head_dim] = old_v[:, :n, : layout.group.v_head_dim]
+        keys, values = layout.views(clean, i)
+        layout.keys.keep(keys, n)
+        layout.values.keep(values, n)
     return clean

@@ -17,10 +17,12 @@ import click
 
 from edgelm.errors import EdgelmError, UsageError
 from edgelm.flags import (
+    CACHE_TYPES,
     GENERATION_FLAGS,
     MODEL_FLAGS,
     SAMPLING_FLAGS,
     TEMPLATE_FLAGS,
+    cache_type,
     generation_settings,
     load_model,
     resolve,
@@ -285,15 +287,9 @@ def tokenize(
     "-c", "--ctx", "--ctx-size", "ctx_size", type=click.IntRange(0), default=0, help="Memory for this context window."
 )
 @click.option(
-    "--kv",
-    "-ctk",
-    "--cache-type-k",
-    "kv_type",
-    type=click.Choice(["f16", "f32", "q8_0", "q4_0"]),
-    default="f16",
-    show_default=True,
-    help="Memory for this type of KV cache.",
+    "-ctk", "--cache-type-k", type=click.Choice(CACHE_TYPES), help="Memory for cached keys of this type."
 )
+@click.option("-ctv", "--cache-type-v", type=click.Choice(CACHE_TYPES), help="The same of cached values.")
 @click.option("--metadata", is_flag=True, help="Every key of the file as well.")
 @click.option("--tensors", is_flag=True, help="Every tensor of the file as well.")
 @click.option("--offline", is_flag=True, help="Never touch the network.")
@@ -304,7 +300,8 @@ def info(
     model_flag: str | None,
     hf_repo: str | None,
     ctx_size: int,
-    kv_type: str,
+    cache_type_k: str | None,
+    cache_type_v: str | None,
     metadata: bool,
     tensors: bool,
     offline: bool,
@@ -315,7 +312,8 @@ def info(
     from edgelm.model import describe
 
     path = resolve(model, model_flag, hf_repo, quiet, offline)
-    facts = describe(path, ctx_size=ctx_size, kv_type=kv_type, metadata=metadata, tensors=tensors)
+    types = cache_type({"cache_type_k": cache_type_k, "cache_type_v": cache_type_v})
+    facts = describe(path, ctx_size=ctx_size, metadata=metadata, tensors=tensors, **types)
     if as_json:
         print_json(facts)
     else:
@@ -362,7 +360,8 @@ def evaluate(
     loaded = load_model(model, model_flag, hf_repo, quiet, flags)
     reference = None
     if against is not None:
-        reference = load_model(against, None, None, quiet, flags | {"interpreter": against_interpreter})
+        theirs = {"interpreter": against_interpreter, "cache_type_k": None, "cache_type_v": None}
+        reference = load_model(against, None, None, quiet, flags | theirs)
     with bars(quiet) as progress:
         report = perplexity(
             loaded,
@@ -390,7 +389,8 @@ def evaluate(
 @click.option("-t", "--threads", default="", help="Numbers of threads, separated by commas.")
 @click.option("-r", "--repetitions", type=click.IntRange(1), default=5, show_default=True)
 @click.option("-ub", "--ubatch-size", "max_tokens_per_run", type=click.IntRange(1))
-@click.option("-ctk", "--cache-type-k", type=click.Choice(["f16", "f32"]))
+@click.option("-ctk", "--cache-type-k", type=click.Choice(CACHE_TYPES))
+@click.option("-ctv", "--cache-type-v", type=click.Choice(CACHE_TYPES))
 @click.option("-o", "--output", type=click.Choice(["md", "json", "jsonl", "csv"]), default="md", show_default=True)
 @click.option("--startup", is_flag=True, help="Time from process start to the first token instead.")
 @click.option("--no-warmup", is_flag=True, help="Count the first run as well.")

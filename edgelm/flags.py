@@ -23,6 +23,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 LOAD_SETTINGS = (
     "ctx_size", "threads", "threads_batch", "kv_type", "max_tokens_per_run", "interpreter", "offline", "chat_template",
 )  # fmt: skip
+CACHE_TYPES = ("f16", "f32", "q8_0", "q4_0")  # `kv_types.KV_TYPES`, which --help has no time to import
 
 
 def _flag(*names: str, **settings: Any) -> Callable[[Command], Command]:
@@ -40,8 +41,8 @@ MODEL_FLAGS = (
         type=click.IntRange(1),
         help="Tokens of a prompt that are computed at a time.",
     ),
-    _flag("-ctk", "--cache-type-k", "kv_type", type=click.Choice(["f16", "f32"]), help="Type of the KV cache."),
-    _flag("-ctv", "--cache-type-v", type=click.Choice(["f16", "f32"]), help="Type of cached values: as that of keys."),
+    _flag("-ctk", "--cache-type-k", type=click.Choice(CACHE_TYPES), help="Type of cached keys."),
+    _flag("-ctv", "--cache-type-v", type=click.Choice(CACHE_TYPES), help="Type of cached values."),
     _flag(
         "--interpreter",
         type=click.Choice(["auto", "program", "reference"]),
@@ -153,13 +154,23 @@ def load_model(
     from edgelm.model import load
 
     settings = {name: value for name, value in given(flags).items() if name in LOAD_SETTINGS}
-    if (values := flags.get("cache_type_v")) is not None and values != settings.setdefault("kv_type", values):
-        raise UsageError(f"-ctk {settings['kv_type']} -ctv {values}: keys and values are stored as the same type")
+    settings |= cache_type(flags)
     if path := flags.get("chat_template_file"):
         with open(path, encoding="utf-8") as file:
             settings["chat_template"] = file.read()
     with bars(quiet) as progress:
         return load(source_of(model, model_flag, hf_repo), progress=progress, **settings)
+
+
+def cache_type(flags: dict[str, Any]) -> dict[str, str]:
+    """The setting `kv_type` that -ctk and -ctv mean; none if neither was given. One alone leaves the other as it is."""
+    types = [flags.get("cache_type_k"), flags.get("cache_type_v")]
+    if not any(types):
+        return {}
+    from edgelm.kv_types import named
+
+    default = "f32" if flags.get("interpreter") == "reference" else "f16"
+    return {"kv_type": named(types[0] or default, types[1] or default)}
 
 
 def generation_settings(flags: dict[str, Any]) -> dict[str, Any]:

@@ -66,7 +66,8 @@ def load(
         source: a GGUF file, a known name, hf:…, pypi:… (see `edgelm.hub`); None for the default model.
         ctx_size: context window in tokens; 0 for that of the model.
         threads, threads_batch: for single tokens and for prompts; None for the physical cores.
-        kv_type: what keys and values are stored as, "f16" or "f32"; None for "f16", for the reference "f32".
+        kv_type: what keys and values are stored as: "f16", "f32", "q8_0" or "q4_0", or two of them as "q8_0/f16", first
+            that of keys. None for "f16", for the reference "f32".
         interpreter: "program" (compiled kernels), "reference" (NumPy, slow and exact), "auto" for the first of them
             that can run here.
         chat_template: source or built-in name of a template to use instead of the file's own.

@@ -6,19 +6,21 @@ Knows nothing of sequences: see `cache`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import EdgelmError, UsageError
+from .errors import EdgelmError
+from .kv_types import KV_TYPES, PAGE, KVArray, both
 
 if TYPE_CHECKING:
     from .arch import CacheGroup
 
-PAGE = 64  # positions of a page; kernels are written for it
+__all__ = ["ALIGN", "KV_TYPES", "PAGE", "CacheFull", "GroupLayout", "Pool"]
+
 ALIGN = 64  # bytes: pages begin on cache lines
-KV_TYPES: dict[str, np.dtype[np.generic]] = {"f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
 
 _FIRST_SLAB, _LARGEST_SLAB = 4 << 20, 256 << 20  # bytes
 
@@ -29,54 +31,40 @@ class CacheFull(EdgelmError):
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """Where keys and values lie in a page of a cache group.
+    """Where keys and values lie in a page of a cache group: for each layer in order its keys, then its values.
 
-    For each layer in order: K as [n_kv_heads][head_dim][PAGE], then V as [n_kv_heads][PAGE][v_stride], in the type of
-    the cache. K is transposed so that a kernel's lanes are positions in q·k and dimensions in p·v: no sums across
-    lanes. `v_stride` is v_head_dim rounded up to 16; the elements in between are never read as values.
+    `kv_type` names the types of both, see `kv_types.both`.
     """
 
     group: CacheGroup
     kv_type: str
 
     def __post_init__(self) -> None:
-        if self.kv_type not in KV_TYPES:
-            raise UsageError(f"unknown KV cache type {self.kv_type!r}; choose one of {', '.join(KV_TYPES)}")
+        both(self.kv_type)
 
-    @property
-    def dtype(self) -> np.dtype[np.generic]:
-        return KV_TYPES[self.kv_type]
+    @cached_property
+    def keys(self) -> KVArray:
+        return KV_TYPES[both(self.kv_type)[0]](True, self.group.n_kv_heads, self.group.head_dim)
 
-    @property
-    def v_stride(self) -> int:
-        return -(-self.group.v_head_dim // 16) * 16
-
-    @property
-    def k_bytes(self) -> int:
-        """Bytes of one layer's keys in a page."""
-        return self.group.n_kv_heads * self.group.head_dim * PAGE * self.dtype.itemsize
-
-    @property
-    def v_bytes(self) -> int:
-        return self.group.n_kv_heads * PAGE * self.v_stride * self.dtype.itemsize
+    @cached_property
+    def values(self) -> KVArray:
+        return KV_TYPES[both(self.kv_type)[1]](False, self.group.n_kv_heads, self.group.v_head_dim)
 
     @property
     def page_bytes(self) -> int:
-        return len(self.group.layers) * (self.k_bytes + self.v_bytes)
+        return len(self.group.layers) * (self.keys.n_bytes + self.values.n_bytes)
 
     def k_offset(self, layer_in_group: int) -> int:
         """Byte offset of a layer's keys from the start of the page; a multiple of 64."""
-        return layer_in_group * (self.k_bytes + self.v_bytes)
+        return layer_in_group * (self.keys.n_bytes + self.values.n_bytes)
 
     def v_offset(self, layer_in_group: int) -> int:
-        return self.k_offset(layer_in_group) + self.k_bytes
+        return self.k_offset(layer_in_group) + self.keys.n_bytes
 
-    def views(self, page: NDArray[np.uint8], layer_in_group: int) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
-        """K (n_kv_heads, head_dim, PAGE) and V (n_kv_heads, PAGE, v_stride) of a layer, as views of a page."""
-        g, k_at, v_at = self.group, self.k_offset(layer_in_group), self.v_offset(layer_in_group)
-        k = page[k_at : k_at + self.k_bytes].view(self.dtype).reshape(g.n_kv_heads, g.head_dim, PAGE)
-        v = page[v_at : v_at + self.v_bytes].view(self.dtype).reshape(g.n_kv_heads, PAGE, self.v_stride)
-        return k, v
+    def views(self, page: NDArray[np.uint8], layer_in_group: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """The bytes of the keys and of the values of a layer in a page."""
+        k_at, v_at = self.k_offset(layer_in_group), self.v_offset(layer_in_group)
+        return page[k_at : k_at + self.keys.n_bytes], page[v_at : v_at + self.values.n_bytes]
 
 
 class Pool:
@@ -112,7 +100,7 @@ class Pool:
             slab = np.zeros(n_pages * size + ALIGN, np.uint8)  # mapped, but not touched until used
         except MemoryError:
             raise CacheFull(
-                f"no memory for {n_pages * size >> 20} MiB more of KV cache; lower --ctx-size or use kv type f16"
+                f"no memory for {n_pages * size >> 20} MiB more of KV cache; lower --ctx-size or use kv type q8_0"
             ) from None
         at = -slab.ctypes.data % ALIGN
         self.slabs.append(slab)

@@ -166,19 +166,20 @@ TestMachine.settings = settings(
 
 
 def test_layout():
-    layout = GroupLayout(Group((0, 5, 7), n_kv_heads=2, head_dim=24, v_head_dim=40), "f16")
-    assert layout.v_stride == 48
-    assert layout.k_bytes == 2 * 24 * PAGE * 2
-    assert layout.v_bytes == 2 * PAGE * 48 * 2
-    assert layout.page_bytes == 3 * (layout.k_bytes + layout.v_bytes)
-    assert layout.k_offset(2) == 2 * (layout.k_bytes + layout.v_bytes)
-    assert layout.v_offset(1) == layout.k_offset(1) + layout.k_bytes
-    assert all(offset(i) % 64 == 0 for offset in (layout.k_offset, layout.v_offset) for i in range(3))
-    k, v = layout.views(np.zeros(layout.page_bytes, np.uint8), 1)
-    assert k.shape == (2, 24, PAGE)
-    assert v.shape == (2, PAGE, 48)
-    with pytest.raises(UsageError, match="f16, f32"):
-        GroupLayout(Group((0,)), "q8_0")
+    group = Group((0, 5, 7), n_kv_heads=2, head_dim=24, v_head_dim=40)
+    for kv_type, k_bytes, v_bytes in (
+        ("f16", 2 * 24 * PAGE * 2, 2 * PAGE * 48 * 2), ("q8_0", 2 * 32 * PAGE * 17 // 16, 2 * 64 * PAGE * 17 // 16),
+        ("q4_0/f32", 2 * 32 * PAGE * 9 // 16, 2 * PAGE * 48 * 4),
+    ):
+        layout = GroupLayout(group, kv_type)
+        assert (layout.keys.n_bytes, layout.values.n_bytes) == (k_bytes, v_bytes)
+        assert layout.page_bytes == 3 * (k_bytes + v_bytes)
+        assert layout.k_offset(2) == 2 * (k_bytes + v_bytes)
+        assert layout.v_offset(1) == layout.k_offset(1) + k_bytes
+        assert all(offset(i) % 64 == 0 for offset in (layout.k_offset, layout.v_offset) for i in range(3))
+    for wrong in ("q3", "", "/", "q8_0/", "f16/f16/f16", "/f16"):
+        with pytest.raises(UsageError, match="f16, f32, q8_0, q4_0"):
+            GroupLayout(group, wrong)
 
 
 def test_pages_are_aligned_and_never_move():

@@ -12,6 +12,7 @@ import numpy as np
 from edgelm.errors import UnsupportedError
 from edgelm.kernels import compiler
 from edgelm.kernels.abi import Env, Row
+from edgelm.kv_types import both
 
 if TYPE_CHECKING:
     from edgelm.pages import GroupLayout
@@ -23,7 +24,9 @@ LARGEST_HEAD = 1024
 COUNTER = 64  # bytes of a counter of finished blocks, one for each of SPLIT_TOKENS tokens and each KV head
 PARTIAL = 64  # bytes of a maximum and a sum, before the values that belong to them
 LOG2_E = 1.4426950408889634  # scores are taken in units of ln 2
-CAUSAL, HALVES, F16 = 1, 2, 4  # flags
+CAUSAL, HALVES = 1, 2  # flags, and the types of keys and values beside them:
+KINDS = {"f32": 0, "f16": 1, "q4_0": 4, "q8_0": 8}  # the latter two are the bits of a number
+KEY_KIND, VALUE_KIND = 1 << 8, 1 << 16
 
 
 def scratch_bytes(layout: GroupLayout, n_heads: int, n_ctx: int) -> int:
@@ -37,7 +40,7 @@ def scratch_bytes(layout: GroupLayout, n_heads: int, n_ctx: int) -> int:
     if layout.group.window:
         positions = min(n_ctx, layout.group.window + BLOCK)
     n_blocks = max(-(-positions // BLOCK) + 1, 2 * SPLIT_TOKENS)
-    return counters + n_blocks * n_heads * (PARTIAL + 4 * layout.v_stride)
+    return counters + n_blocks * n_heads * (PARTIAL + 4 * layout.values.stride)
 
 
 def _bits(low: float, high: float) -> int:
@@ -46,7 +49,13 @@ def _bits(low: float, high: float) -> int:
 
 
 def _flags(layout: GroupLayout, causal: bool, halves: bool) -> int:
-    return CAUSAL * causal | HALVES * halves | F16 * (layout.kv_type == "f16")
+    keys, values = both(layout.kv_type)
+    return CAUSAL * causal | HALVES * halves | KEY_KIND * KINDS[keys] | VALUE_KIND * KINDS[values]
+
+
+def _check(layout: GroupLayout) -> None:
+    if (size := max(layout.group.head_dim, layout.group.v_head_dim)) > LARGEST_HEAD:
+        raise UnsupportedError(f"attention heads of {size} values; at most {LARGEST_HEAD} are possible")
 
 
 def row_store_kv(
@@ -63,7 +72,8 @@ def row_store_kv(
             `elementwise.row_rope`.
     """
     g, row = layout.group, [0] * Row.SIZE
-    row[Row.KERNEL] = compiler.address("attention_kernels:store_kv")
+    _check(layout)
+    row[Row.KERNEL] = compiler.address("attention_store:store_kv")
     row[Row.UNITS], row[Row.UNITS_PER], row[Row.COUNT] = g.n_kv_heads, 1, int(Env.N_TOKENS)
     row[Row.GRAIN], row[Row.BARRIER] = 4, 1
     row[Row.ARGS :] = [
@@ -92,8 +102,7 @@ def row_attention(
         UnsupportedError: heads larger than LARGEST_HEAD, or a window without causality.
     """
     g, row = layout.group, [0] * Row.SIZE
-    if (size := max(g.head_dim, g.v_head_dim)) > LARGEST_HEAD:
-        raise UnsupportedError(f"attention heads of {size} values; at most {LARGEST_HEAD} are possible")
+    _check(layout)
     if g.window and not causal:
         raise UnsupportedError("a sliding window in both directions")
     row[Row.KERNEL] = compiler.address("attention_kernels:attention")

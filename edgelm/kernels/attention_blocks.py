@@ -10,8 +10,17 @@ Knows nothing of how the work is divided; see `attention_kernels`.
 from __future__ import annotations
 
 from edgelm.kernels.abi import WORD, Env, Row
-from edgelm.kernels.attention import BLOCK, CAUSAL, F16, HALVES
+from edgelm.kernels.attention import BLOCK, CAUSAL, HALVES, KEY_KIND, KINDS, VALUE_KIND
+from edgelm.kernels.attention_quants import BLOCK as DIMS
+from edgelm.kernels.attention_quants import (
+    SCALES,
+    multiply_keys,
+    multiply_values,
+    quantize_query,
+    quantize_weights,
+)
 from edgelm.kernels.attention_tiles import NARROW_ROWS, convert, multiply
+from edgelm.kernels.hadamard import hadamard
 from edgelm.kernels.rope import rotate
 from edgelm.kernels.vector_math import LOG2_E, emit_exp2_negative, emit_tanh
 from edgelm.kernels.words import function
@@ -41,13 +50,56 @@ STATES = CONVERTED + 4 * PAGE * PAGE
 STATE = 64  # bytes of a row's state:
 LOW, HIGH = 0, 8  # words: the first position that it sees, and the one after the last
 TOTAL_MAX, TOTAL_SUM, MAX, SUM = 16, 20, 24, 28  # float32: of all blocks so far, and of the last
+QUERY_SCALE = 32  # float32, of a quantized query
 TILE_BYTES = STATES + STATE * ROWS
 MINUS_INFINITY = float("-inf")
 
 
+def key_kind(e, op, flags=FLAGS):
+    """Of KINDS; the bits of a number if keys are quantized. `flags` is the field of the row."""
+    return e.load_word(op + flags) // KEY_KIND % 256
+
+
+def value_kind(e, op, flags=FLAGS):
+    return e.load_word(op + flags) // VALUE_KIND % 256
+
+
+def is_quantized(kind):
+    return kind >= KINDS["q4_0"]
+
+
+def _whole(n, size):
+    return (n + (size - 1)) // size * size
+
+
+def key_stride(e, kind, dim):
+    """Values of a key as they lie in pages and tiles, with padding."""
+    return e.select(is_quantized(kind), _whole(dim, DIMS), dim)
+
+
+def value_stride(e, kind, dim):
+    """The same of a value: in whole vectors, or blocks."""
+    return e.select(is_quantized(kind), _whole(dim, DIMS), _whole(dim, 16))
+
+
+def k_stride(e, op):
+    return key_stride(e, key_kind(e, op), e.load_i32(op + DIM))
+
+
 def v_stride(e, op):
-    """Values of a head in a page and in tiles: v_head_dim in whole vectors."""
-    return (e.load_i32(op + V_DIM) + 15) // 16 * 16
+    return value_stride(e, value_kind(e, op), e.load_i32(op + V_DIM))
+
+
+def head_bytes(e, kind, stride):
+    """Bytes of a head's keys, or values, in a page."""
+    floats = stride * e.select(kind.is_(KINDS["f32"]), e.word(4 * PAGE), 2 * PAGE)
+    return e.select(is_quantized(kind), stride // DIMS * (SCALES + PAGE * DIMS // 8 * kind), floats)
+
+
+def pages_of(e, env, token, group):
+    """Address of the page table of a token's sequence."""
+    sequence = e.load_i32(e.load_word(env + SEQUENCES) + 4 * token)
+    return e.load_word(e.load_word(env + TABLES) + WORD * (sequence * e.load_word(env + N_GROUPS) + group))
 
 
 def limits(e, op, env, token):
@@ -64,6 +116,7 @@ def limits(e, op, env, token):
 def begin_tile(e, op, env, base, token, n_tokens, first_head, n_heads):
     """Queries into the tile, rotated and scaled; what each row sees; nothing merged."""
     dim, rope = e.load_i32(op + DIM), e.load_word(op + ROPE)
+    width, kind = k_stride(e, op), key_kind(e, op)
     q, stride = e.load_word(env + WORKSPACE) + e.load_word(op + Q), e.load_word(op + Q_STRIDE)
     pairs, cos, sin = e.variable(0), e.variable(0), e.variable(0)
     with e.when(rope >= 0):
@@ -76,12 +129,23 @@ def begin_tile(e, op, env, base, token, n_tokens, first_head, n_heads):
         angle = 4 * pairs.get() * e.load_i32(e.load_word(env + POSITIONS) + 4 * (token + i))
         with e.loop(0, n_heads) as g:
             row = n_heads * i + g
-            rotate(e, q + stride * (token + i) + 4 * dim * (first_head + g), base + QUERIES + 4 * dim * row, dim,
-                   pairs.get(), halves, cos.get() + angle, sin.get() + angle, scale)
-            state = base + STATES + STATE * row
+            query, state = base + QUERIES + 4 * width * row, base + STATES + STATE * row
+            rotate(e, q + stride * (token + i) + 4 * dim * (first_head + g), query, dim, pairs.get(), halves,
+                   cos.get() + angle, sin.get() + angle, scale)
+            with e.when(is_quantized(kind)):
+                turn(e, query, dim, width)
+                quantize_query(e, query, width, kind, state + QUERY_SCALE)
             e.store(state + LOW, low)
             e.store(state + HIGH, high)
             begin_row(e, state, base + MERGED + 4 * v_stride(e, op) * row, v_stride(e, op))
+
+
+@function
+def turn(e, x, n, width):
+    """Transforms a head of n float32 as quantized ones are, and sets those up to `width` to zero."""
+    with e.loop(n, width) as i:
+        e.store(x + 4 * i, e.lane(e.vector(0.0)))
+    hadamard(e, x, n, n & (0 - n))
 
 
 @function
@@ -99,8 +163,20 @@ def block_scores(e, op, base, n_rows, page, n_seen, keys, ahead):
 
     At least the first n_seen positions of the page; `ahead` as for `multiply`.
     """
-    dim, half = e.load_i32(op + DIM), e.load_word(op + FLAGS) & F16
-    scores = base + WEIGHTS + 4 * PAGE * page
+    scores, kind = base + WEIGHTS + 4 * PAGE * page, key_kind(e, op)
+    with e.choose(is_quantized(kind)) as (numbers, floats):
+        with numbers:
+            width, n_columns = k_stride(e, op), e.select(n_seen > 32, e.word(PAGE), 32)
+            multiply_keys(e, kind, n_rows, width // DIMS, base + QUERIES, 4 * width, base + STATES + QUERY_SCALE, STATE,
+                          keys, n_columns, scores, 4 * BLOCK, ahead)
+        with floats:
+            float_scores(e, op, base, n_rows, n_seen, keys, scores, ahead)
+
+
+@function
+def float_scores(e, op, base, n_rows, n_seen, keys, scores, ahead):
+    """`block_scores` for keys that are float32 or float16."""
+    dim, half = e.load_i32(op + DIM), key_kind(e, op)
     line = e.select(half.is_(0), e.word(4 * PAGE), 2 * PAGE)
     queries, stride = base + QUERIES, 4 * dim
     narrow = e.select(n_seen > 16, e.word(32), 16)
@@ -194,7 +270,23 @@ def weigh(e, base, first_row, n_rows, width, half, weights, page_start, m, m_str
 @function
 def block_values(e, op, base, n_rows, page, page_start, values, ahead):
     """Adds up p·v of one page, of a head whose values are at `values`."""
-    n_columns, half = v_stride(e, op), e.load_word(op + FLAGS) & F16
+    kind = value_kind(e, op)
+    with e.choose(is_quantized(kind)) as (numbers, floats):
+        with numbers:
+            stride, size = 4 * v_stride(e, op), SCALES + PAGE * DIMS // 8 * kind
+            with e.loop(0, v_stride(e, op) // DIMS) as block:
+                at, sums = size * block, base + SUMS + 4 * DIMS * block
+                weights = base + WEIGHTS + 4 * PAGE * page
+                quantize_weights(e, n_rows, weights, 4 * BLOCK, values + at, kind, base + CONVERTED)
+                multiply_values(e, kind, n_rows, base + CONVERTED, values + at, sums, stride, ahead + at)
+        with floats:
+            float_values(e, op, base, n_rows, page, page_start, values, ahead)
+
+
+@function
+def float_values(e, op, base, n_rows, page, page_start, values, ahead):
+    """`block_values` for values that are float32 or float16."""
+    n_columns, half = v_stride(e, op), value_kind(e, op)
     size = e.select(half.is_(0), e.word(4), 2)
     last = base + STATES + STATE * (n_rows - 1)
     low = e.max(e.load_word(base + STATES + LOW) - page_start, 0)
@@ -238,8 +330,11 @@ def merge(e, width, state, merged, block, sums):
 
 
 @function
-def finish(e, n, state, merged, y):
-    """y = values / sum of weights, n of them."""
+def finish(e, op, state, merged, y):
+    """y = values / sum of weights."""
+    n = e.load_i32(op + V_DIM)
+    with e.when(is_quantized(value_kind(e, op))):
+        turn(e, merged, n, n)
     total, whole = e.vector(e.load_f32(state + TOTAL_SUM)), n // 16 * 16
     with e.loop(0, whole, 16) as i:
         e.store(y + 4 * i, e.load(merged + 4 * i) / total)

@@ -1,4 +1,4 @@
-"""Attention over the pages of the KV cache, and the storing of keys and values in them.
+"""Attention over the pages of the KV cache.
 
 What is computed for a query head is fixed, whoever computes it beside what: for each block of BLOCK positions, counted
 from the beginning of the sequence, the scores, their maximum m, weights exp(score - m), the weights' sum and the sum of
@@ -15,12 +15,8 @@ Knows nothing of how pages are managed.
 from __future__ import annotations
 
 from edgelm.kernels.abi import WORD
-from edgelm.kernels.attention import BLOCK, COUNTER, F16, HALVES, LARGEST_HEAD, PARTIAL, SPLIT_TOKENS, TILE
+from edgelm.kernels.attention import BLOCK, COUNTER, PARTIAL, SPLIT_TOKENS, TILE
 from edgelm.kernels.attention_blocks import (
-    ARGS,
-    COS,
-    DIM,
-    FLAGS,
     GROUP,
     HEADS,
     HIGH,
@@ -29,7 +25,6 @@ from edgelm.kernels.attention_blocks import (
     LOW,
     MAX,
     MERGED,
-    N_GROUPS,
     N_SCRATCH,
     N_TOKENS,
     PAGE,
@@ -37,11 +32,9 @@ from edgelm.kernels.attention_blocks import (
     ROWS,
     SCRATCH,
     SEQUENCES,
-    SIN,
     STATE,
     STATES,
     SUMS,
-    TABLES,
     TILE_BYTES,
     TILE_FLOATS,
     V_DIM,
@@ -55,11 +48,15 @@ from edgelm.kernels.attention_blocks import (
     block_softmax,
     block_values,
     finish,
+    head_bytes,
+    k_stride,
+    key_kind,
     limits,
     merge,
+    pages_of,
     v_stride,
+    value_kind,
 )
-from edgelm.kernels.rope import rotate
 from edgelm.kernels.words import function, intrinsic_of
 
 
@@ -80,12 +77,6 @@ def run_end(e, env, token, limit):
     return end.get()
 
 
-def pages_of(e, env, token, group):
-    """Address of the page table of a token's sequence."""
-    sequence = e.load_i32(e.load_word(env + SEQUENCES) + 4 * token)
-    return e.load_word(e.load_word(env + TABLES) + WORD * (sequence * e.load_word(env + N_GROUPS) + group))
-
-
 def blocks(e, low, high):
     """(first, last + 1) of the blocks that positions [low, high) lie in."""
     return low // BLOCK, (high + (BLOCK - 1)) // BLOCK
@@ -101,9 +92,8 @@ def attend(e, op, env, base, token, n_tokens, kv_head, head, n_heads, begin, end
     begin_tile(e, op, env, base, token, n_tokens, n_head * kv_head + head, n_heads)
     low, high = e.load_word(base + STATES + LOW), e.load_word(base + STATES + STATE * (n_rows - 1) + HIGH)
     width, pages = v_stride(e, op), pages_of(e, env, token, e.load_word(op + GROUP))
-    size = e.select((e.load_word(op + FLAGS) & F16).is_(0), e.word(4 * PAGE), 2 * PAGE)
-    k = e.load_word(op + K_OFFSET) + size * e.load_i32(op + DIM) * kv_head
-    v = e.load_word(op + V_OFFSET) + size * width * kv_head
+    k = e.load_word(op + K_OFFSET) + head_bytes(e, key_kind(e, op), k_stride(e, op)) * kv_head
+    v = e.load_word(op + V_OFFSET) + head_bytes(e, value_kind(e, op), width) * kv_head
     first, last = blocks(e, low, high)
     last_page = (high - 1) // PAGE
     with e.loop(e.max(begin, first), e.min(end, last)) as block:
@@ -138,7 +128,7 @@ def result_at(e, op, env, token, head):
 
 
 def rows_of_tile(e, op):
-    return e.max(e.min(e.word(TILE_FLOATS) // e.max(e.load_i32(op + DIM), v_stride(e, op)), ROWS), 1)
+    return e.max(e.min(e.word(TILE_FLOATS) // e.max(k_stride(e, op), v_stride(e, op)), ROWS), 1)
 
 
 # --- many tokens: each thread has some, with all their past ------------------------------------------------------
@@ -159,7 +149,7 @@ def attend_tokens(e, op, env, base, first, limit, kv_head):
             attend(e, op, env, base, t, end - t, kv_head, h, n_heads, begin, last, 0, 0)
             with e.loop(0, (end - t) * n_heads) as r:
                 y = result_at(e, op, env, t + r // n_heads, n_head * kv_head + h + r % n_heads)
-                finish(e, e.load_i32(op + V_DIM), base + STATES + STATE * r, base + MERGED + 4 * width * r, y)
+                finish(e, op, base + STATES + STATE * r, base + MERGED + 4 * width * r, y)
             head.set(h + n_heads)
         token.set(end)
 
@@ -247,7 +237,7 @@ def merge_parts(e, op, env, base, token, kv_head, first, n_partial):
         with e.loop(begin - first, end - first) as block:
             at = results + block * partial_bytes(e, op)
             merge(e, width, state, merged, at, at + PARTIAL)
-        finish(e, e.load_i32(op + V_DIM), state, merged, result_at(e, op, env, token, n_head * kv_head + head))
+        finish(e, op, state, merged, result_at(e, op, env, token, n_head * kv_head + head))
 
 
 def _attention(e, op, env, begin, end):
@@ -266,77 +256,11 @@ def _attention(e, op, env, begin, end):
         unit.set(unit.get() + n)
 
 
-# --- storing -----------------------------------------------------------------------------------------------------
-
-S_K, S_K_STRIDE, S_V, S_V_STRIDE, S_HEADS, S_DIM, S_V_DIM, S_K_OFFSET = ARGS[:8]
-S_V_OFFSET, S_GROUP, S_SCRATCH, S_ROPE, S_PAIRS, S_FLAGS = ARGS[8:14]
-FLOAT_ONE = 0x3F800000
-
-
-@function
-def store_column(e, x, n, half, to):
-    """n float32 at x to a column of a page of keys. x is overwritten."""
-    with e.choose(half.is_not(0)) as (f16, f32):
-        with f16:
-            with e.loop(0, n // 16 * 16, 16) as i:
-                bits = e.narrow(e.load(x + 4 * i))
-                for lane in range(16):
-                    e.store(to + 2 * PAGE * (i + lane), e.lane(bits, lane))
-            whole = n // 16 * 16
-            rest = x + 4 * whole
-            e.store(rest, e.narrow(e.load(rest)))
-            with e.loop(whole, n) as i:
-                e.store(to + 2 * PAGE * i, e.load_i16(rest + 2 * (i - whole)))
-        with f32, e.loop(0, n) as i:
-            e.store(to + 4 * PAGE * i, e.load_f32(x + 4 * i))
-
-
-@function
-def store_head(e, op, env, x, head, token):
-    """Key and value of one KV head of one token; x is room for a key."""
-    workspace, position = e.load_word(env + WORKSPACE), e.load_i32(e.load_word(env + POSITIONS) + 4 * token)
-    dim, v_dim, flags = e.load_word(op + S_DIM), e.load_word(op + S_V_DIM), e.load_word(op + S_FLAGS)
-    table, half, column = pages_of(e, env, token, e.load_word(op + S_GROUP)), flags & F16, position % PAGE
-    page, size = e.load_word(table + WORD * (position // PAGE)), e.select(half.is_(0), e.word(4), 2)
-    pairs, cos, sin = e.variable(0), e.variable(0), e.variable(0)
-    rope = e.load_word(op + S_ROPE)
-    with e.when(rope >= 0):
-        pairs.set(e.load_word(op + S_PAIRS))
-        angle = 4 * pairs.get() * position
-        cos.set(e.load_word(e.load_word(env + COS) + WORD * rope) + angle)
-        sin.set(e.load_word(e.load_word(env + SIN) + WORD * rope) + angle)
-    source = workspace + e.load_word(op + S_K) + token * e.load_word(op + S_K_STRIDE) + 4 * dim * head
-    rotate(e, source, x, dim, pairs.get(), flags & HALVES, cos.get(), sin.get(), FLOAT_ONE)
-    store_column(e, x, dim, half, page + e.load_word(op + S_K_OFFSET) + size * (PAGE * dim * head + column))
-    source = workspace + e.load_word(op + S_V) + token * e.load_word(op + S_V_STRIDE) + 4 * v_dim * head
-    width = (v_dim + 15) // 16 * 16
-    target = page + e.load_word(op + S_V_OFFSET) + size * width * (PAGE * head + column)
-    with e.loop(0, v_dim, 16) as i, e.choose(half.is_not(0)) as (f16, f32):
-        with f16:
-            e.store(target + 2 * i, e.narrow(e.load(source + 4 * i)))
-        with f32:
-            e.store(target + 4 * i, e.load(source + 4 * i))
-
-
-def _store_kv(e, op, env, begin, end):
-    x, n_tokens = e.stack(4 * LARGEST_HEAD + 64), e.load_word(env + N_TOKENS)
-    counters = e.load_word(env + WORKSPACE) + e.load_word(op + S_SCRATCH)
-    with e.when(begin.is_(0)), e.loop(0, SPLIT_TOKENS * e.load_word(op + S_HEADS)) as i:
-        e.store(counters + COUNTER * i, e.word(0))
-    with e.loop(begin, end) as unit:
-        store_head(e, op, env, x, unit // n_tokens, unit % n_tokens)
-
-
 # --- kernels -----------------------------------------------------------------------------------------------------
 
-_attention_code, _store_kv_code = intrinsic_of(_attention), intrinsic_of(_store_kv)
+_attention_code = intrinsic_of(_attention)
 
 
 def attention(op, env, begin, end):
     """Unit: see the module's docstring."""
     _attention_code(op, env, begin, end)
-
-
-def store_kv(op, env, begin, end):
-    """Unit: one KV head of one token. The first also sets the counters of `attention` to zero."""
-    _store_kv_code(op, env, begin, end)

@@ -211,6 +211,10 @@ class Emitter:
         """float32 lanes to the bits of float16."""
         return Value(self, narrow_f16(self.context, self.b, x.llvm))
 
+    def widen(self, bits: Value) -> Value:
+        """The bits of 16 float16 to float32 lanes."""
+        return Value(self, widen_f16(self.context, self.b, bits.llvm))
+
     def apply(self, emit: Callable[..., ir.Value], x: Value) -> Value:
         """A function of `vector_math`."""
         return Value(self, emit(self.context, self.b, x.llvm))

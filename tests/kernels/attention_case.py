@@ -11,6 +11,7 @@ from edgelm.cache import Batch, KVCache, Sequence
 from edgelm.kernels.abi import Env
 from edgelm.kernels.attention import row_attention, row_store_kv, scratch_bytes
 from edgelm.kernels.executor import Executor
+from edgelm.pages import KV_TYPES
 
 N_CTX = 2048
 
@@ -123,7 +124,7 @@ class Case:
     def exact(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
         """All tokens of one sequence at once. Keys and values as the cache rounds them."""
         n = len(q)
-        stored = self.cache.layouts[1].dtype
+        stored = KV_TYPES[self.kv_type].dtype
         wide_q = self.turned(q, self.n_heads)
         wide_k = self.turned(k, self.n_kv_heads).astype(np.float32).astype(stored).astype(np.float64)
         wide_v = v.reshape(n, self.n_kv_heads, -1).astype(stored).astype(np.float64)

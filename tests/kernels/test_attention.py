@@ -16,7 +16,7 @@ import edgelm
 from edgelm.errors import UnsupportedError
 from edgelm.kernels.attention import BLOCK, SPLIT_TOKENS, row_attention
 from edgelm.kernels.executor import Executor
-from edgelm.pages import PAGE, GroupLayout
+from edgelm.pages import KV_TYPES, PAGE, GroupLayout
 
 
 def check(case: Case, n: int, tolerance: float = 1e-5) -> None:
@@ -237,7 +237,7 @@ def test_stored_as_the_cache_reads():
         sequence, inputs = case.cache.new_sequence(), case.inputs(100)
         case.forward([(sequence, inputs)], layer=1)
         keys, values = sequence.read(1, 100)
-        stored = case.cache.layouts[1].dtype
+        stored = KV_TYPES[kv_type].dtype
         np.testing.assert_array_equal(keys, inputs[1].reshape(keys.shape).astype(stored))
         np.testing.assert_array_equal(values, inputs[2].reshape(values.shape).astype(stored))
         for layer in (0, 2, 3):

@@ -1,0 +1,228 @@
+"""Types of cached keys and values: how those of one KV head lie in a page, and what their bytes mean.
+
+`f32` and `f16` are arrays. `q8_0` and `q4_0` are whole numbers of 8 and 4 bits with a float16 scale for each 32 of
+them, like the weights of that name: 8.5 and 4.5 bits a value. Outliers, of which keys have many, would cost their whole
+block its precision; so a head is first turned by an orthonormal Hadamard transform, which spreads them. Queries are
+turned alike, which leaves q·k as it was, and the weighted sum of values is turned back (Ashkboos et al. 2024: QuaRot).
+
+Everything that is stored for a position depends on that position alone. Knows nothing of pages and sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import UsageError
+
+PAGE = 64  # positions of a page; kernels are written for it
+BLOCK = 32  # quantized values that share a scale
+Floats = NDArray[np.float32]
+
+
+class KVArray:
+    """The keys, or the values, of `n_heads` heads of `dim` in a page of one layer, as bytes (uint8).
+
+    Attributes:
+        n_bytes: of all heads.
+        stride: dim as it is stored: what lies beyond `dim` is padding.
+    """
+
+    def __init__(self, keys: bool, n_heads: int, dim: int) -> None:
+        self.keys, self.n_heads, self.dim = keys, n_heads, dim
+
+    n_bytes: int
+    stride: int
+
+    def write(self, page: NDArray[np.uint8], first: int, x: Floats) -> None:
+        """Stores x (n, n_heads, dim) at positions first … first + n - 1 of the page."""
+        raise NotImplementedError
+
+    def read(self, page: NDArray[np.uint8]) -> Floats:
+        """What is stored: (PAGE, n_heads, dim)."""
+        raise NotImplementedError
+
+    def keep(self, page: NDArray[np.uint8], n: int) -> None:
+        """Zeroes everything but the first n positions, and all padding."""
+        raise NotImplementedError
+
+
+class FloatArray(KVArray):
+    """Keys as (n_heads, dim, PAGE), values as (n_heads, PAGE, stride): a vector of a kernel holds positions in q·k,
+    dimensions in p·v, so that nothing is ever summed across its lanes."""
+
+    dtype: ClassVar[np.dtype[np.generic]]
+
+    def __init__(self, keys: bool, n_heads: int, dim: int) -> None:
+        super().__init__(keys, n_heads, dim)
+        self.stride = dim if keys else -(-dim // 16) * 16
+        self.n_bytes = n_heads * self.stride * PAGE * self.dtype.itemsize
+
+    def view(self, page: NDArray[np.uint8]) -> NDArray[Any]:
+        """(n_heads, PAGE, dim), writable."""
+        x = page.view(self.dtype)
+        if self.keys:
+            return x.reshape(self.n_heads, self.dim, PAGE).transpose(0, 2, 1)
+        return x.reshape(self.n_heads, PAGE, self.stride)[:, :, : self.dim]
+
+    def write(self, page: NDArray[np.uint8], first: int, x: Floats) -> None:
+        self.view(page)[:, first : first + len(x)] = x.transpose(1, 0, 2)
+
+    def read(self, page: NDArray[np.uint8]) -> Floats:
+        return self.view(page).transpose(1, 0, 2).astype(np.float32)
+
+    def keep(self, page: NDArray[np.uint8], n: int) -> None:
+        kept = self.view(page)[:, :n].copy()
+        page[:] = 0
+        self.view(page)[:, :n] = kept
+
+
+class F16(FloatArray):
+    dtype = np.dtype(np.float16)
+
+
+class F32(FloatArray):
+    dtype = np.dtype(np.float32)
+
+
+class BlockArray(KVArray):
+    """Each head is a row of blocks of 32 dimensions, the last one padded with zeros. A block is PAGE float16, the
+    scales of its positions, and whole numbers plus `zero`. Four of these that are multiplied and summed together lie
+    side by side: keys [dim / 4][PAGE][4 dimensions], values [PAGE / 4][dim][4 positions]."""
+
+    bits: ClassVar[int]
+
+    def __init__(self, keys: bool, n_heads: int, dim: int) -> None:
+        super().__init__(keys, n_heads, dim)
+        self.stride = -(-dim // BLOCK) * BLOCK
+        self.block_bytes = PAGE * (2 + BLOCK * self.bits // 8)
+        self.n_bytes = n_heads * (self.stride // BLOCK) * self.block_bytes
+        self.zero = 1 << (self.bits - 1)
+        self.turn = hadamard_size(dim)
+
+    def _parts(self, page: NDArray[np.uint8]) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
+        """Scales (n_heads, blocks, PAGE) and bytes in fours, as the class says; views of the page."""
+        blocks = page.reshape(self.n_heads, self.stride // BLOCK, self.block_bytes)
+        n = BLOCK * self.bits // 8
+        fours = (n // 4, PAGE, 4) if self.keys else (PAGE // 4, n, 4)
+        return blocks[:, :, : 2 * PAGE].view(np.float16), blocks[:, :, 2 * PAGE :].reshape(*blocks.shape[:2], *fours)
+
+    def write(self, page: NDArray[np.uint8], first: int, x: Floats) -> None:
+        turned = np.zeros((len(x), self.n_heads, self.stride), np.float32)
+        turned[:, :, : self.dim] = hadamard(x.astype(np.float32, copy=False), self.turn)
+        new_scales, numbers = self.quantize(turned.reshape(len(x), self.n_heads, -1, BLOCK))
+        scales, fours = self._parts(page)
+        positions, packed = np.arange(first, first + len(x)), self.pack(numbers)  # (n, heads, blocks, bytes)
+        scales[:, :, positions] = new_scales.transpose(1, 2, 0)
+        if self.keys:
+            fours[:, :, :, positions] = packed.reshape(*packed.shape[:3], -1, 4).transpose(1, 2, 3, 0, 4)
+        else:
+            fours[:, :, positions // 4, :, positions % 4] = packed
+
+    def read(self, page: NDArray[np.uint8]) -> Floats:
+        scales, fours = self._parts(page)
+        packed = fours.transpose(3, 0, 1, 2, 4) if self.keys else fours.transpose(2, 4, 0, 1, 3)
+        numbers = self.unpack(packed.reshape(PAGE, *scales.shape[:2], -1)).astype(np.float32) - self.zero
+        with np.errstate(all="ignore"):  # pages hold anything beyond the end
+            turned = numbers * scales.transpose(2, 0, 1)[..., None].astype(np.float32)
+            return hadamard(turned.reshape(PAGE, self.n_heads, -1)[:, :, : self.dim], self.turn)
+
+    def keep(self, page: NDArray[np.uint8], n: int) -> None:
+        scales, fours = self._parts(page)
+        scales[:, :, n:] = 0
+        if self.keys:
+            fours[:, :, :, n:] = 0
+        else:
+            positions = np.arange(n, PAGE)
+            fours[:, :, positions // 4, :, positions % 4] = 0
+
+    def quantize(self, x: Floats) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
+        """Blocks x (…, 32) as scales (…) and whole numbers plus `zero`. What is not finite becomes NaN."""
+        largest = np.abs(x).max(axis=-1)
+        with np.errstate(all="ignore"):
+            scale = self.scale(x, largest).astype(np.float16)
+            wide = scale.astype(np.float32)
+            inverse = np.where(wide != 0, np.float32(1) / wide, np.float32(0))
+            numbers = np.rint(x * inverse[..., None]) + np.float32(self.zero)
+        scale[~np.isfinite(largest)] = np.nan
+        return scale, np.clip(np.nan_to_num(numbers), 0, 2 * self.zero - 1).astype(np.uint8)
+
+    def scale(self, x: Floats, largest: Floats) -> Floats:
+        raise NotImplementedError
+
+    def pack(self, numbers: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The bytes of blocks (…, 32)."""
+        return numbers
+
+    def unpack(self, packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return packed
+
+
+class Q8(BlockArray):
+    """Numbers from -127 to 127."""
+
+    bits = 8
+
+    def scale(self, x: Floats, largest: Floats) -> Floats:
+        return largest * np.float32(1 / 127)
+
+
+class Q4(BlockArray):
+    """Numbers from -8 to 7; what is largest becomes -8, so a scale may be negative. A byte holds dimensions i and
+    i + 16 of a block, the first in its low half."""
+
+    bits = 4
+
+    def scale(self, x: Floats, largest: Floats) -> Floats:
+        return np.where(x.max(axis=-1) == largest, largest, -largest) * np.float32(-1 / 8)
+
+    def pack(self, numbers: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return np.asarray(numbers[..., :16] | numbers[..., 16:] << 4, np.uint8)
+
+    def unpack(self, packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return np.concatenate([packed & 15, packed >> 4], axis=-1)
+
+
+KV_TYPES: dict[str, type[KVArray]] = {"f16": F16, "f32": F32, "q8_0": Q8, "q4_0": Q4}
+
+
+def both(kv_type: str) -> tuple[str, str]:
+    """The types of keys and of values that a name means: "q8_0" is both, "q8_0/f16" keys and values.
+
+    Raises UsageError for a name that is unknown.
+    """
+    keys, slash, values = kv_type.partition("/")
+    if not slash:
+        values = keys
+    for name in (keys, values):
+        if name not in KV_TYPES:
+            raise UsageError(
+                f"unknown KV cache type {name!r}; choose one of {', '.join(KV_TYPES)}, or two as keys/values"
+            )
+    return keys, values
+
+
+def named(keys: str, values: str) -> str:
+    """The inverse of `both`: one name for types of keys and values."""
+    return keys if keys == values else f"{keys}/{values}"
+
+
+def hadamard_size(dim: int) -> int:
+    """Dimensions that are turned together: the largest power of two that divides a head."""
+    return dim & -dim
+
+
+def hadamard(x: Floats, size: int) -> Floats:
+    """x (…, dim) times an orthonormal Hadamard matrix, `size` columns at a time; it is its own inverse.
+
+    Sums are taken in the order of Sylvester's construction, neighbours first, as the kernels do it.
+    """
+    y, step = x.reshape(-1, size), 1
+    while step < size:
+        pairs = y.reshape(-1, size // (2 * step), 2, step)
+        y = np.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], axis=2).reshape(-1, size)
+        step *= 2
+    turned: Floats = (y * (np.float32(1) / np.sqrt(np.float32(size)))).reshape(x.shape)
+    return turned
