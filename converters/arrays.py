@@ -25,7 +25,7 @@ class Array:
 
     name: in the checkpoint; shape: outermost first, () for a number; kind: what the file holds ("F32", "BF16", "Q4_0"
     …); rows(start, stop): float32 (stop - start, …) of the outermost dimension; as_is: the same weights in the bytes of
-    a GGUF format, if they lie in the file so.
+    a GGUF format, if they lie in the file so; source: the memory-mapped file.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Array:
     kind: str
     rows: Callable[[int, int], Floats]
     as_is: QTensor | None = None
+    source: object = None
 
     def read(self) -> Floats:
         """All of it: float32 of `shape`."""
@@ -48,9 +49,10 @@ STORED = {
 }  # fmt: skip
 
 
-def stored(name: str, kind: str, data: NDArray[Any]) -> Array:
-    """An array of plain numbers: `data` is a (memory-mapped) view of `kind`'s type in STORED, in the tensor's shape."""
-    return Array(name, data.shape, kind, lambda start, stop: to_float32(np.atleast_1d(data)[start:stop], kind))
+def stored(name: str, kind: str, data: NDArray[Any], source: object) -> Array:
+    """An array of plain numbers: `data` is a view into `source`, of `kind`'s type in STORED, in the tensor's shape."""
+    numbers = np.atleast_1d(data)
+    return Array(name, data.shape, kind, lambda start, stop: to_float32(numbers[start:stop], kind), source=source)
 
 
 def to_float32(values: NDArray[Any], kind: str) -> Floats:

@@ -44,7 +44,7 @@ def read(path: Path) -> dict[str, Array]:
         kind, shape, begin, end = _entry(path, name, entry, len(data) - start)
         extents.append((begin, end, name))
         flat = np.frombuffer(data, STORED[kind], _product(shape), start + begin)
-        arrays[name] = stored(name, kind, flat.reshape(shape))
+        arrays[name] = stored(name, kind, flat.reshape(shape), data)
     extents.sort()
     expected = 0
     for begin, end, name in extents:

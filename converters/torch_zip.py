@@ -146,7 +146,7 @@ def _array(
         tuple(stride * dtype.itemsize for stride in tensor.strides),
         writeable=False,
     )
-    return stored(name, storage.kind, view)
+    return stored(name, storage.kind, view, data)
 
 
 def _begin(what: str, data: Any, member: zipfile.ZipInfo) -> int:

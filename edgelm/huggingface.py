@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -69,7 +70,36 @@ def fetch(text: str, offline: bool, progress: Progress) -> Path:
     Raises:
         SourceError: no huggingface_hub, no such repository or file, no access, no network and nothing in the cache.
     """
-    repo, revision, selector = parse(text)
+    selector = parse(text)[2]
+    return _fetch(text, lambda files, where: select(files, selector, where), offline, progress)[0]
+
+
+def fetch_folder(
+    text: str, weights: Sequence[Sequence[str]], rest: Sequence[str], offline: bool, progress: Progress
+) -> Path:
+    """The folder of a repository's checkpoint: the files that fit the first of `weights` that any fits, and `rest`.
+
+    `weights` and `rest` are patterns of paths. Raises as `fetch` does.
+    """
+
+    def fitting(files: list[str], patterns: Sequence[str]) -> list[str]:
+        pairs = [(f, p) for f in files for p in patterns if f.count("/") == p.count("/")]
+        return [f for f, p in pairs if fnmatch.fnmatchcase(f, p)]
+
+    def choose(files: list[str], where: str) -> list[str]:
+        found = next((found for patterns in weights if (found := fitting(files, patterns))), [])
+        if "config.json" not in files or not found:
+            raise SourceError(f"{where} holds no checkpoint: {', '.join(files[:12]) or 'it is empty'}")
+        return ["config.json", *sorted({*found, *fitting(files, rest)} - {"config.json"})]
+
+    return _fetch(text, choose, offline, progress)[0].parent
+
+
+def _fetch(
+    text: str, choose: Callable[[list[str], str], list[str]], offline: bool, progress: Progress
+) -> list[Path]:
+    """The files of a repository that `choose` picks, fetched."""
+    repo, revision, _ = parse(text)
     try:
         import huggingface_hub
         import huggingface_hub.constants
@@ -81,15 +111,13 @@ def fetch(text: str, offline: bool, progress: Progress) -> Path:
     offline = offline or bool(huggingface_hub.constants.HF_HUB_OFFLINE)
     try:
         files, offline = _files(huggingface_hub, repo, revision, offline)
-        chosen = select(files, selector, where)
-        paths = [_one(huggingface_hub, repo, revision, name, offline, progress) for name in chosen]
+        return [_one(huggingface_hub, repo, revision, name, offline, progress) for name in choose(files, where)]
     except EdgelmError:
         raise
     except Exception as error:  # whatever that package raises, and the HTTP client under it, is about this source
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         hint = "; it is not in the cache, and the network is switched off" if offline else ""
         raise SourceError(f"{where}: {reason}{hint}") from error
-    return paths[0]
 
 
 def _files(hub: Any, repo: str, revision: str | None, offline: bool) -> tuple[list[str], bool]:

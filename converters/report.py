@@ -1,0 +1,68 @@
+"""What a conversion did, for people and for scripts: `Report`, written as JSON beside the file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .convert import Conversion
+
+
+@dataclass(frozen=True)
+class Report:
+    """Facts of a finished conversion.
+
+    bits_per_weight: of all weights, without the header; types: bytes by format; fallbacks: tensors that got another
+    format than the recipe says; notes: what a user should know; tokenizer_texts: texts on which the tokenizer was
+    compared with its source (0: not at all); tensors: every step with its sha256.
+    """
+
+    source: str
+    out: str
+    type: str
+    n_bytes: int
+    n_weights: int
+    bits_per_weight: float
+    types: dict[str, int]
+    fallbacks: list[str]
+    notes: list[str]
+    tokenizer_texts: int
+    tensors: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, conversion: Conversion, path: Path, hashes: Mapping[str, str]) -> Report:
+        """The report of a conversion whose output lies at `path`."""
+        plan, types = conversion.plan, dict[str, int]()
+        for step in plan.steps:
+            types[step.format.name] = types.get(step.format.name, 0) + step.n_bytes
+        return cls(
+            source=str(conversion.checkpoint.path),
+            out=str(path),
+            type=plan.type,
+            n_bytes=path.stat().st_size,
+            n_weights=plan.n_weights,
+            bits_per_weight=round(plan.bits_per_weight, 4),
+            types=types,
+            fallbacks=[f"{s.name}: {s.wanted.name} -> {s.format.name}" for s in plan.fallbacks],
+            notes=list(conversion.notes),
+            tokenizer_texts=conversion.n_compared,
+            tensors=[{**step.facts(), "sha256": hashes[step.name]} for step in plan.steps],
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def path(self) -> Path:
+        """Where it is written: model.gguf -> model.report.json."""
+        return Path(self.out).with_suffix(".report.json")
+
+    def write(self) -> None:
+        draft = self.path.with_name(self.path.name + ".part")
+        draft.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(draft, self.path)
