@@ -35,6 +35,7 @@ class Reference:
         n_ctx: longest sequence, in tokens; None = what the model was made for.
         dtype: of all arithmetic; float64 shows what is rounding and what is not.
         max_weight_bytes: dequantized weights to keep; the rest is dequantized again at each use.
+        operations: the interpreter that the model function is handed; one that watches, or changes, what it computes.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class Reference:
         n_ctx: int | None = None,
         dtype: DTypeLike = np.float32,
         max_weight_bytes: int = 4 << 30,
+        operations: Callable[[Reference, Batch], Operations] | None = None,
     ) -> None:
         self.model, self.config, self.weights, self.head = model, config, weights, head
+        self.operations = operations or Operations
         self.n_ctx = n_ctx or config.context_length
         self.max_tokens = self.n_ctx if config.spec.family == "encoder" else min(512, self.n_ctx)
         self._dense = DenseWeights(np.dtype(dtype), max_weight_bytes)
@@ -80,7 +83,7 @@ class Reference:
             counts = np.bincount(batch.rows, minlength=len(batch.sequences))
             for sequence, n in zip(batch.sequences, counts, strict=True):
                 sequence.reserve(int(n))
-            out = self.model(Operations(self, batch), c, self.weights)
+            out = self.model(self.operations(self, batch), c, self.weights)
             for sequence, n in zip(batch.sequences, counts, strict=True):
                 sequence.advance(int(n))
             return np.asarray(out, np.float32)
