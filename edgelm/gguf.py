@@ -17,8 +17,11 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -37,6 +40,8 @@ MAX_NAME_BYTES = 64
 MAX_STRING_BYTES = 1 << 26
 MAX_ARRAY_BYTES = 1 << 28
 MAX_DIMS = 4
+GIVES_BACK = sys.platform.startswith("linux")  # mapped pages at once; others keep them until memory is short
+_WINDOW = 1 << 16  # bytes; no page is larger
 
 _U32, _BOOL, _STRING, _ARRAY, _U64 = 4, 7, 8, 9, 10
 _SCALARS = {
@@ -73,9 +78,39 @@ class GGUF:
 
     def forget(self) -> None:
         """Gives the memory of everything that was read back to the system; what is used again is read again."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            for data in self._maps:
-                data.madvise(mmap.MADV_DONTNEED)
+        for data in self._maps:
+            _forget(data, 0, len(data))
+
+    @contextmanager
+    def lend(self, rows: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+        """The bytes of a part of a weight, to be read once: after the `with` block they take no memory.
+
+        They are those of the mapped file where its pages can be given back, elsewhere read into a buffer.
+        """
+        starts = [rows.ctypes.data - first for first in self._addresses]
+        part = next((i for i, start in enumerate(starts) if 0 <= start < len(self._maps[i])), None)
+        if part is None:  # a weight that was never in a file
+            yield rows
+        elif GIVES_BACK:
+            yield rows
+            _forget(self._maps[part], starts[part], starts[part] + rows.nbytes)
+        else:
+            with self.paths[part].open("rb") as file:
+                file.seek(starts[part])
+                yield np.fromfile(file, np.uint8, rows.nbytes).reshape(rows.shape)
+
+    @cached_property
+    def _addresses(self) -> tuple[int, ...]:
+        """Of the first byte of each file."""
+        return tuple(np.frombuffer(data, np.uint8).ctypes.data for data in self._maps)
+
+
+def _forget(data: mmap.mmap, start: int, stop: int) -> None:
+    """Gives back the pages around bytes `start` to `stop` of a mapped file. Others may be reading there: they will be
+    read again. The system maps pages in windows, so the whole window goes."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        start -= start % _WINDOW
+        data.madvise(mmap.MADV_DONTNEED, start, min(-(-stop // _WINDOW) * _WINDOW, len(data)) - start)
 
 
 def read(path: str | os.PathLike[str]) -> GGUF:
@@ -177,6 +212,7 @@ def _read_part(path: Path) -> GGUF:
     infos = [_tensor_info(header) for _ in range(n_tensors)]
     start = -(-header.offset // alignment) * alignment
     tensors = _tensors(header, infos, start, alignment)
+    _forget(data, 0, start)  # what was read is in `metadata` now
     return GGUF((path,), version, MappingProxyType(metadata), MappingProxyType(tensors), len(data), (data,))
 
 

@@ -81,6 +81,12 @@ def in_order(results: Iterable[Node]) -> list[Node]:
     return [found[serial] for serial in sorted(found)]
 
 
+def matrices(nodes: Iterable[Node]) -> list[Matrix]:
+    """Every weight matrix of a graph, once, in the order in which they are used."""
+    found = (node.args.get(name) for node in nodes for name in ("matrix", "table"))
+    return list(dict.fromkeys(matrix for matrix in found if isinstance(matrix, Matrix)))
+
+
 class Recorder:
     """The operations of `edgelm.models`, recorded. `head` is "logits" or "hidden"."""
 

@@ -22,10 +22,12 @@ from .arch import Config
 from .cache import Batch, KVCache
 from .describe import describe, describe_file
 from .errors import ContextFull, UnsupportedError, UsageError
+from .formats import QTensor
 from .gguf import GGUF
-from .memory import bytes_per_token, context_window
+from .memory import bytes_per_token, context_window, estimate
 from .models import model_of
 from .session import Message, Progress, Response, Session
+from .threads import default_threads
 from .tokenizer import Tokenizer
 from .weights import Weights
 
@@ -57,6 +59,7 @@ def load(
     interpreter: str = "auto",
     chat_template: str | None = None,
     max_tokens_per_run: int | None = None,
+    packed: str = "auto",
     offline: bool = False,
     progress: Progress | None = None,
 ) -> Model:
@@ -72,6 +75,8 @@ def load(
             that can run here.
         chat_template: source or built-in name of a template to use instead of the file's own.
         max_tokens_per_run: tokens of a prompt that are computed at a time.
+        packed: where the weights are, in the order that kernels read: "memory", "file" (mapped; made if there is
+            none), or "auto": the file that `edgelm pack` has made, else memory, else, if they do not fit, a file.
         offline: never touch the network.
         progress: called as progress(stage, done, total) while something takes its time.
 
@@ -91,6 +96,7 @@ def load(
         interpreter=interpreter,
         chat_template=chat_template,
         max_tokens_per_run=max_tokens_per_run,
+        packed=packed,
         progress=progress,
     )
 
@@ -117,6 +123,7 @@ class Model:
         interpreter: "program" or "reference", which one that is.
         n_ctx: size of the context window, in tokens.
         kv_type: type of cached keys and values.
+        packed_file: the file that the packed weights are in; None: they are in memory.
     """
 
     def __init__(
@@ -130,9 +137,11 @@ class Model:
         interpreter: str = "auto",
         chat_template: str | None = None,
         max_tokens_per_run: int | None = None,
+        packed: str = "auto",
         progress: Progress | None = None,
     ) -> None:
         self.gguf = file
+        self.packed_file: Path | None = None
         self.config = Config.from_gguf(file.metadata)
         self.weights = Weights.from_gguf(self.config, file.tensors)
         self.tokenizer = Tokenizer.from_gguf(file.metadata)
@@ -140,12 +149,12 @@ class Model:
         self.interpreter = _choose(interpreter)
         self.kv_type = kv_type or ("f32" if self.interpreter == "reference" else "f16")
         self._chat_template = chat_template
-        self._threads, self._max_tokens = (threads, threads_batch), max_tokens_per_run
+        self._threads, self._max_tokens, self._place = (threads, threads_batch), max_tokens_per_run, packed
         if chat_template is not None:
             _ = self.template  # a wrong one is said now
         self.runner = self._new_runner("hidden" if self.is_encoder else "logits", progress)
         if self.interpreter == "program":
-            file.forget()  # its weights are packed now
+            file.forget()  # everything was read
         self._cache = self.runner.new_cache(self.kv_type)
 
     # ------------------------------------------------------------------------------------------------------- what it is
@@ -336,9 +345,21 @@ class Model:
             n_threads=self._threads[0],
             n_threads_batch=self._threads[1],
             shared=shared,
+            pack=lambda tensors: self._pack(tensors, progress),
             progress=progress,
             **batch,
         )
+
+    def _pack(self, tensors: list[QTensor], progress: Progress | None) -> list[Any]:
+        """The weights that a program asks for."""
+        from . import packed
+
+        # The window may be large and never be filled: room for a conversation is what has to be there.
+        need = estimate(self.config, (), min(self.n_ctx, 4096), self.kv_type)
+        result, self.packed_file = packed.load(
+            self.gguf, tensors, self._place, need.total, default_threads(), progress
+        )
+        return result
 
     def close(self) -> None:
         """Ends the threads; the memory goes when the model is collected. Using it again starts new threads."""

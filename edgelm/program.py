@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from .arch import Config
 from .cache import Batch, KVCache, Sequence
 from .errors import ContextFull, UsageError
-from .graph import Matrix, Node, Recorder, in_order
+from .formats import QTensor
+from .graph import Matrix, Node, Recorder, in_order, matrices
 from .kernels.abi import Env
 from .rope import RopeTable
 from .threads import default_threads
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .lowering import Plan
 
 Progress = Callable[[str, int, int], None]
+Pack = Callable[[list[QTensor]], list[Any]]
 Part = tuple[int, int]  # tokens [begin, end) of a batch
 
 # Plain integers: an enumeration's members are slow to index with.
@@ -46,6 +48,7 @@ class Program:
         max_tokens: tokens that are computed at once. Longer batches are cut; the results are the same bit for bit.
             Models in which all tokens see each other take as many as the context has.
         shared: a program of the same weights, whose packed matrices serve here too.
+        pack: gives the packed forms of weights, see `edgelm.packed`; None packs them into memory.
         progress: called as progress(stage, done, total) while weights are packed and kernels compiled.
     """
 
@@ -61,6 +64,7 @@ class Program:
         n_threads_batch: int | None = None,
         max_tokens: int = 256,
         shared: Program | None = None,
+        pack: Pack | None = None,
         progress: Progress | None = None,
     ) -> None:
         from .kernels.executor import Executor, yield_address
@@ -77,7 +81,7 @@ class Program:
         self.max_tokens = max(max_tokens, self.n_ctx) if self._whole else min(max_tokens, self.n_ctx)
         self._n_cols = self._nodes[-1].n_cols
 
-        packed = _pack(self._nodes, {} if shared is None else shared._resources.packed, self._progress)
+        packed = _pack(self._nodes, {} if shared is None else shared._resources.packed, pack or self._into_memory)
         self._resources: Resources = Resources(config, packed, self.n_ctx)
         self.n_bytes = sum(p.n_bytes for p in packed.values())
         self.transcoded = {
@@ -230,6 +234,11 @@ class Program:
             env[Env.WORKSPACE], env[N_OUTPUTS] = results.ctypes.data, n_outputs * plan.cap_pieces
             self._executor.run(plan.cap, 1, env.ctypes.data, n_threads)
 
+    def _into_memory(self, tensors: list[QTensor]) -> list[Any]:
+        from .kernels.linear import pack_all
+
+        return pack_all(tensors, progress=lambda done, total: self._progress("packing weights", done, total))
+
     def _view(self, place: tuple[int, int], n_rows: int) -> NDArray[np.float32]:
         """Rows of a value in the workspace."""
         offset, stride = place
@@ -278,14 +287,9 @@ class Program:
         self._env[Env.LENGTHS], self._env[Env.TABLES] = self._lengths.ctypes.data, self._tables.ctypes.data
 
 
-def _pack(nodes: list[Node], there: Mapping[Matrix, Any], progress: Progress) -> dict[Matrix, Any]:
-    """Every weight matrix of a graph, once, in the order of bytes that its kernel reads. there: packed before."""
-    from .kernels import linear
-
-    needed = dict.fromkeys(node.args[name] for node in nodes for name in ("matrix", "table") if name in node.args)
-    found = {matrix: there[matrix] for matrix in needed if matrix in there}
-    matrices = [matrix for matrix in needed if isinstance(matrix, Matrix) and matrix not in found]
-    packed = linear.pack_all(
-        [m.slice() for m in matrices], progress=lambda done, total: progress("packing weights", done, total)
-    )
-    return found | dict(zip(matrices, packed, strict=True))
+def _pack(nodes: list[Node], there: Mapping[Matrix, Any], pack: Pack) -> dict[Matrix, Any]:
+    """Every weight matrix of a graph in the order of bytes that its kernel reads. there: packed before."""
+    needed = matrices(nodes)
+    missing = [matrix for matrix in needed if matrix not in there]
+    packed = dict(zip(missing, pack([matrix.slice() for matrix in missing]), strict=True)) if missing else {}
+    return {matrix: packed[matrix] if matrix in packed else there[matrix] for matrix in needed}

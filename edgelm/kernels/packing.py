@@ -12,9 +12,11 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -27,10 +29,11 @@ from edgelm.kernels import (
 from edgelm.kernels.blocks import BLOCKS, ROWS
 
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of a weight
-_JOB = 8 << 20  # bytes of packed weights that a thread makes at a time
-_ALIGN = 64
-_HUGE = 2 << 20
+LAYOUT = 1  # of packed weights; to be raised when they change: a test compares
+ALIGN = 64
+_PIECE = 1 << 20  # bytes of packed weights that a thread makes at a time
 
+Lend = Callable[[np.ndarray], AbstractContextManager[np.ndarray]]
 _Native = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 
 
@@ -64,6 +67,33 @@ class Packed:
         """Units of a group; columns of a matrix of floats."""
         return self.group_bytes // _unit(self.format)[1]
 
+    def within(self, memory: np.ndarray) -> Packed:
+        """The same in `memory`, where the address has counted from its beginning."""
+        return replace(self, address=memory.ctypes.data + self.address, keep=memory)
+
+
+class Target(Protocol):
+    """Where packed weights go. Several threads ask at the same time."""
+
+    def room(self, start: int, n_bytes: int) -> np.ndarray:
+        """Zeroed bytes for a piece of weights."""
+
+    def done(self, start: int, piece: np.ndarray) -> None:
+        """The piece is packed."""
+
+
+class Memory:
+    """Memory of this process, as a target."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self.bytes = _zeros(n_bytes)
+
+    def room(self, start: int, n_bytes: int) -> np.ndarray:
+        return self.bytes[start : start + n_bytes]
+
+    def done(self, start: int, piece: np.ndarray) -> None:
+        pass
+
 
 def is_float(format: str) -> bool:
     """Whether kernels of `format` take float32 activations instead of records."""
@@ -90,41 +120,79 @@ def pack(tensor: QTensor) -> Packed:
     return pack_all([tensor])[0]
 
 
+def arrange(tensors: Sequence[QTensor]) -> tuple[list[Packed], int]:
+    """The packed forms of weights before there is memory for them, side by side from address 0 on; bytes in all.
+
+    A weight of more than two dimensions counts as a matrix of all its rows, one of one dimension as a single row.
+    """
+    forms, start = [], 0
+    for tensor in tensors:
+        (n_rows, n_cols), format = _shape(tensor), _format_for(tensor)
+        n_bytes = packed_bytes(format, n_rows, n_cols)
+        original = tensor.format.name if tensor.format.name != format else None
+        forms.append(Packed(format, n_rows, n_cols, start, n_bytes, original))
+        start += -(-n_bytes // ALIGN) * ALIGN
+    return forms, start
+
+
 def pack_all(
     tensors: Sequence[QTensor],
     n_threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    lend: Lend = nullcontext,
 ) -> list[Packed]:
-    """The packed forms of weights, made by several threads at once in one piece of memory.
+    """The packed forms of weights in one piece of memory; parameters as for `pack_into`."""
+    forms, n_bytes = arrange(tensors)
+    memory = Memory(n_bytes)
+    pack_into(memory, tensors, forms, n_threads, progress, lend)
+    return [form.within(memory.bytes) for form in forms]
 
-    A weight of more than two dimensions counts as a matrix of all its rows, one of one dimension as a single row.
-    `progress(bytes done, bytes in all)`, of packed weights, is called from the calling thread.
+
+def pack_into(
+    target: Target,
+    tensors: Sequence[QTensor],
+    forms: Sequence[Packed],
+    n_threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    lend: Lend = nullcontext,
+) -> None:
+    """Packs weights piece by piece to where `forms` of `arrange` say, by several threads at once.
+
+    `progress(bytes done, bytes in all)`, of packed weights, is called from one thread at a time. `lend(rows)` is where
+    rows of a weight can be read, for as long as that takes: see `GGUF.lend`.
     """
-    sizes = [packed_bytes(_format_for(t), *_shape(t)) for t in tensors]
-    starts = np.cumsum([0] + [-(-size // _ALIGN) * _ALIGN for size in sizes])
-    memory = _zeros(int(starts[-1]))
-    base = memory.ctypes.data
-    results: list[Packed] = []
-    with ThreadPoolExecutor(n_threads or os.cpu_count() or 1) as pool:
-        jobs = []
-        for tensor, start, size in zip(tensors, starts, sizes, strict=False):
-            rows, cols = _shape(tensor)
-            format = _format_for(tensor)
-            original = tensor.format.name if tensor.format.name != format else None
-            packed = Packed(format, rows, cols, base + int(start), size, original, memory)
-            results.append(packed)
-            step = max(1, _JOB // packed.group_bytes)
-            for first in range(0, packed.n_groups, step):
-                last = min(first + step, packed.n_groups)
-                n_bytes = (last - first) * packed.group_bytes
-                jobs.append((pool.submit(_pack_groups, tensor, packed, first, last), n_bytes))
-        done = 0
-        for job, n_bytes in jobs:
-            job.result()
-            done += n_bytes
-            if progress is not None:
-                progress(done, sum(sizes))
-    return results
+    total, done, lock, failures = sum(form.n_bytes for form in forms), 0, threading.Lock(), []
+    pieces = (
+        (tensor, form, first, min(first + step, form.n_groups))
+        for tensor, form in zip(tensors, forms, strict=True)
+        for step in [max(1, _PIECE // form.group_bytes)]
+        for first in range(0, form.n_groups, step)
+    )
+
+    def work() -> None:
+        nonlocal done
+        try:
+            while not failures:
+                with lock:
+                    piece = next(pieces, None)
+                if piece is None:
+                    return
+                n_bytes = _pack_piece(target, *piece, lend)
+                with lock:
+                    done += n_bytes
+                    if progress is not None:
+                        progress(done, total)
+        except BaseException as failure:  # an interrupt, too: the other threads have to end
+            failures.append(failure)
+
+    others = [threading.Thread(target=work) for _ in range((n_threads or os.cpu_count() or 1) - 1)]
+    for thread in others:
+        thread.start()
+    work()
+    for thread in others:
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 def _shape(tensor: QTensor) -> tuple[int, int]:
@@ -141,34 +209,31 @@ def _format_for(tensor: QTensor) -> str:
 
 
 def _zeros(n_bytes: int) -> np.ndarray:
-    """Zeroed bytes at a multiple of 64; in large pages, where there are any, as they are read from end to end."""
-    if n_bytes < _HUGE:
-        memory = np.zeros(n_bytes + _ALIGN, np.uint8)
-        skip = -memory.ctypes.data % _ALIGN
-        return memory[skip : skip + n_bytes]
-    area = mmap.mmap(-1, n_bytes + _HUGE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        area.madvise(mmap.MADV_HUGEPAGE)
-    memory = np.frombuffer(area, np.uint8)
-    skip = -memory.ctypes.data % _HUGE
-    return memory[skip : skip + n_bytes]
+    """Zeroed bytes at a multiple of 64. Private memory where a system has the choice: its pages come faster."""
+    if hasattr(mmap, "MAP_PRIVATE"):
+        area = mmap.mmap(-1, max(n_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:
+        area = mmap.mmap(-1, max(n_bytes, 1))
+    return np.frombuffer(area, np.uint8, n_bytes)
 
 
-def _pack_groups(tensor: QTensor, packed: Packed, first: int, last: int) -> None:
-    """Packs groups `first` to `last`, not included."""
-    rows = slice(first * ROWS, min(last * ROWS, packed.n_rows))
-    data, kernel = tensor.data[rows], f"pack_{packed.format.lower()}"
-    if packed.format == "INT16":
-        kernel = f"pack_int16_{tensor.format.name.lower()}"
-    elif packed.transcoded_from is not None:
-        data = _transcoded(tensor, rows, packed.format)
-    if data.strides[-1] != 1:
-        data = np.ascontiguousarray(data)
-    job = np.array(
-        [data.ctypes.data, data.strides[0], len(data), packed.n_cols, packed.address + first * packed.group_bytes,
-         packed.group_bytes], np.int64,
-    )  # fmt: skip
-    _Native(compiler.address(f"packing_kernels:{kernel}"))(job.ctypes.data, 0, 0, last - first)
+def _pack_piece(target: Target, tensor: QTensor, form: Packed, first: int, last: int, lend: Lend) -> int:
+    """Packs groups `first` to `last`, not included; how many bytes these are."""
+    start, n_bytes = form.address + first * form.group_bytes, (last - first) * form.group_bytes
+    room, kernel = target.room(start, n_bytes), f"pack_{form.format.lower()}"
+    with lend(tensor.data[first * ROWS : min(last * ROWS, form.n_rows)]) as data:
+        if form.format == "INT16":
+            kernel = f"pack_int16_{tensor.format.name.lower()}"
+        elif form.transcoded_from is not None:
+            data = _transcoded(tensor, data, form.format)
+        if data.strides[-1] != 1:
+            data = np.ascontiguousarray(data)
+        job = np.array(
+            [data.ctypes.data, data.strides[0], len(data), form.n_cols, room.ctypes.data, form.group_bytes], np.int64
+        )
+        _Native(compiler.address(f"packing_kernels:{kernel}"))(job.ctypes.data, 0, 0, last - first)
+    target.done(start, room)
+    return n_bytes
 
 
 # --- transcoding
@@ -177,9 +242,9 @@ def _pack_groups(tensor: QTensor, packed: Packed, first: int, last: int) -> None
 _LARGEST = tuple(dict.fromkeys([1, 43, 25, 9, 7, 15, 13, 11, 5, 3, 62, 52, 44, 36, 28, 12, 8, 6, 4, *range(1, 129)]))
 
 
-def _transcoded(tensor: QTensor, rows: slice, format: str) -> np.ndarray:
-    """Some rows in the file form of another format: bytes (rows, bytes per row)."""
-    weights = QTensor(tensor.name, tensor.format, (rows.stop - rows.start, tensor.shape[-1]), tensor.data[rows])
+def _transcoded(tensor: QTensor, data: np.ndarray, format: str) -> np.ndarray:
+    """Some rows of a weight in the file form of another format: bytes (rows, bytes per row)."""
+    weights = QTensor(tensor.name, tensor.format, (len(data), tensor.shape[-1]), data)
     values = weights.dequantize()
     if format == "F32":
         return values.view(np.uint8)

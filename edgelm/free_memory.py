@@ -1,0 +1,83 @@
+"""How much more memory this process may take: what the system can give, within the limits of its control groups.
+
+Knows nothing of what it is for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+MEMINFO = Path("/proc/meminfo")
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def free_memory() -> int | None:
+    """Bytes that can be taken before somebody has to give something up; None where the system does not tell.
+
+    Pages of files that can be read again count as free.
+    """
+    try:
+        if sys.platform == "win32":
+            return _windows()
+        if sys.platform == "darwin":
+            return _mac()
+    except (OSError, AttributeError, ValueError):
+        return None
+    return min((n for n in (_fields(MEMINFO).get("MemAvailable"), *_control_groups()) if n is not None), default=None)
+
+
+def _control_groups() -> Iterator[int]:
+    """What each limit leaves, of version 2 or 1, from the group of this process up to the root."""
+    for line in _text(OWN_CGROUP).splitlines():
+        _, kinds, group = line.split(":", 2)
+        if not kinds:
+            yield from _left(CGROUPS, group, ("memory.max", "memory.current"), ("inactive_file", "active_file"))
+        elif "memory" in kinds.split(","):
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes"
+            yield from _left(CGROUPS / "memory", group, names, ("total_inactive_file", "total_active_file"))
+
+
+def _left(root: Path, group: str, names: tuple[str, str], cached: tuple[str, str]) -> Iterator[int]:
+    folder = root / group.lstrip("/")
+    for parent in (folder, *folder.parents):
+        limit, used = (_text(parent / name).strip() for name in names)
+        if limit.isdigit() and used.isdigit():  # not "max"
+            stat = _fields(parent / "memory.stat")
+            yield max(0, int(limit) - int(used) + sum(stat.get(name, 0) for name in cached))
+        if parent == root:
+            break
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """The lines "name number" or "name: number kB" of a file, in bytes."""
+    found = {}
+    for line in _text(path).splitlines():
+        name, *rest = line.split()
+        if rest and rest[0].isdigit():
+            found[name.rstrip(":")] = int(rest[0]) << (10 if rest[1:] == ["kB"] else 0)
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _windows() -> int | None:
+    """GlobalMemoryStatusEx: two 32-bit fields, then total and available physical memory, five more."""
+    status = (ctypes.c_uint64 * 8)(64)  # its own length comes first
+    library = ctypes.CDLL("kernel32")
+    return status[2] if library.GlobalMemoryStatusEx(ctypes.byref(status)) else None
+
+
+def _mac() -> int | None:
+    """host_statistics64 of HOST_VM_INFO64: pages that are free, active, inactive, wired, and much more."""
+    library, counts, n = ctypes.CDLL(None), (ctypes.c_uint32 * 64)(), ctypes.c_uint32(64)
+    if library.host_statistics64(library.mach_host_self(), 4, counts, ctypes.byref(n)):
+        return None
+    return (counts[0] + counts[2]) * int(library.getpagesize())

@@ -1,0 +1,253 @@
+"""Where packed weights live: in memory, or in a file that is mapped, beside the model or in the cache.
+
+Weights are packed for the kernels when a model is loaded. `edgelm pack` writes the result down, so that later starts
+map it and do no work; and a model that does not fit into memory is packed into a file as well, which the system then
+reads in and drops piece by piece as it is used.
+
+Such a file is a head of fixed size and the weights behind it. Nothing is read from it that could point anywhere: where
+each weight lies follows from the model, and the head only has to be, byte for byte, what this model, this layout and
+this processor lead to. Who can write the file can change weights, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import struct
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import EdgelmError, FormatError, SourceError, UsageError
+from .formats import QTensor
+from .free_memory import free_memory
+from .gguf import GGUF
+
+if TYPE_CHECKING:
+    from .kernels.packing import Packed
+
+Progress = Callable[[str, int, int], None]
+
+PLACES = ("auto", "memory", "file")
+SUFFIX = ".packed"
+SPARE_MEMORY = 128 << 20  # bytes that are left for everything else
+SPARE_DISK = 64 << 20
+DATA = 1 << 16  # where the weights begin: a multiple of any page size
+_HEAD = struct.Struct("<8sIQ32s32s")  # magic, version, bytes of weights, digests of their order and of the model
+_MAGIC, _VERSION = b"edgelmPK", 1
+_SAMPLE, _EVERY = 64, 1 << 20  # bytes of a weight that stand for so many
+
+
+class PackedFile:
+    """The file that the packed weights of a model would be.
+
+    forms, n_bytes: where each of `tensors` lies in it, and bytes of all of them.
+    """
+
+    def __init__(self, file: GGUF, tensors: Sequence[QTensor]) -> None:
+        from .kernels import packing
+
+        self.file, self.tensors = file, tensors
+        self.forms, self.n_bytes = packing.arrange(tensors)
+
+    @property
+    def beside(self) -> Path:
+        model = self.file.paths[0]
+        return model.with_name(model.name + SUFFIX)
+
+    @property
+    def cached(self) -> Path:
+        """In the cache: two models never share a place."""
+        from .hub import cache_dir
+
+        return cache_dir() / "packed" / f"{self.file.paths[0].stem}-{self._model.hex()[:16]}{SUFFIX}"
+
+    def found(self) -> Path | None:
+        """A file that can be used. One that cannot is warned of."""
+        for path in (self.beside, self.cached):
+            if os.path.exists(path):  # not Path.exists, which raises where a folder is not readable
+                try:
+                    self._open(path).close()
+                    return path
+                except EdgelmError as error:
+                    warnings.warn(str(error), stacklevel=2)
+        return None
+
+    def map(self, path: Path) -> list[Packed]:
+        """The weights in a file, which takes memory only as they are read.
+
+        Raises:
+            FormatError: it was made for another model, layout or processor, or is damaged.
+            SourceError: it cannot be read.
+        """
+        with self._open(path) as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        memory = np.frombuffer(data, np.uint8, self.n_bytes, DATA)
+        return [form.within(memory) for form in self.forms]
+
+    def write(self, path: Path, n_threads: int | None = None, progress: Progress | None = None) -> Path:
+        """Packs the weights into a file, a few megabytes of memory at a time. It is whole, or not there.
+
+        Raises SourceError if it cannot be written, or the disk is too full.
+        """
+        from .kernels import packing
+
+        report = None if progress is None else lambda done, total: progress("packing weights", done, total)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _need_disk(path.parent, DATA + self.n_bytes)
+            with _replacing(path) as file:
+                file.truncate(DATA + self.n_bytes)
+                packing.pack_into(_Writer(file), self.tensors, self.forms, n_threads, report, self.file.lend)
+                file.seek(0)
+                file.write(self._head)
+        except OSError as error:
+            raise SourceError(f"cannot write {path}: {error.strerror or error}; name another place") from error
+        return path
+
+    def _open(self, path: Path) -> IO[bytes]:
+        try:
+            file = path.open("rb")
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be opened: {error.strerror}") from error
+        if wrong := self._wrong(file):
+            file.close()
+            model = self.file.paths[0]
+            raise FormatError(f"{path} is not used: {wrong}; renew it with `edgelm pack {model}`, or remove it")
+        return file
+
+    def _wrong(self, file: IO[bytes]) -> str:
+        """Why a file cannot be used; nothing if it can."""
+        status, head = os.fstat(file.fileno()), file.read(_HEAD.size)
+        if len(head) < _HEAD.size or not head.startswith(_MAGIC):
+            return "it does not hold packed weights"
+        _, version, _, order, model = _HEAD.unpack(head)
+        if version != _VERSION:
+            return "another version of edgelm has made it"
+        if model != self._model:
+            return "it was made for another model"
+        if order != self._order:
+            return "it was made by another version of edgelm, or for another processor"
+        if status.st_size != DATA + self.n_bytes or head != self._head:
+            return "it is damaged"
+        if any(path.stat().st_mtime_ns > status.st_mtime_ns for path in self.file.paths):
+            return "the model is newer"
+        return ""
+
+    @property
+    def _head(self) -> bytes:
+        return _HEAD.pack(_MAGIC, _VERSION, self.n_bytes, self._order, self._model)
+
+    @cached_property
+    def _order(self) -> bytes:
+        """Digest of everything that decides which byte is where."""
+        from .kernels.packing import LAYOUT
+
+        forms = [(f.format, f.transcoded_from, f.n_rows, f.n_cols, f.address, f.n_bytes) for f in self.forms]
+        return hashlib.sha256(repr((LAYOUT, forms)).encode()).digest()
+
+    @cached_property
+    def _model(self) -> bytes:
+        """Digest of the weights in the model's file: their names, types, shapes, and a few bytes of each megabyte."""
+        digest = hashlib.sha256()
+        for tensor in self.tensors:
+            digest.update(repr((tensor.name, tensor.format.name, tensor.shape)).encode())
+            data = tensor.data.reshape(-1)
+            for start in (*range(0, max(1, len(data) - _SAMPLE), _EVERY), max(0, len(data) - _SAMPLE)):
+                digest.update(data[start : start + _SAMPLE].data)
+        self.file.forget()
+        return digest.digest()
+
+
+class _Writer:
+    """A file as a target of packing: pieces are packed in memory, then written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._lock, self._own = file, threading.Lock(), threading.local()
+
+    def room(self, start: int, n_bytes: int) -> NDArray[np.uint8]:
+        room: NDArray[np.uint8] = getattr(self._own, "room", np.empty(0, np.uint8))
+        if len(room) < n_bytes + 64:
+            room = self._own.room = np.empty(n_bytes + 64, np.uint8)
+        at = -room.ctypes.data % 64
+        piece = room[at : at + n_bytes]
+        piece[:] = 0
+        return piece
+
+    def done(self, start: int, piece: NDArray[np.uint8]) -> None:
+        with self._lock:
+            self._file.seek(DATA + start)
+            self._file.write(piece.data)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A new file that takes the place of `path` when it is whole and on the disk."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with draft.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        with suppress(OSError):
+            draft.unlink()
+
+
+def _need_disk(folder: Path, n_bytes: int) -> None:
+    import shutil
+
+    free = shutil.disk_usage(folder).free
+    if free - SPARE_DISK < n_bytes:
+        raise SourceError(f"{folder}: {n_bytes / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free; make room")
+
+
+def load(
+    file: GGUF,
+    tensors: Sequence[QTensor],
+    place: str = "auto",
+    n_more: int = 0,
+    n_threads: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[Packed], Path | None]:
+    """The packed forms of a model's weights, and the file that they are in, if it is one.
+
+    Args:
+        place: "file" maps a file and makes it if there is none; "memory" packs into memory; "auto" maps a file that is
+            there, and makes one, with a warning, only if the weights do not fit into memory.
+        n_more: bytes that will be needed besides.
+        progress: called as progress("packing weights", done, total).
+
+    Raises:
+        UsageError: there is no such place.
+        SourceError: a file has to be written and cannot be.
+    """
+    from .kernels import packing
+
+    if place not in PLACES:
+        raise UsageError(f"packed is {place!r}; it must be one of {', '.join(PLACES)}")
+    packed_file = PackedFile(file, tensors)
+    if place != "memory" and (path := packed_file.found()):
+        return packed_file.map(path), path
+    need, free = packed_file.n_bytes + n_more + SPARE_MEMORY, free_memory()
+    fits = free is None or need <= free
+    if place == "file" or (place == "auto" and not fits):
+        path = packed_file.cached
+        if not fits:
+            warnings.warn(
+                f"{need / 1e9:.1f} GB of memory are needed and {(free or 0) / 1e9:.1f} GB are free: the weights are "
+                f"packed into {path} and read from there, slower; `edgelm pack --remove` removes that file",
+                stacklevel=2,
+            )
+        return packed_file.map(packed_file.write(path, n_threads, progress)), path
+    report = None if progress is None else lambda done, total: progress("packing weights", done, total)
+    return packing.pack_all(tensors, n_threads, report, file.lend), None
