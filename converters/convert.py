@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 
 from edgelm import gguf
 from edgelm.arch import Config
-from edgelm.errors import FormatError, UnsupportedError, UsageError
-from edgelm.formats import QTensor, by_name
+from edgelm.errors import FormatError, UsageError
 from edgelm.tokenizer import Tokenizer
 from edgelm.weights import Weights
 
@@ -32,6 +31,7 @@ from . import tokenizer_check, vocab
 from .arrays import Array, Floats
 from .checkpoint import Checkpoint
 from .gguf_writer import Layout, Planned, Progress, nothing, write
+from .quantizers import quantize
 from .recipe import Plan, Recipe, Step, make_plan
 from .report import Report
 from .sources import resolve
@@ -39,7 +39,6 @@ from .special_tokens import Folder, sampling_keys
 
 BLOCK_WEIGHTS = 1 << 24  # weights that are worked on at a time: 64 MB as float32
 _SEAL = "edgelm.tensors.sha256"
-Quantizer = Callable[[str, Floats, Floats | None], NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -193,29 +192,14 @@ def tensor_bytes(step: Step, array: Array, importance: Floats | None = None) -> 
     if array.as_is is not None and array.as_is.format is step.format:
         yield from (array.as_is.data[at : at + n_rows] for at in range(0, len(array.as_is.data), n_rows))
         return
-    quantize = quantizer()
     if len(step.shape) == 1:
         n_rows = step.shape[0]  # blocks must not be cut
     for at in range(0, step.shape[0], n_rows):
         rows = array.rows(at, min(at + n_rows, step.shape[0])).reshape(-1, step.shape[-1])
-        if not np.isfinite(rows).all():
-            raise FormatError(f"{array.name} holds numbers that are none (NaN or infinity)")
-        if step.format.name == "F16" and np.abs(rows).max(initial=0) >= 65520:
-            raise UnsupportedError(f"{array.name} holds numbers too large for F16; choose another type, such as bf16")
-        yield quantize(step.format.name, rows, importance)
-
-
-def quantizer() -> Quantizer:
-    """What turns float32 rows into the bytes of a format."""
-    try:
-        from .quantizers import quantize
-    except ImportError:  # its kernels may not run on this machine: the formats' own definitions do
-        return _by_definition
-    return lambda name, rows, importance: quantize(name, rows, importance)
-
-
-def _by_definition(name: str, rows: Floats, importance: Floats | None = None) -> NDArray[np.uint8]:
-    return QTensor.from_array("", rows, by_name(name)).data
+        try:
+            yield quantize(step.format.name, rows, importance)
+        except FormatError as error:
+            raise FormatError(f"{step.name}, from row {at} on: {error}") from None
 
 
 # --------------------------------------------------------------------------------------------------------- metadata

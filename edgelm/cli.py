@@ -7,6 +7,7 @@ commands that use them, so that `edgelm --help` is immediate.
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import sys
@@ -38,9 +39,30 @@ HF_FLAG = click.option(
 QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
+CONVERTERS = ("convert", "quantize")  # commands that live in the package `converters`, which a runtime may lack
+
+
+def converters_are_ours() -> bool:
+    """Whether the converter is installed: a dead project on PyPI has the same name, and a folder may have it, too."""
+    try:
+        return getattr(importlib.import_module("converters"), "EDGELM_CONVERTERS", False) is True
+    except ImportError:
+        return False
+
 
 class Commands(click.Group):
-    """Turns every error raised on purpose into one line and exit code 2."""
+    """Turns every error raised on purpose into one line and exit code 2; has the converter's commands where it is."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *(CONVERTERS if converters_are_ours() else ())])
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in CONVERTERS:
+            return super().get_command(ctx, name)
+        if not converters_are_ours():
+            raise UsageError("the package 'converters' is missing, or another one of that name hides edgelm's own")
+        command: click.Command = getattr(importlib.import_module("converters.commands"), f"{name}_command")
+        return command
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
