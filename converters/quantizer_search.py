@@ -236,8 +236,9 @@ def best_multiple(e: Emitter, plan: Plan, state: Value, name: int, limits: tuple
     best = Best(e, e.vector(0.0))
     for end in (low, high):
         if end:
-            with e.loop(0, STEPS) as i:
-                divisor = number(e, i) * (-end * 0.3 / STEPS) + end * 1.03
+            size = (abs(end) + 1) // 16 / 4 * (-1 if end < 0 else 1)
+            with e.loop(-1, STEPS - 1) as i:
+                divisor = number(e, i) * -size + end
                 d = as_f16(e, largest.get() * inverse(e, divisor))
                 inv, total = inverse(e, d), e.variable(e.vector(0.0))
                 with e.loop(0, plan.n_subs) as j:

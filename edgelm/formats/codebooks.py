@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .format import Blocks, Floats, Format, f32, planes
+from .format import Blocks, Floats, Format, f32, pack, planes
 from .grids import grid
 
 __all__ = [
@@ -23,6 +23,7 @@ _SIGNS = np.float32(1) - np.float32(2) * _BITS  # (256, 8): what 8 stored signs 
 _EVEN_SIGNS = _SIGNS[np.arange(128) | _BITS[:128].sum(axis=1, dtype=np.int64) % 2 << 7]  # (128, 8): what 7 do
 _IQ4_LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 _E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)  # twice its values
+_E2M1_MIDDLES = (_E2M1[:7] + _E2M1[1:8]) / 2
 _IQ1_DELTA = np.float32(0.125)
 
 
@@ -130,6 +131,15 @@ class IQ4_XS(Format, id=23, block=256, n_bytes=136, layout="<f2 d, <u2 scales_h,
 
 class MXFP4(Format, id=39, block=32, n_bytes=17, layout="u1 e, 16u1 qs"):
     """E2M1 weights with an E8M0 scale, a power of two (OCP microscaling formats 1.0, section 5.3)."""
+
+    @staticmethod
+    def quantize(x: Floats) -> Blocks:
+        largest = np.abs(x).max(axis=-1)
+        e = np.where(largest > 0, np.floor(np.log2(largest)) - 2 + 127, 0).astype(np.uint8)
+        magnitude = np.abs(x) / np.ldexp(1.0, e.astype(np.int32) - 128)[:, None].astype(np.float32)
+        q = np.searchsorted(_E2M1_MIDDLES, magnitude).astype(np.uint8)  # ties go down
+        q += ((x < 0) & (q > 0)).astype(np.uint8) << 3
+        return pack(MXFP4, e=e, qs=q[:, :16] | q[:, 16:] << 4)
 
     @staticmethod
     def dequantize(blocks: Blocks) -> Floats:

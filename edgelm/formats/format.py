@@ -49,7 +49,10 @@ class Format:
 
     @staticmethod
     def quantize(x: Floats) -> Blocks:
-        """(n, block) float32 -> (n,) blocks. UnsupportedError for formats that are only read."""
+        """(n, block) float32 -> (n,) blocks, by plain rounding. UnsupportedError for formats that have no plain rounding.
+
+        `converters.quantizers` writes those whose scales are searched for: K-quants, IQ4_NL, IQ4_XS.
+        """
         raise UnsupportedError("this tensor type can only be read; choose one that can be written, such as Q8_0")
 
     @staticmethod
