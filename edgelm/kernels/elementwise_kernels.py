@@ -104,7 +104,7 @@ def rms_norm(op, env, begin, end):
     for row in range(begin, end):
         _rms_norm_of(op, env, row)
         if q >= 0:
-            quantize_row(y + y_stride * row, n, workspace + q + q_stride * row)
+            quantize_row(y + y_stride * row, n, workspace + q + q_stride * row, q_stride)
 
 
 def layer_norm(op, env, begin, end):
@@ -114,7 +114,7 @@ def layer_norm(op, env, begin, end):
     for row in range(begin, end):
         _layer_norm_of(op, env, row)
         if q >= 0:
-            quantize_row(y + y_stride * row, load_i64(op + _N), workspace + q + q_stride * row)
+            quantize_row(y + y_stride * row, load_i64(op + _N), workspace + q + q_stride * row, q_stride)
 
 
 # --- sums and products

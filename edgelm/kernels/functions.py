@@ -23,24 +23,26 @@ Value = ir.Value
 class Code(IntEnum):
     """Fields, int64 each, of what the body of a linear kernel knows of its format."""
 
-    DIRECT = 0  # addresses of functions; 0: tiles do it
-    UNPACK = 1  # 0: tiles read packed weights
-    TILES = 2  # four, of fewer and fewer tokens
-    TOKENS = 6  # of these tiles
-    BLOCKS = 10  # of a unit
-    UNIT_BYTES = 11
-    RECORD_BYTES = 12  # of activations for a block
-    SLAB_BLOCKS = 13  # that a tile goes over at a time
-    SLAB_BYTES = 14
-    FACTOR = 15  # of the sums: a power of two, as the bits of a float32
-    SIZE = 16
+    DIRECT = 0  # addresses of four functions, of fewer and fewer tokens
+    DIRECT_TOKENS = 4  # of these functions
+    DIRECT_MOST = 8  # tokens that they do; more, or if there are none of them: tiles
+    TILES = 9  # four, of fewer and fewer tokens
+    TILE_TOKENS = 13
+    UNPACK = 17  # 0: tiles read packed weights
+    BLOCKS = 18  # of a unit
+    UNIT_BYTES = 19
+    RECORD_BYTES = 20  # of activations for a block
+    SLAB_BLOCKS = 21  # that a tile goes over at a time
+    SLAB_BYTES = 22
+    FACTOR = 23  # of the sums: a power of two, as the bits of a float32
+    SIZE = 24
 
 
-def tile_fields(sizes: tuple[int, ...], function: Any) -> dict[int, Any]:
+def tile_fields(sizes: tuple[int, ...], function: Any, first: Code = Code.TILES) -> dict[int, Any]:
     """The fields of tiles: `function(tokens)` returns the address of each. Those that are not there never fit."""
-    fields: dict[int, Any] = {Code.TOKENS + i: 1 << 30 for i in range(4)}
+    fields: dict[int, Any] = {first + 4 + i: 1 << 30 for i in range(4)}
     for i, tokens in enumerate(sizes):
-        fields[Code.TILES + i], fields[Code.TOKENS + i] = function(tokens), tokens
+        fields[first + i], fields[first + 4 + i] = function(tokens), tokens
     return fields
 
 

@@ -63,7 +63,9 @@ class Isa:
     needs: ClassVar[tuple[frozenset[str], ...]] = ()
     tokens: ClassVar[tuple[int, ...]] = (4, 2, 1)  # sizes of tiles, at most four; the last must be 1
     groups: ClassVar[int] = 1  # groups of 16 rows in a tile: 1 or 2
-    direct_groups: ClassVar[int] = 1  # the same where one token is multiplied straight from packed weights
+    direct: ClassVar[tuple[int, ...]] = (1,)  # the same where few tokens are multiplied straight from packed weights
+    direct_groups: ClassVar[int] = 1
+    direct_most: ClassVar[int] = 1  # tokens up to which that is faster than to unpack weights first
     float_tokens: ClassVar[tuple[int, ...]] = (4, 2, 1)  # the same for float32 activations
     float_groups: ClassVar[int] = 1
     n_parts: ClassVar[int] = 1  # registers that hold 64 bytes

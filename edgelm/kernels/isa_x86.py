@@ -32,7 +32,7 @@ class Vnni512(_Bytes):
     """AVX-512 VNNI: `vpdpbusd` adds 64 products of unsigned and signed bytes to 16 lanes, without saturation."""
 
     needs = (frozenset({"avx512vnni", "avx512bw"}),)
-    direct_groups = 2
+    direct, direct_groups, direct_most = (4, 2, 1), 2, 4
     tokens, groups = (6, 4, 2, 1), 2  # 12 sums and 12 accumulators: all but a few of 32 registers
     float_tokens, float_groups = (8, 2, 1), 2
     shuffle = "llvm.x86.avx512.pshuf.b.512"
@@ -55,7 +55,7 @@ class Vnni256(Vnni512):
     """The same on 32 bytes: AVX-VNNI, or AVX-512 VNNI on 256 bits."""
 
     needs = (frozenset({"avxvnni"}), frozenset({"avx512vnni", "avx512vl"}))
-    direct_groups = 1
+    direct, direct_groups, direct_most = (2, 1), 1, 2
     tokens, groups = (4, 2, 1), 1
     float_tokens, float_groups = (4, 2, 1), 1
     n_parts = 2

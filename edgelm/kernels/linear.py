@@ -44,6 +44,7 @@ class Arg(IntEnum):
     RESIDUAL = 11  # offset or -1
     RESIDUAL_STRIDE = 12
     ACTIVATION = 13
+    RECORDS = 14  # of one token, whose products are added
 
 
 # --- rows of the op table
@@ -69,14 +70,15 @@ def record_bytes(kind: str, n_cols: int) -> int:
 
 
 def row_quantize(
-    x_off: int, x_stride: int, n_cols: int, q_off: int, count: int = Env.N_TOKENS, kind: str = "int8"
+    x_off: int, x_stride: int, n_cols: int, q_off: int, count: int = Env.N_TOKENS, kind: str = "int8", records: int = 1
 ) -> list[int]:
-    """Writes the records of (count, n_cols) float32 at `x_off` to `q_off`, `record_bytes(kind, n_cols)` apart.
+    """Writes `records` records of each row of (count, n_cols) float32 to `q_off`, `record_bytes(kind, n_cols)` apart.
 
-    Offsets into the workspace; strides in bytes. A unit is a token.
+    Offsets into the workspace; strides in bytes. A unit is a token. Two records, only of int8, add up to the row.
     """
-    args = [x_off, x_stride, n_cols, q_off, record_bytes(kind, n_cols)]
-    return _row("quantize:quantize" if kind == "int8" else f"quantize:quantize_{kind}", 1, 1, count, max(1, 4096 // n_cols), args)
+    kernel = "quantize:quantize" if kind == "int8" else f"quantize:quantize_{kind}"
+    args = [x_off, x_stride, n_cols, q_off, records * record_bytes(kind, n_cols)]
+    return _row(kernel, 1, 1, count, max(1, 4096 // n_cols), args)
 
 
 def linear_kernel(format: str) -> str:
@@ -93,6 +95,7 @@ def row_linear(
     bias_address: int = 0,
     residual_off: int = -1,
     residual_stride: int = 0,
+    records: int = 1,
     count: int = Env.N_TOKENS,
     to_logits: bool = False,
 ) -> list[int]:
@@ -103,8 +106,14 @@ def row_linear(
     `to_logits`: then y is `Env.LOGITS`, rows of n_rows float32 without gaps. The residual may be y.
     """
     units = -(-packed.n_groups // 2)
-    y = (-1, 4 * packed.n_rows) if to_logits else (y_off, y_stride)
-    return _linear(packed, None, units, (x_off, x_stride), y, count, bias_address, residual_off, residual_stride, 0)
+    row = _linear(packed, units, (x_off, x_stride), (-1, 4 * packed.n_rows) if to_logits else (y_off, y_stride), count)
+    for arg, value in (
+        (Arg.BIAS, bias_address), (Arg.RESIDUAL, residual_off), (Arg.RESIDUAL_STRIDE, residual_stride),
+        (Arg.RECORDS, records),
+    ):  # fmt: skip
+        row[Row.ARGS + arg] = value
+    row[Row.UNITS_PER] //= records
+    return row
 
 
 def row_gated(
@@ -124,8 +133,9 @@ def row_gated(
     """
     if not can_gate(gate, up):
         raise UnsupportedError(f"gate ({gate.format}) and up ({up.format}) projections do not fit into one kernel")
-    kind = ACTIVATIONS[activation]
-    return _linear(gate, up, gate.n_groups, (x_off, x_stride), (y_off, y_stride), count, 0, -1, 0, kind)
+    row = _linear(gate, gate.n_groups, (x_off, x_stride), (y_off, y_stride), count)
+    row[Row.ARGS + Arg.SECOND], row[Row.ARGS + Arg.ACTIVATION] = up.address, ACTIVATIONS[activation]
+    return row
 
 
 def can_gate(gate: Packed, up: Packed) -> bool:
@@ -133,25 +143,14 @@ def can_gate(gate: Packed, up: Packed) -> bool:
     return (gate.format, gate.n_rows, gate.n_cols) == (up.format, up.n_rows, up.n_cols)
 
 
-def _linear(
-    packed: Packed,
-    second: Packed | None,
-    units: int,
-    x: tuple[int, int],
-    y: tuple[int, int],
-    count: int,
-    bias: int,
-    residual: int,
-    residual_stride: int,
-    activation: int,
-) -> list[int]:
+def _linear(packed: Packed, units: int, x: tuple[int, int], y: tuple[int, int], count: int) -> list[int]:
+    """A row without what is special."""
     args = [0] * len(Arg)
-    args[Arg.WEIGHTS], args[Arg.SECOND] = packed.address, second.address if second else 0
-    args[Arg.GROUP_BYTES], args[Arg.N_GROUPS], args[Arg.N_UNITS] = packed.group_bytes, packed.n_groups, packed.n_units
+    args[Arg.WEIGHTS], args[Arg.GROUP_BYTES] = packed.address, packed.group_bytes
+    args[Arg.N_GROUPS], args[Arg.N_UNITS], args[Arg.N_ROWS] = packed.n_groups, packed.n_units, packed.n_rows
     args[Arg.X], args[Arg.X_STRIDE] = x
     args[Arg.Y], args[Arg.Y_STRIDE] = y
-    args[Arg.N_ROWS], args[Arg.BIAS], args[Arg.ACTIVATION] = packed.n_rows, bias, activation
-    args[Arg.RESIDUAL], args[Arg.RESIDUAL_STRIDE] = residual, residual_stride
+    args[Arg.RESIDUAL], args[Arg.RECORDS] = -1, 1
     tokens = min(MAX_TOKENS, max(24, _CACHE // x[1] // 12 * 12))
     grain = max(1, _GRAIN // (2 * packed.group_bytes))
     return _row(linear_kernel(packed.format), units, tokens, count, grain, args)

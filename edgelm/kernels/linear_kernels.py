@@ -33,18 +33,19 @@ PAIR = 2 * ROW
 SLAB_SCRATCH, OUT_SCRATCH = 2 * MAX_SLAB_BYTES, MAX_TOKENS * PAIR
 (
     _WEIGHTS, _SECOND, _GROUP_BYTES, _N_GROUPS, _N_UNITS, _X, _X_STRIDE, _Y, _Y_STRIDE, _N_ROWS, _BIAS, _RESIDUAL,
-    _RESIDUAL_STRIDE, _ACTIVATION,
+    _RESIDUAL_STRIDE, _ACTIVATION, _RECORDS,
 ) = (WORD * (Row.ARGS + arg) for arg in Arg)  # fmt: skip
 _WORKSPACE, _LOGITS, _COUNT, _UNITS, _UNITS_PER = (
     WORD * field for field in (Env.WORKSPACE, Env.LOGITS, Row.COUNT, Row.UNITS, Row.UNITS_PER)
 )
 (
-    _DIRECT, _UNPACK, _TILES, _TOKENS, _BLOCKS, _UNIT_BYTES, _RECORD_BYTES, _SLAB_BLOCKS, _SLAB_BYTES, _FACTOR,
+    _DIRECT, _DIRECT_TOKENS, _DIRECT_MOST, _TILES, _TILE_TOKENS, _UNPACK, _BLOCKS, _UNIT_BYTES, _RECORD_BYTES,
+    _SLAB_BLOCKS, _SLAB_BYTES, _FACTOR,
 ) = (
     WORD * field
     for field in (
-        Code.DIRECT, Code.UNPACK, Code.TILES, Code.TOKENS, Code.BLOCKS, Code.UNIT_BYTES, Code.RECORD_BYTES,
-        Code.SLAB_BLOCKS, Code.SLAB_BYTES, Code.FACTOR,
+        Code.DIRECT, Code.DIRECT_TOKENS, Code.DIRECT_MOST, Code.TILES, Code.TILE_TOKENS, Code.UNPACK, Code.BLOCKS,
+        Code.UNIT_BYTES, Code.RECORD_BYTES, Code.SLAB_BLOCKS, Code.SLAB_BYTES, Code.FACTOR,
     )
 )  # fmt: skip
 
@@ -55,9 +56,14 @@ def products(code, first, second, n_units, records, stride, n_tokens, slab, out,
 
     step: from these groups to the ones that come next.
     """
-    if n_tokens == 1 and load_i64(code + _DIRECT) != 0:
-        direct = load_i64(code + _DIRECT)
-        call_function(direct, first, second, n_units, records, out, first + step, second + step)
+    if n_tokens <= load_i64(code + _DIRECT_MOST):
+        t = 0
+        for size in range(0, 32, 8):
+            direct, tokens = load_i64(code + _DIRECT + size), load_i64(code + _DIRECT_TOKENS + size)
+            while t + tokens <= n_tokens:
+                record, place = records + t * stride, out + t * PAIR
+                call_function(direct, first, second, n_units, record, stride, place, first + step, second + step)
+                t += tokens
         return
     zero = splat_f32(0.0)
     for i in range(0, n_tokens * PAIR, ROW):
@@ -82,7 +88,7 @@ def products(code, first, second, n_units, records, stride, n_tokens, slab, out,
             low, high = slab, slab + slab_bytes
         t = 0
         for size in range(0, 32, 8):
-            tile, tokens = load_i64(code + _TILES + size), load_i64(code + _TOKENS + size)
+            tile, tokens = load_i64(code + _TILES + size), load_i64(code + _TILE_TOKENS + size)
             while t + tokens <= n_tokens:
                 record = records + t * stride + block * record_bytes
                 call_function(tile, low, high, n, record, stride, out + t * PAIR, next_low, next_high)
@@ -119,7 +125,8 @@ def units(code, op, env, begin, end):
     weights, up = load_i64(op + _WEIGHTS), load_i64(op + _SECOND)
     group_bytes, n_groups, n_units = load_i64(op + _GROUP_BYTES), load_i64(op + _N_GROUPS), load_i64(op + _N_UNITS)
     n_rows, bias, activation = load_i64(op + _N_ROWS), load_i64(op + _BIAS), load_i64(op + _ACTIVATION)
-    x_stride, y_stride = load_i64(op + _X_STRIDE), load_i64(op + _Y_STRIDE)
+    x_stride, y_stride, n_records = load_i64(op + _X_STRIDE), load_i64(op + _Y_STRIDE), load_i64(op + _RECORDS)
+    record_stride = x_stride // n_records
     x, y = workspace + load_i64(op + _X), load_i64(op + _Y)
     y = load_i64(env + _LOGITS) if y < 0 else workspace + y
     residual, residual_stride = load_i64(op + _RESIDUAL), load_i64(op + _RESIDUAL_STRIDE)
@@ -139,7 +146,11 @@ def units(code, op, env, begin, end):
             second = first + group_bytes if group + 1 < n_groups else first
         record = x + first_token * x_stride
         step = 0 if unit + 1 == end else second - first + group_bytes if up == 0 else group_bytes
-        products(code, first, second, n_units, record, x_stride, n_tokens, slab, out, step)
+        products(code, first, second, n_units, record, record_stride, n_tokens * n_records, slab, out, step)
+        if n_records == 2:
+            for i in range(0, n_tokens * PAIR, ROW):
+                low = out + 2 * i - i % PAIR
+                store(out + i, add_f32(load_f32x16(low), load_f32x16(low + PAIR)))
         column, left = group * ROW, n_rows - group * 16
         for t in range(n_tokens):
             low, high = mul_f32(load_f32x16(out + t * PAIR), power), mul_f32(load_f32x16(out + t * PAIR + ROW), power)

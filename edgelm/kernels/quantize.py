@@ -1,4 +1,4 @@
-"""Writes the records of `records`: activations as int8. Knows nothing of weights."""
+"""Writes the records of `records`: activations as int8, or as the sum of two int8. Knows nothing of weights."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from edgelm.kernels.emit import (
     F32x16,
     I32x16,
     call,
+    emit_fma,
     load_at,
     repeat,
     store_at,
@@ -66,62 +67,74 @@ def _pair(b: ir.IRBuilder, values: Value, address: Value) -> None:
     store_at(b, _shuffle(b, values, undefined(values.type), [0, 1]), address, 4)
 
 
+def _write_block(context: Any, b: ir.IRBuilder, halves: list[Value], target: Value) -> list[Value]:
+    """Writes the 64 bytes of a record for 32 float32, two vectors. Returns what these bytes are short of."""
+
+    def maximum(x, y):
+        return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+    def at(offset):
+        return b.add(target, I64(offset))
+
+    def both(values, i):
+        return _shuffle(b, values, undefined(values.type), [i] * 16)
+
+    peaks = _reduce(b, *(call(b, "llvm.fabs.v16f32", F32x16, x) for x in halves), maximum)
+    scales = b.fmul(peaks, repeat(F32x4, 1 / 127))
+    normal = b.fcmp_ordered(">=", scales, repeat(F32x4, TINY))
+    inverses = b.select(normal, b.fdiv(repeat(F32x4, 1.0), scales), repeat(F32x4, 0.0))
+    scales = b.select(normal, scales, repeat(F32x4, 0.0))
+    quants, rests = [], []
+    for i, x in enumerate(halves):
+        rounded = b.fadd(b.fmul(x, both(inverses, i)), repeat(F32x16, MAGIC))
+        quants.append(b.sub(b.bitcast(rounded, I32x16), b.bitcast(repeat(F32x16, MAGIC), I32x16)))
+        store_at(b, b.trunc(quants[i], I8x16), at(16 * i), 16)
+        rests.append(emit_fma(context, b, b.fsub(repeat(F32x16, MAGIC), rounded), both(scales, i), x))
+    sums = _reduce(b, *quants, b.add)
+    scaled = b.fmul(scales, b.sitofp(sums, F32x4))
+    _pair(b, scales, at(SCALE_LOW))
+    total = b.fadd(*(b.extract_element(scaled, I32(i)) for i in range(2)))
+    store_at(b, total, at(SCALED_SUM), 4)
+    _pair(b, scaled, at(SCALED_SUM_LOW))
+    _pair(b, b.mul(sums, repeat(I32x4, -128)), at(OFFSET_LOW))
+    store_at(b, I32(0), at(60), 4)
+    return rests
+
+
 @intrinsic
-def quantize_block(typingctx, source, target):
-    """Writes the 64 bytes of a record for 32 float32."""
+def quantize_block(typingctx, source, target, rest):
+    """Writes the 64 bytes of a record for 32 float32, and those of what it is short of to `rest`, if that is not 0."""
 
     def codegen(context, b, sig, args):
-        source, target = args
-
-        def maximum(x, y):
-            return b.select(b.fcmp_ordered(">", x, y), x, y)
-
-        def at(offset):
-            return b.add(target, I64(offset))
-
-        halves = [load_at(b, source, F32x16), load_at(b, b.add(source, I64(64)), F32x16)]
-        peaks = _reduce(b, *(call(b, "llvm.fabs.v16f32", F32x16, x) for x in halves), maximum)
-        scales = b.fmul(peaks, repeat(F32x4, 1 / 127))
-        normal = b.fcmp_ordered(">=", scales, repeat(F32x4, TINY))
-        inverses = b.select(normal, b.fdiv(repeat(F32x4, 1.0), scales), repeat(F32x4, 0.0))
-        scales = b.select(normal, scales, repeat(F32x4, 0.0))
-        quants = []
-        for i, x in enumerate(halves):
-            inverse = _shuffle(b, inverses, undefined(F32x4), [i] * 16)
-            shifted = b.bitcast(b.fadd(b.fmul(x, inverse), repeat(F32x16, MAGIC)), I32x16)
-            quants.append(b.sub(shifted, b.bitcast(repeat(F32x16, MAGIC), I32x16)))
-            store_at(b, b.trunc(quants[i], I8x16), at(16 * i), 16)
-        sums = _reduce(b, *quants, b.add)
-        scaled = b.fmul(scales, b.sitofp(sums, F32x4))
-        _pair(b, scales, at(SCALE_LOW))
-        both = b.fadd(*(b.extract_element(scaled, I32(i)) for i in range(2)))
-        store_at(b, both, at(SCALED_SUM), 4)
-        _pair(b, scaled, at(SCALED_SUM_LOW))
-        _pair(b, b.mul(sums, repeat(I32x4, -128)), at(OFFSET_LOW))
-        store_at(b, I32(0), at(60), 4)
+        source, target, rest = args
+        rests = _write_block(context, b, [load_at(b, b.add(source, I64(i)), F32x16) for i in (0, 64)], target)
+        with b.if_then(b.icmp_signed("!=", rest, I64(0))):
+            _write_block(context, b, rests, rest)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64), codegen
+    return types.void(types.int64, types.int64, types.int64), codegen
 
 
 @njit
-def quantize_row(x, n_cols, out):
-    """Writes the record of the `n_cols` float32 at address `x` to address `out`."""
+def quantize_row(x, n_cols, out, n_bytes):
+    """Writes the `n_bytes` of records, one or two, of the `n_cols` float32 at address `x` to address `out`."""
     n_blocks = n_cols // BLOCK
+    rest = n_bytes // 2 if n_bytes > RECORD * (n_blocks + 2) else 0  # more than `activation_bytes`
     for i in range(n_blocks):
-        quantize_block(x + 4 * BLOCK * i, out + RECORD * i)
+        quantize_block(x + 4 * BLOCK * i, out + RECORD * i, out + RECORD * i + rest if rest > 0 else 0)
     if n_blocks % 2 == 1:
         for i in range(0, RECORD, 16):
             store(out + RECORD * n_blocks + i, to_i8(splat_i32(0)))
+            store(out + RECORD * n_blocks + i + rest, to_i8(splat_i32(0)))
 
 
 def quantize(op, env, begin, end):
-    """Unit: the record of one token."""
+    """Unit: the records of one token."""
     workspace = load_i64(env + _WORKSPACE)
     x, q = workspace + load_i64(op + _X), workspace + load_i64(op + _Q)
     n_cols, x_stride, q_stride = load_i64(op + _N_COLS), load_i64(op + _X_STRIDE), load_i64(op + _Q_STRIDE)
     for token in range(begin, end):
-        quantize_row(x + token * x_stride, n_cols, q + token * q_stride)
+        quantize_row(x + token * x_stride, n_cols, q + token * q_stride, q_stride)
 
 
 def quantize_int16(op, env, begin, end):

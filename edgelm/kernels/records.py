@@ -10,6 +10,9 @@ A record holds one row of activations: for each block of 32 inputs 64 bytes, one
 and is padded to an odd number of cache lines, so that the records of a batch do not all meet in the same lines of the
 cache. The number of blocks is rounded up to even; a block that pads is zero.
 
+Where 8 bits are too few, two records stand for one row: the second holds what the first is short of, with scales of its
+own, and products with either are added. That makes about 15 bits.
+
 Imports no Numba; `quantize` writes records.
 """
 

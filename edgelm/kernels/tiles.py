@@ -1,6 +1,6 @@
 """Generators of the innermost code: for each format and machine a few functions in LLVM's language.
 
-    direct   16 rows x 1 token, straight from packed weights
+    direct   32 rows x few tokens, straight from packed weights
     unpack   packed weights to a slab: eight int8 vectors, scales and minima of each block, ready to multiply
     tile     32 rows x several tokens, from two slabs
     embed    one row of packed weights as float32
@@ -20,6 +20,7 @@ Knows formats as `blocks.Blocks`, machines as `isa.Isa`, activations as the reco
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -137,33 +138,36 @@ def _vectors(values: list[Value]) -> Any:
 # --- the functions
 
 
-def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) -> None:
-    """(first, second, n_units, record, out, next_first, next_second): products of two packed groups with one record.
+def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_tokens: int, n_groups: int) -> None:
+    """(first, second, n_units, record, record_stride, out, next_first, next_second): products of two packed groups.
 
-    out: (2, 16) float32. The last two: groups that this thread will read after these.
+    record + record_stride * token; out: (token, 2, 16) float32. The last two: groups that this thread will read next.
     """
-    first, second, n_units, record, out, next_first, next_second = args
-    n_groups = isas.select(context).direct_groups
+    first, second, n_units, record, record_stride, out, next_first, next_second = args
     with cgutils.for_range(b, I64(2 // n_groups), intp=I64) as outer:
         weights = [b.add(first, b.mul(b.sub(second, first), outer.index)), second][:n_groups]
         after = [b.add(next_first, b.mul(b.sub(next_second, next_first), outer.index)), next_second][:n_groups]
         ends = [b.add(group, b.mul(n_units, I64(blocks.unit_bytes))) for group in weights]
-        tile = _Tile(context, b, blocks, n_groups, 1)
-        for acc in tile.acc:
-            b.store(ir.Constant(F32x16, None), acc[0])
+        tile = _Tile(context, b, blocks, n_groups, n_tokens)
+        for acc in itertools.chain(*tile.acc):
+            b.store(ir.Constant(F32x16, None), acc)
+        tokens = [b.add(record, b.mul(record_stride, I64(t))) for t in range(n_tokens)]
         with cgutils.for_range(b, n_units, intp=I64) as loop:
             step = b.mul(loop.index, I64(blocks.unit_bytes))
             units = [b.add(group, step) for group in weights]
             ahead = [_ahead(b, blocks, *place) for place in zip(units, ends, after, strict=True)]
-            records = b.add(record, b.mul(loop.index, I64(RECORD * blocks.blocks)))
+            records = b.mul(loop.index, I64(RECORD * blocks.blocks))
             with cgutils.for_range(b, I64(blocks.blocks), intp=I64) as inner:
                 scales, minima = zip(*(blocks.scales(context, b, unit, inner.index) for unit in units), strict=True)
                 values = [_vectors(blocks.quants(b, tile.isa, unit, inner.index, tile.form)) for unit in units]
-                tile.add_block(values, scales, minima, [b.add(records, b.mul(inner.index, I64(RECORD)))])
+                here = b.add(records, b.mul(inner.index, I64(RECORD)))
+                tile.add_block(values, scales, minima, [b.add(token, here) for token in tokens])
                 for unit in ahead:
                     _prefetch(b, blocks, unit, inner.index)
-        for g, acc in enumerate(tile.acc):
-            store_at(b, b.load(acc[0]), at(b, b.add(out, b.mul(outer.index, I64(ROW))), ROW * g), 64)
+        place = b.add(out, b.mul(outer.index, I64(ROW)))
+        for g, accs in enumerate(tile.acc):
+            for t, acc in enumerate(accs):
+                store_at(b, b.load(acc), at(b, place, ROW * (2 * t + g)), 64)
 
 
 def _ahead(b: ir.IRBuilder, blocks: Blocks, unit: Value, end: Value, after: Value) -> Value:
@@ -300,21 +304,27 @@ def linear_code(typingctx, fmt):
     blocks = BLOCKS[fmt.literal_value]
 
     def codegen(context, b, sig, args):
-        def function(emit, n_args, *numbers):
-            return function_address(context, b.module, blocks, emit, n_args, *numbers)
-
-        isa = isas.select(context)
-        fields = {
-            Code.DIRECT: function(_direct, 7),
-            Code.UNPACK: function(_unpack, 5),
-            Code.BLOCKS: blocks.blocks,
-            Code.UNIT_BYTES: blocks.unit_bytes,
-            Code.RECORD_BYTES: RECORD,
-            Code.SLAB_BLOCKS: SLAB,
-            Code.SLAB_BYTES: SLAB * slab_block_bytes(blocks),
-            Code.FACTOR: int(np.float32(blocks.factor(blocks.form(isa))).view(np.int32)),
-            **tile_fields(isa.tokens, lambda tokens: function(_tile, 8, tokens)),
-        }
-        return code_address(b, blocks.name, fields)
+        return code_address(b, blocks.name, code_fields(context, b, blocks))
 
     return types.int64(fmt), codegen
+
+
+def code_fields(context: Any, b: ir.IRBuilder, blocks: Blocks) -> dict[int, Any]:
+    """What a `Code` says of a format."""
+    isa = isas.select(context)
+
+    def function(emit, n_args, *numbers):
+        return function_address(context, b.module, blocks, emit, n_args, *numbers)
+
+    return {
+        **tile_fields(isa.direct, lambda tokens: function(_direct, 8, tokens, isa.direct_groups), Code.DIRECT),
+        **tile_fields(isa.tokens, lambda tokens: function(_tile, 8, tokens)),
+        Code.DIRECT_MOST: isa.direct_most,
+        Code.UNPACK: function(_unpack, 5),
+        Code.BLOCKS: blocks.blocks,
+        Code.UNIT_BYTES: blocks.unit_bytes,
+        Code.RECORD_BYTES: RECORD,
+        Code.SLAB_BLOCKS: SLAB,
+        Code.SLAB_BYTES: SLAB * slab_block_bytes(blocks),
+        Code.FACTOR: int(np.float32(blocks.factor(blocks.form(isa))).view(np.int32)),
+    }

@@ -52,18 +52,21 @@ def quantized(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class Product:
     """Activations in a workspace as the kernels of a format want them, and what they are multiplied with exactly."""
 
-    def __init__(self, packed: linear.Packed, x: np.ndarray) -> None:
+    def __init__(self, packed: linear.Packed, x: np.ndarray, records: int = 1) -> None:
         self.space, self.x, self.tokens = Workspace(), x, len(x)
         self.exact = x.astype(np.float64)
         self.offset, self.stride = self.space.put(x)
         self.space.set(Env.N_TOKENS, len(x))
         if not linear.is_float(packed.format):
             source = self.offset, self.stride
-            self.stride = linear.activation_bytes(x.shape[1])
+            self.stride = records * linear.activation_bytes(x.shape[1])
             self.offset = self.space.take(len(x) * self.stride)
-            self.space.run(linear.row_quantize(*source, x.shape[1], self.offset))
-            q, scale = quantized(x)
-            self.exact = (q * scale.astype(np.float64)).reshape(x.shape)
+            self.space.run(linear.row_quantize(*source, x.shape[1], self.offset, records=records))
+            self.exact[:] = 0
+            for _ in range(records):
+                q, scale = quantized(x)
+                self.exact += (q * scale.astype(np.float64)).reshape(x.shape)
+                x = (self.x - self.exact).astype(np.float32)
 
     def linear(self, packed: linear.Packed, tokens: slice | None = None, **options: int) -> np.ndarray:
         """(tokens, n_rows) results."""
