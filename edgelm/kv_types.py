@@ -2,8 +2,9 @@
 
 `f32` and `f16` are arrays. `q8_0` and `q4_0` are whole numbers of 8 and 4 bits with a float16 scale for each 32 of
 them, like the weights of that name: 8.5 and 4.5 bits a value. Outliers, of which keys have many, would cost their whole
-block its precision; so a head is first turned by an orthonormal Hadamard transform, which spreads them. Queries are
-turned alike, which leaves q·k as it was, and the weighted sum of values is turned back (Ashkboos et al. 2024: QuaRot).
+block its precision; so each block is first turned by an orthonormal Hadamard transform, which spreads them, but not to
+other blocks (docs/LOG.md: two to three times less divergence than without, or over whole heads). Queries are turned
+alike, which leaves q·k as it was, and the weighted sum of values is turned back (Ashkboos et al. 2024: QuaRot).
 
 Everything that is stored for a position depends on that position alone. Knows nothing of pages and sequences.
 """
@@ -100,7 +101,6 @@ class BlockArray(KVArray):
         self.block_bytes = PAGE * (2 + BLOCK * self.bits // 8)
         self.n_bytes = n_heads * (self.stride // BLOCK) * self.block_bytes
         self.zero = 1 << (self.bits - 1)
-        self.turn = hadamard_size(dim)
 
     def _parts(self, page: NDArray[np.uint8]) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
         """Scales (n_heads, blocks, PAGE) and bytes in fours, as the class says; views of the page."""
@@ -110,9 +110,9 @@ class BlockArray(KVArray):
         return blocks[:, :, : 2 * PAGE].view(np.float16), blocks[:, :, 2 * PAGE :].reshape(*blocks.shape[:2], *fours)
 
     def write(self, page: NDArray[np.uint8], first: int, x: Floats) -> None:
-        turned = np.zeros((len(x), self.n_heads, self.stride), np.float32)
-        turned[:, :, : self.dim] = hadamard(x.astype(np.float32, copy=False), self.turn)
-        new_scales, numbers = self.quantize(turned.reshape(len(x), self.n_heads, -1, BLOCK))
+        padded = np.zeros((len(x), self.n_heads, self.stride), np.float32)
+        padded[:, :, : self.dim] = x
+        new_scales, numbers = self.quantize(hadamard(padded.reshape(len(x), self.n_heads, -1, BLOCK)))
         scales, fours = self._parts(page)
         positions, packed = np.arange(first, first + len(x)), self.pack(numbers)  # (n, heads, blocks, bytes)
         scales[:, :, positions] = new_scales.transpose(1, 2, 0)
@@ -126,8 +126,8 @@ class BlockArray(KVArray):
         packed = fours.transpose(3, 0, 1, 2, 4) if self.keys else fours.transpose(2, 4, 0, 1, 3)
         numbers = self.unpack(packed.reshape(PAGE, *scales.shape[:2], -1)).astype(np.float32) - self.zero
         with np.errstate(all="ignore"):  # pages hold anything beyond the end
-            turned = numbers * scales.transpose(2, 0, 1)[..., None].astype(np.float32)
-            return hadamard(turned.reshape(PAGE, self.n_heads, -1)[:, :, : self.dim], self.turn)
+            blocks = hadamard(numbers * scales.transpose(2, 0, 1)[..., None].astype(np.float32))
+            return blocks.reshape(PAGE, self.n_heads, -1)[:, :, : self.dim]
 
     def keep(self, page: NDArray[np.uint8], n: int) -> None:
         scales, fours = self._parts(page)
@@ -209,20 +209,15 @@ def named(keys: str, values: str) -> str:
     return keys if keys == values else f"{keys}/{values}"
 
 
-def hadamard_size(dim: int) -> int:
-    """Dimensions that are turned together: the largest power of two that divides a head."""
-    return dim & -dim
-
-
-def hadamard(x: Floats, size: int) -> Floats:
-    """x (…, dim) times an orthonormal Hadamard matrix, `size` columns at a time; it is its own inverse.
+def hadamard(x: Floats) -> Floats:
+    """x (…, n), n a power of two, times an orthonormal Hadamard matrix, which is its own inverse.
 
     Sums are taken in the order of Sylvester's construction, neighbours first, as the kernels do it.
     """
-    y, step = x.reshape(-1, size), 1
-    while step < size:
-        pairs = y.reshape(-1, size // (2 * step), 2, step)
-        y = np.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], axis=2).reshape(-1, size)
+    n, step = x.shape[-1], 1
+    while step < n:
+        a, b = np.moveaxis(x.reshape(*x.shape[:-1], n // (2 * step), 2, step), -2, 0)
+        x = np.stack([a + b, a - b], axis=-2).reshape(x.shape)
         step *= 2
-    turned: Floats = (y * (np.float32(1) / np.sqrt(np.float32(size)))).reshape(x.shape)
+    turned: Floats = x * (np.float32(1) / np.sqrt(np.float32(n)))
     return turned

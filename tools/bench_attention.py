@@ -63,16 +63,19 @@ class Layer:
         from edgelm.cache import KVCache
         from edgelm.kernels.abi import Env
         from edgelm.kernels.attention import row_attention, row_store_kv, scratch_bytes
+        from edgelm.pages import PAGE
 
         m, n_ctx = model, depth + n_tokens
         self.cache = KVCache((Group(tuple(range(m.n_layers)), m.n_kv_heads, m.head_dim, m.head_dim, window),), kv_type)
         self.sequence = self.cache.new_sequence()
         self.sequence.reserve(n_ctx)
         rng = np.random.default_rng(0)
-        for address in self.sequence.table(0):
-            page = self.cache._pools[0].pages[int(address)]
-            page[:] = np.resize(rng.integers(0, 60, 1 << 12, np.uint8), len(page))  # small numbers in every type
         layout = self.cache.layouts[0]
+        pages = [self.cache._pools[0].pages[int(address)] for address in self.sequence.table(0)]
+        for view, array in zip(layout.views(pages[0], 0), (layout.keys, layout.values), strict=True):
+            array.write(view, 0, rng.standard_normal((PAGE, m.n_kv_heads, m.head_dim), np.float32))
+        for page in pages:
+            page[:] = np.resize(pages[0][: layout.page_bytes // m.n_layers], len(page))
         widths = (m.n_heads * m.head_dim, m.n_kv_heads * m.head_dim, m.n_kv_heads * m.head_dim, m.n_heads * m.head_dim)
         self.buffers = [rng.standard_normal((n_tokens, w)).astype(np.float32) for w in widths]
         n_scratch = scratch_bytes(layout, m.n_heads, n_ctx)
@@ -140,7 +143,7 @@ def compile_times() -> None:
     from edgelm.kernels import compiler
 
     for module, kernels in {
-        "attention_kernels": ("attention",),
+        "attention_kernels": ("attention_of_floats", "attention"),
         "attention_store": ("store_kv",),
         "elementwise_kernels": ("rms_norm", "layer_norm", "combine", "copy", "rope", "silu", "gelu", "tanh"),
     }.items():

@@ -105,7 +105,9 @@ def row_attention(
     _check(layout)
     if g.window and not causal:
         raise UnsupportedError("a sliding window in both directions")
-    row[Row.KERNEL] = compiler.address("attention_kernels:attention")
+    quantized = max(KINDS[name] for name in both(layout.kv_type)) >= KINDS["q4_0"]
+    kernel = "attention" if quantized else "attention_of_floats"
+    row[Row.KERNEL] = compiler.address(f"attention_kernels:{kernel}")
     row[Row.UNITS], row[Row.UNITS_PER], row[Row.COUNT] = g.n_kv_heads * TILE, TILE, int(Env.N_TOKENS)
     row[Row.GRAIN], row[Row.BARRIER] = 4, 1
     row[Row.ARGS :] = [

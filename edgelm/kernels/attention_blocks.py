@@ -20,10 +20,11 @@ from edgelm.kernels.attention_quants import (
     quantize_weights,
 )
 from edgelm.kernels.attention_tiles import NARROW_ROWS, convert, multiply
-from edgelm.kernels.hadamard import hadamard
+from edgelm.kernels.emit import I1
+from edgelm.kernels.hadamard import turn
 from edgelm.kernels.rope import rotate
 from edgelm.kernels.vector_math import LOG2_E, emit_exp2_negative, emit_tanh
-from edgelm.kernels.words import function
+from edgelm.kernels.words import Value, function
 
 PAGE = 64
 ROWS = 96  # of a tile, a multiple of six
@@ -53,6 +54,7 @@ TOTAL_MAX, TOTAL_SUM, MAX, SUM = 16, 20, 24, 28  # float32: of all blocks so far
 QUERY_SCALE = 32  # float32, of a quantized query
 TILE_BYTES = STATES + STATE * ROWS
 MINUS_INFINITY = float("-inf")
+FLOATS = "keys and values are float32 or float16"  # a fact: half of the code need not be compiled
 
 
 def key_kind(e, op, flags=FLAGS):
@@ -65,6 +67,8 @@ def value_kind(e, op, flags=FLAGS):
 
 
 def is_quantized(kind):
+    if FLOATS in kind.e.facts:
+        return Value(kind.e, I1(0))
     return kind >= KINDS["q4_0"]
 
 
@@ -132,20 +136,13 @@ def begin_tile(e, op, env, base, token, n_tokens, first_head, n_heads):
             query, state = base + QUERIES + 4 * width * row, base + STATES + STATE * row
             rotate(e, q + stride * (token + i) + 4 * dim * (first_head + g), query, dim, pairs.get(), halves,
                    cos.get() + angle, sin.get() + angle, scale)
-            with e.when(is_quantized(kind)):
-                turn(e, query, dim, width)
-                quantize_query(e, query, width, kind, state + QUERY_SCALE)
+            if FLOATS not in e.facts:
+                with e.when(is_quantized(kind)):
+                    turn(e, query, dim, width)
+                    quantize_query(e, query, width, kind, state + QUERY_SCALE)
             e.store(state + LOW, low)
             e.store(state + HIGH, high)
             begin_row(e, state, base + MERGED + 4 * v_stride(e, op) * row, v_stride(e, op))
-
-
-@function
-def turn(e, x, n, width):
-    """Transforms a head of n float32 as quantized ones are, and sets those up to `width` to zero."""
-    with e.loop(n, width) as i:
-        e.store(x + 4 * i, e.lane(e.vector(0.0)))
-    hadamard(e, x, n, n & (0 - n))
 
 
 @function
@@ -164,6 +161,9 @@ def block_scores(e, op, base, n_rows, page, n_seen, keys, ahead):
     At least the first n_seen positions of the page; `ahead` as for `multiply`.
     """
     scores, kind = base + WEIGHTS + 4 * PAGE * page, key_kind(e, op)
+    if FLOATS in e.facts:
+        float_scores(e, op, base, n_rows, n_seen, keys, scores, ahead)
+        return
     with e.choose(is_quantized(kind)) as (numbers, floats):
         with numbers:
             width, n_columns = k_stride(e, op), e.select(n_seen > 32, e.word(PAGE), 32)
@@ -271,6 +271,9 @@ def weigh(e, base, first_row, n_rows, width, half, weights, page_start, m, m_str
 def block_values(e, op, base, n_rows, page, page_start, values, ahead):
     """Adds up p·v of one page, of a head whose values are at `values`."""
     kind = value_kind(e, op)
+    if FLOATS in e.facts:
+        float_values(e, op, base, n_rows, page, page_start, values, ahead)
+        return
     with e.choose(is_quantized(kind)) as (numbers, floats):
         with numbers:
             stride, size = 4 * v_stride(e, op), SCALES + PAGE * DIMS // 8 * kind
@@ -333,8 +336,9 @@ def merge(e, width, state, merged, block, sums):
 def finish(e, op, state, merged, y):
     """y = values / sum of weights."""
     n = e.load_i32(op + V_DIM)
-    with e.when(is_quantized(value_kind(e, op))):
-        turn(e, merged, n, n)
+    if FLOATS not in e.facts:
+        with e.when(is_quantized(value_kind(e, op))):
+            turn(e, merged, v_stride(e, op), v_stride(e, op))
     total, whole = e.vector(e.load_f32(state + TOTAL_SUM)), n // 16 * 16
     with e.loop(0, whole, 16) as i:
         e.store(y + 4 * i, e.load(merged + 4 * i) / total)

@@ -20,6 +20,7 @@ PAGE, BLOCK = 64, 32  # as in kv_types
 SCALES = 2 * PAGE  # bytes of a block's scales, before its numbers
 LARGEST = 127 * 128 + 63  # of whole numbers of 15 bits
 TINY = 2.0**-126  # the smallest normal float32
+NOTHING = 2.0**-60  # a weight that counts for nothing beside the largest, which is 1; products of smaller are slow
 MAGIC = 1.5 * 2.0**23  # adding it rounds to a whole number, to nearest even, in the low bits
 MAGNITUDE, INFINITY = 0x7FFFFFFF, 0x7F800000
 
@@ -132,7 +133,7 @@ def quantize_weights(e, n_rows, weights, weights_stride, scales, bits, to):
         record, products = to + WEIGHTS * r, []
         for i, scale in enumerate(wide):
             weight = e.load(weights + weights_stride * r + 64 * i)
-            products.append(e.select(weight.is_(0.0), e.vector(0.0), weight * scale))  # unseen: the scale is anything
+            products.append(e.select(weight < NOTHING, e.vector(0.0), weight * scale))  # unseen: the scale is anything
         sizes = [_magnitude(e, product) for product in products]
         most = _larger(e, _larger(e, *sizes[:2]), _larger(e, *sizes[2:]))
         scale, inverse = _scale(e, _largest(e, most))
@@ -172,16 +173,18 @@ class _Dots:
 
     def add(self, x: list[tuple[Value, Value]], steps: list[tuple[int, list[ir.Value]]]) -> None:
         """Adds products of each row's high and low bytes at `x` with the vectors of `steps`, (four of x, columns)."""
-        b = self.e.b
-        for row, addresses in zip(self.sums, x, strict=True):
-            for which, address in enumerate(addresses):
-                sums = [self.isa.empty(b, columns[which].get().llvm) for columns in row]
-                for chunk, vectors in steps:
-                    four = self.isa.input(b, address.llvm, chunk)
-                    sums = [self.isa.step(b, s, w, four, self.form, self.bits)
-                            for s, w in zip(sums, vectors, strict=True)]
-                for columns, s in zip(row, sums, strict=True):
-                    columns[which].set(Value(self.e, self.isa.end(b, s)))
+        b, isa = self.e.b, self.isa
+        sums = [[[isa.empty(b, sums.get().llvm) for sums in column] for column in row] for row in self.sums]
+        for chunk, vectors in steps:
+            for row, addresses in zip(sums, x, strict=True):
+                for which, address in enumerate(addresses):
+                    four = isa.input(b, address.llvm, chunk)
+                    for column, vector in zip(row, vectors, strict=True):
+                        column[which] = isa.step(b, column[which], vector, four, self.form, self.bits)
+        for row, slots in zip(sums, self.sums, strict=True):
+            for column, pair in zip(row, slots, strict=True):
+                for done, slot in zip(column, pair, strict=True):
+                    slot.set(Value(self.e, isa.end(b, done)))
 
     def end(self) -> list[list[Value]]:
         """[row][column vector] float32."""

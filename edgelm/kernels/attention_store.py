@@ -21,11 +21,11 @@ from edgelm.kernels.attention_blocks import (
     key_kind,
     key_stride,
     pages_of,
-    turn,
     value_kind,
     value_stride,
 )
 from edgelm.kernels.attention_quants import store_block
+from edgelm.kernels.hadamard import turn
 from edgelm.kernels.rope import rotate
 from edgelm.kernels.words import function, intrinsic_of
 

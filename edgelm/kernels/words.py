@@ -148,6 +148,12 @@ class Emitter:
     def __init__(self, context: Any, b: ir.IRBuilder) -> None:
         self.context, self.b = context, b
 
+    @property
+    def facts(self) -> set[str]:
+        """What whoever began the module knows of its use, and its functions may rely on."""
+        facts: set[str] = self.b.module.__dict__.setdefault("facts", set())
+        return facts
+
     # --- values
 
     def word(self, value: int) -> Value:
