@@ -8,7 +8,7 @@ of the file types and the names are llama.cpp's (`src/llama-quant.cpp`), so that
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from edgelm.arch import Config
@@ -145,17 +145,20 @@ def _role(name: str, tied: bool) -> str:
     return next((parts[part] for part in parts if part in name), "down" if "ffn_down" in name else "other")
 
 
-def assign(mix: Mix, config: Config, shapes: dict[str, tuple[int, ...]], has_imatrix: bool) -> dict[str, str]:
+def assign(
+    mix: Mix, config: Config, shapes: Mapping[str, tuple[int, ...]], has_imatrix: bool, decided: Container[str] = ()
+) -> dict[str, str]:
     """The type of every quantizable tensor of a model in a mix, before any fallback.
 
-    shapes: of all its tensors, outermost first, by GGUF name.
+    shapes: of all its tensors, outermost first, by GGUF name; decided: tensors whose type is given otherwise, which
+    llama.cpp does not count when it looks which layer another one is in.
     """
     tied = "output.weight" not in shapes
     counts = {"value": 0, "down": 0}
     totals = {"value": sum(_role(name, tied) == "value" for name in shapes)}
     found: dict[str, str] = {}
     for name in layer_order(shapes):
-        if not is_quantizable(name, len(shapes[name])):
+        if name in decided or not is_quantizable(name, len(shapes[name])):
             continue
         role = _role(name, tied)
         if by_name(mix.base).block == 1:

@@ -164,33 +164,29 @@ def _as_it_is(source: Source) -> type[Format]:
 
 
 def _wanted(
-    mix: mixes.Mix, config: Config, shapes: dict[str, tuple[int, ...]], recipe: Recipe
+    mix: mixes.Mix, config: Config, shapes: Mapping[str, tuple[int, ...]], recipe: Recipe
 ) -> dict[str, str]:
     """The type of every tensor that takes one, by the mix and by what overrides it, as in llama-quantize."""
-    quantizable = [name for name, shape in shapes.items() if mixes.is_quantizable(name, len(shape))]
+    names = [name for name, shape in shapes.items() if mixes.is_quantizable(name, len(shape))]
     if recipe.leave_output:
-        quantizable = [name for name in quantizable if name != "output.weight"]
-    found = dict.fromkeys(quantizable, mix.base)
-    if not recipe.pure:
-        found.update((n, t) for n, t in mixes.assign(mix, config, shapes, recipe.has_imatrix).items() if n in found)
+        names = [name for name in names if name != "output.weight"]
+    is_mixed = by_name(mix.base).block > 1 and not recipe.pure
+    decided: dict[str, str] = {}
     for pattern, format in recipe.overrides:
-        by_name(format)
-        if not any(_search(pattern, name) for name in quantizable):
+        fitting = [name for name in names if _search(pattern, name)]
+        if not fitting:
             raise UsageError(f"--tensor-type {pattern}={format}: no tensor that could take it has such a name")
-    is_quantized = by_name(mix.base).block > 1
-    for name in quantizable:
-        chosen = next((f for pattern, f in recipe.overrides if _search(pattern, name)), None)
-        head = name == "output.weight"
-        tied_head = name == "token_embd.weight" and "output.weight" not in shapes
-        if name == "token_embd.weight" and recipe.embedding_type:
-            found[name] = recipe.embedding_type.upper()
-        elif head and recipe.output_type:
-            found[name] = recipe.output_type.upper()
-        elif chosen is not None:
-            found[name] = chosen.upper()
-        elif tied_head and recipe.output_type and is_quantized and not recipe.pure:
-            found[name] = recipe.output_type.upper()
-    return found
+        decided = dict.fromkeys(fitting, format) | decided  # the first that fits decides
+    if recipe.embedding_type:
+        decided["token_embd.weight"] = recipe.embedding_type
+    if recipe.output_type and "output.weight" in names:
+        decided["output.weight"] = recipe.output_type
+    elif recipe.output_type and "output.weight" not in shapes and is_mixed:
+        decided.setdefault("token_embd.weight", recipe.output_type)
+    found = dict.fromkeys(names, mix.base)
+    if is_mixed:
+        found |= mixes.assign(mix, config, shapes, recipe.has_imatrix, decided)
+    return {name: decided.get(name, found[name]) for name in names}
 
 
 def _search(pattern: str, name: str) -> bool:
