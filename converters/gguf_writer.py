@@ -306,9 +306,7 @@ def _allocated(part: Path) -> int:
 def _need_disk(folder: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if n_bytes > 0 and free - SPARE_DISK < n_bytes:
-        raise OSError(
-            errno.ENOSPC, f"{n_bytes / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free", str(folder)
-        )
+        raise OSError(errno.ENOSPC, f"{n_bytes / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free", str(folder))
 
 
 @contextlib.contextmanager

@@ -163,9 +163,7 @@ def _as_it_is(source: Source) -> type[Format]:
     return by_name(source.kind) if is_gguf_type else by_name("F32")
 
 
-def _wanted(
-    mix: mixes.Mix, config: Config, shapes: Mapping[str, tuple[int, ...]], recipe: Recipe
-) -> dict[str, str]:
+def _wanted(mix: mixes.Mix, config: Config, shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> dict[str, str]:
     """The type of every tensor that takes one, by the mix and by what overrides it, as in llama-quantize."""
     names = [name for name, shape in shapes.items() if mixes.is_quantizable(name, len(shape))]
     if recipe.leave_output:

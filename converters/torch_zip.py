@@ -119,9 +119,7 @@ def _state_dict(path: Path, value: Any) -> dict[str, _Tensor]:
     raise FormatError(f"{path}: holds no dict of tensors by name")
 
 
-def _array(
-    path: Path, data: Any, members: dict[str, zipfile.ZipInfo], root: str, name: str, tensor: _Tensor
-) -> Array:
+def _array(path: Path, data: Any, members: dict[str, zipfile.ZipInfo], root: str, name: str, tensor: _Tensor) -> Array:
     """The view of a tensor in its storage, after proof that it stays inside."""
     storage, what = tensor.storage, f"{path}: tensor {name!r:.80}"
     member = members.get(f"{root}data/{storage.key}")

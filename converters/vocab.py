@@ -137,7 +137,7 @@ def _byte_pairs(folder: Folder, tokens: _Tokens, pre: str) -> dict[str, Any]:
 
 
 def _merges(folder: Folder) -> list[str]:
-    """"left right" for each merge; a space inside a part becomes its stand-in."""
+    """ "left right" for each merge; a space inside a part becomes its stand-in."""
     merges = folder.tokenizer["model"].get("merges")
     if not isinstance(merges, list) or not merges:
         raise FormatError(f"{folder.path}: tokenizer.json has no merges")

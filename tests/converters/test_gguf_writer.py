@@ -169,9 +169,10 @@ def test_a_stopped_run_goes_on(tmp_path: Path, when: int) -> None:
     write(path, layout, counting, seal=seal)
     assert again == list(tensors)[max(0, when - 1) :]
     assert path.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
-    assert gguf.read(path).metadata["edgelm.sha256"] == seal(
-        {n: hashlib.sha256(t.data.tobytes()).hexdigest() for n, t in tensors.items()}
-    )["edgelm.sha256"]
+    assert (
+        gguf.read(path).metadata["edgelm.sha256"]
+        == seal({n: hashlib.sha256(t.data.tobytes()).hexdigest() for n, t in tensors.items()})["edgelm.sha256"]
+    )
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "cut short", "torn journal", "other fingerprint", "no part"])
