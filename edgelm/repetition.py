@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
 Tails = tuple[tuple[int, ...], ...]
+Find = Callable[[IntArray, int, int], tuple[list[int], list[int]] | None]
 
 _MAX_CHARACTERS = 40  # of a sequence breaker
 _MAX_TAIL = 20  # tokens of a sequence breaker after its first one
@@ -74,7 +75,28 @@ def unbroken(history: IntArray, breakers: Breakers, limit: int) -> int:
     return min(n, limit)
 
 
-def continuations(history: IntArray, breakers: Breakers, shortest: int, longest: int) -> dict[int, int]:
+def repeated(history: IntArray, shortest: int, longest: int) -> tuple[list[int], list[int]]:
+    """Tokens that followed earlier sequences which equal the last tokens of `history`, and how long these are.
+
+    A length is at least `shortest` and at most `longest`; a token may come several times.
+    """
+    n = len(history)
+    ends = np.arange(n - 1) if shortest <= 0 else np.flatnonzero(history[:-1] == history[-1])
+    lengths = np.zeros(n - 1, np.int64)
+    reached = ends
+    for length in range(longest):
+        reached = reached[reached >= length]
+        reached = reached[history[reached - length] == history[n - 1 - length]]
+        if not len(reached):
+            break
+        lengths[reached] = length + 1
+    ends = ends[lengths[ends] >= shortest]
+    return history[ends + 1].tolist(), lengths[ends].tolist()
+
+
+def continuations(
+    history: IntArray, breakers: Breakers, shortest: int, longest: int, find: Find | None = None
+) -> dict[int, int]:
     """Tokens that would continue a repetition, each with the length of the sequence it repeats so far.
 
     Args:
@@ -82,22 +104,17 @@ def continuations(history: IntArray, breakers: Breakers, shortest: int, longest:
         breakers: what interrupts a sequence.
         shortest: sequences shorter than this do not count.
         longest: longer ones count as this long.
+        find: what does as `repeated` for a positive `shortest`, or gives None where it cannot.
     """
-    n = len(history)
-    if n <= shortest:
+    if len(history) <= max(shortest, 1):
         return {}
-    limit = unbroken(history, breakers, longest)
+    tokens, lengths = (find(history, shortest, longest) if find and shortest > 0 else None) or repeated(
+        history, shortest, longest
+    )
+    limit = unbroken(history, breakers, longest) if tokens else 0
     if limit < shortest:
         return {}
-    ends = np.arange(n - 1)  # of earlier sequences that equal the last `length` tokens
-    lengths = np.zeros(n - 1, np.int64)
-    for length in range(limit):
-        ends = ends[ends >= length]
-        ends = ends[history[ends - length] == history[n - 1 - length]]
-        if not len(ends):
-            break
-        lengths[ends] = length + 1
-    ends = np.flatnonzero(lengths >= shortest)
-    ends = ends[np.argsort(lengths[ends], kind="stable")]  # the longest of each token comes last, and stays
-    found = dict(zip(history[ends + 1].tolist(), lengths[ends].tolist(), strict=True))
+    found: dict[int, int] = {}
+    for token, length in zip(tokens, lengths, strict=True):
+        found[token] = max(found.get(token, 0), min(length, limit))
     return {token: length for token, length in found.items() if not breakers.ends_with(token)}

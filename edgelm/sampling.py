@@ -22,7 +22,7 @@ import numpy.typing as npt
 from . import filters
 from .errors import UsageError
 from .filters import Candidates
-from .repetition import Breakers, continuations
+from .repetition import Breakers, Find, continuations
 from .sampling_parameters import DEFAULT_ORDER, GREEDY, Sampling, parse_logit_bias, parse_samplers
 
 if TYPE_CHECKING:
@@ -106,6 +106,8 @@ class Sampler:
         self._adapts = "adaptive_p" in p.samplers and p.adaptive_target >= 0
         self._draws = not (p.mirostat or self._adapts)  # from what the filters leave, by its probability
         self._compiled = "edgelm.kernels.compiler" in sys.modules if compiled is None else compiled
+        self._mu = 2 * p.mirostat_tau
+        self._xtc_uniform: float | None = None  # of this token, if it is drawn already
         self._chain = self._compose()
         self._chooser = self._compile()
         self.reset()
@@ -168,10 +170,11 @@ class Sampler:
         row = np.ascontiguousarray(logits, dtype=np.float32)
         uniform = 0.0 if self._greedy else _uniform(self._bits)
         c, steps = Candidates(None, row), self._chain
+        self._xtc_uniform = None
         if self._chooser:
             changes = [change() for change in self._changes]
-            if not self._uncompiled and self._draws:
-                token = self._chooser.token(row, changes, uniform)
+            if self._chooser.wide or (not self._uncompiled and self._draws):
+                token = self._drawn(self._chooser, row, changes, uniform)
                 if token is not None:
                     return token
             elif found := self._chooser.candidates(row, changes):
@@ -179,6 +182,21 @@ class Sampler:
         for step in steps:
             c = step.apply(c)
         return self._choose(c, uniform)
+
+    def _drawn(
+        self, chooser: Chooser, row: npt.NDArray[np.float32], changes: list[Mapping[int, float]], uniform: float
+    ) -> int | None:
+        """A token drawn by machine code; None: the filters have to explain what is wrong."""
+        p = self.params
+        if "xtc" in chooser.steps:
+            self._xtc_uniform = _uniform(self._xtc_bits)
+            chooser.set("xtc", p.xtc_threshold, self._xtc_uniform < p.xtc_probability)
+        if p.mirostat and chooser.wide:
+            chooser.set(f"mirostat_{p.mirostat}", self._mu)
+        token = chooser.token(row, changes, uniform)
+        if token is not None and p.mirostat:
+            self._mu -= p.mirostat_eta * (-math.log2(chooser.probability) - p.mirostat_tau)
+        return token
 
     def _choose(self, c: Candidates, uniform: float) -> int:
         p = self.params
@@ -198,18 +216,26 @@ class Sampler:
 
     def _compile(self) -> Chooser | None:
         """As many steps of the chain as machine code can do from its beginning; the others are `_uncompiled`."""
-        self._uncompiled = self._chain
+        self._uncompiled, p = self._chain, self.params
         self._changes: tuple[Callable[[], Mapping[int, float]], ...] = ()
+        self._repeated: Find | None = None
         steps = [(step.name, step.parameters) for step in self._chain]
         if self._greedy and steps and all(step.changes for step in self._chain):
             steps.append(("top_k", (1,)))
         if not self._compiled:
             return None
         try:
-            from .kernels.sampling import Chooser
+            from .kernels.sampling import Chooser, repetitions
 
+            self._repeated = repetitions
             n = Chooser.knows(steps)
-            chooser = Chooser(self.vocab_size, steps[:n], self.params.min_keep) if n else None
+            whole = [*steps, (f"mirostat_{p.mirostat}", (self._mu,))] if p.mirostat else steps
+            wide = (n < len(whole) or not whole) and not (self._greedy or self._adapts) and Chooser.knows_all(whole)
+            if wide:
+                n = len(self._chain)
+            elif not n:
+                return None
+            chooser = Chooser(self.vocab_size, whole if wide else steps[:n], p.min_keep, wide)
         except ImportError:  # no Numba
             return None
         self._changes = tuple(step.changes for step in self._chain[:n] if step.changes)
@@ -241,20 +267,22 @@ class Sampler:
                 return _Step(lambda c: filters.add(c, self._repetitions()), keeps_best=False,
                              name="add", changes=self._repetitions)  # fmt: skip
             case "top_n_sigma" if p.top_n_sigma > 0:
-                return _Step(partial(filters.top_n_sigma, n=p.top_n_sigma))
+                return _Step(partial(filters.top_n_sigma, n=p.top_n_sigma), name=name, parameters=(p.top_n_sigma,))
             case "top_k" if p.top_k > 0:
                 return _Step(partial(filters.top_k, k=p.top_k), name="top_k", parameters=(p.top_k,))
             case "typ_p" if p.typical_p < 1:
-                return _Step(partial(filters.typical, p=p.typical_p, min_keep=keep), keeps_best=False)
+                return _Step(partial(filters.typical, p=p.typical_p, min_keep=keep), keeps_best=False,
+                             name="typical", parameters=(p.typical_p,))  # fmt: skip
             case "top_p" if p.top_p < 1:
                 return _Step(partial(filters.top_p, p=p.top_p, min_keep=keep), name="top_p", parameters=(p.top_p,))
             case "min_p" if p.min_p > 0:
                 return _Step(partial(filters.min_p, p=p.min_p, min_keep=keep), name="min_p", parameters=(p.min_p,))
             case "xtc" if p.xtc_probability > 0 and p.xtc_threshold <= 0.5:
-                return _Step(self._xtc, keeps_best=False)
+                return _Step(self._xtc, keeps_best=False, name="xtc", parameters=(p.xtc_threshold, 0))
             case "temperature" if p.dynatemp_range > 0 and not p.mirostat:
                 t, span, exponent = p.temperature, p.dynatemp_range, p.dynatemp_exponent
-                return _Step(partial(filters.dynamic_temperature, t=t, span=span, exponent=exponent))
+                return _Step(partial(filters.dynamic_temperature, t=t, span=span, exponent=exponent),
+                             name="dynamic", parameters=(t, span, exponent))  # fmt: skip
             case "temperature" if p.temperature != 1:
                 by = (p.temperature,)
                 return _Step(partial(filters.temperature, t=p.temperature), name="temperature", parameters=by)
@@ -264,14 +292,15 @@ class Sampler:
         """What DRY adds to the logits of tokens that would continue a repetition."""
         p = self.params
         n, base, allowed = p.dry_penalty_last_n, p.dry_base, p.dry_allowed_length
-        history = np.array(self._said)[-n if n > 0 else 0 :]
+        history = np.frombuffer(self._said, np.int64)[-n if n > 0 else 0 :]
         grows = max(1, int(_MAX_LOG / math.log(base))) if base > 1.000001 else 0  # no penalty beyond float32
-        found = continuations(history, self._breakers, allowed, allowed + grows)
+        found = continuations(history, self._breakers, allowed, allowed + grows, self._repeated)
         return {i: -p.dry_multiplier * base ** (length - allowed) for i, length in found.items()}
 
     def _xtc(self, c: Candidates) -> Candidates:
         p = self.params
-        return filters.xtc(c, p.xtc_threshold, p.min_keep) if _uniform(self._xtc_bits) < p.xtc_probability else c
+        uniform = _uniform(self._xtc_bits) if self._xtc_uniform is None else self._xtc_uniform
+        return filters.xtc(c, p.xtc_threshold, p.min_keep) if uniform < p.xtc_probability else c
 
 
 def _uniform(bits: np.random.PCG64) -> float:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgelm import repetition
+from edgelm.kernels.sampling import repetitions
 from edgelm.repetition import Breakers
 
 
@@ -61,6 +62,14 @@ def plain(history, limit, shortest):
 def test_is_its_definition(history, shortest, longest):
     expected = plain(history, longest, shortest) if len(history) > shortest else {}
     assert continuations(history, NONE, shortest, longest) == expected
+    assert continuations(history, NONE, shortest, longest, repetitions) == expected
+
+
+def test_a_very_long_repetition():
+    """More places than machine code keeps track of."""
+    history = np.zeros(5000, np.int64)
+    assert repetitions(history, 2, 5) is None and repetitions(history[:4000], 2, 5) is not None
+    assert continuations(history, NONE, 2, 5, repetitions) == {0: 5}
 
 
 @given(st.lists(st.integers(0, 4), max_size=60), st.integers(1, 4))
