@@ -25,11 +25,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgelm.errors import UsageError
-from edgelm.flags import cache_type
+from edgelm.flags import cache_type, given
 from edgelm.kv_types import both
 
 if TYPE_CHECKING:
     from edgelm.model import Model
+
+
+N_PROMPT = 512  # tokens, for --memory
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,9 @@ def main(
     repetitions: int,
     output: str,
     startup: bool,
+    memory: bool,
+    ctx_size: int,
+    packed: str | None,
     no_warmup: bool,
     quiet: bool,
     max_tokens_per_run: int | None = None,
@@ -96,12 +102,22 @@ def main(
     cache_type_v: str | None = None,
 ) -> None:
     """Runs `edgelm bench`: prints a table, or records, to standard output."""
-    if startup:
-        print_startup(path, repetitions, output)
-        return
-    from edgelm.model import load
-    from edgelm.terminal import bars
+    settings = given({"max_tokens_per_run": max_tokens_per_run, "packed": packed})
+    settings |= cache_type({"cache_type_k": cache_type_k, "cache_type_v": cache_type_v})
+    counts = numbers(threads, "-t")
+    if memory:
+        if counts:
+            settings["threads"] = counts[0]
+        print_memory(path, ctx_size, settings, output)
+    elif startup:
+        print_startup(path, repetitions, output, packed)
+    else:
+        tests = tests_of(n_prompt, n_gen, prompt_gen, n_depth)
+        print_speed(path, tests, counts, 0 if no_warmup else 1, repetitions, output, quiet, settings)
 
+
+def tests_of(n_prompt: str, n_gen: str, prompt_gen: tuple[str, ...], n_depth: str) -> list[Test]:
+    """What the flags -p, -n, -pg and -d ask for."""
     depths = numbers(n_depth, "-d")
     tests = [Test(n, 0, d) for d in depths for n in numbers(n_prompt, "-p") if n]
     tests += [Test(0, n, d) for d in depths for n in numbers(n_gen, "-n") if n]
@@ -112,29 +128,45 @@ def main(
         tests += [Test(both[0], both[1], d) for d in depths]
     if not tests:
         raise UsageError("nothing to measure: give -p, -n or -pg")
+    return tests
+
+
+def print_speed(
+    path: str,
+    tests: list[Test],
+    counts: list[int],
+    n_warmup: int,
+    repetitions: int,
+    output: str,
+    quiet: bool,
+    settings: dict[str, Any],
+) -> None:
+    """Every test with every number of threads."""
+    from edgelm.model import load
+    from edgelm.terminal import bars
+
     longest = max(t.n_prompt + t.n_gen + t.n_depth for t in tests)
     results: list[Result] = []
-    settings: dict[str, Any] = {} if max_tokens_per_run is None else {"max_tokens_per_run": max_tokens_per_run}
-    settings |= cache_type({"cache_type_k": cache_type_k, "cache_type_v": cache_type_v})
-    counts: list[int | None] = [*numbers(threads, "-t")]
-    for n_threads in counts or [None]:
+    facts: dict[str, Any] = {}
+    for n_threads in counts or (None,):
         with bars(quiet) as progress:
             model = load(
                 path, ctx_size=longest, threads=n_threads, threads_batch=n_threads, progress=progress, **settings
             )
+            facts, roof = facts or about(model), read_bandwidth(model.n_threads)
             for test in tests:
                 progress(f"{test.name}, {model.n_threads} threads", 0, 0)
-                results.append(measure(model, test, repetitions, warmup=not no_warmup))
+                results.append(measure(model, test, repetitions, n_warmup, roof))
                 progress(f"{test.name}, {model.n_threads} threads", 1, 1)
                 if output == "jsonl":
                     progress.close()
-                    print(json.dumps(record(model, results[-1])), flush=True)
+                    print(json.dumps(record(facts, results[-1])), flush=True)
     if output == "json":
-        print(json.dumps([record(model, r) for r in results], indent=2))
+        print(json.dumps([record(facts, r) for r in results], indent=2))
     elif output == "csv":
-        print(as_csv([record(model, r) for r in results]), end="")
+        print(as_csv([record(facts, r) for r in results]), end="")
     elif output == "md":
-        print("\n".join(as_table(model, results)))
+        print("\n".join(as_table(facts, results)))
 
 
 def numbers(text: str, flag: str) -> list[int]:
@@ -148,16 +180,16 @@ def numbers(text: str, flag: str) -> list[int]:
     return values
 
 
-def measure(model: Model, test: Test, repetitions: int, warmup: bool = True) -> Result:
+def measure(model: Model, test: Test, repetitions: int, n_warmup: int, read_bandwidth: float) -> Result:
     """Times one test. A first run that is not counted warms caches and clocks up, as in llama-bench."""
     result = Result(
         test,
         model.n_threads,
         bytes_per_token=model.bytes_per_token(test.n_depth + test.n_gen / 2),
-        read_bandwidth=read_bandwidth(model.n_threads),
+        read_bandwidth=read_bandwidth,
     )
     rng = np.random.default_rng(0)
-    for repetition in range(repetitions + warmup):
+    for repetition in range(n_warmup + repetitions):
         sequence = model.new_cache().new_sequence()
         try:
             if test.n_depth:
@@ -167,7 +199,7 @@ def measure(model: Model, test: Test, repetitions: int, warmup: bool = True) -> 
                 feed(model, sequence, rng.integers(0, model.vocab_size, test.n_prompt))
             for token in rng.integers(0, model.vocab_size, test.n_gen):
                 feed(model, sequence, [token])
-            if repetition >= warmup:
+            if repetition >= n_warmup:
                 result.samples_ns.append(time.perf_counter_ns() - began)
         finally:
             sequence.release()
@@ -188,8 +220,8 @@ def read_bandwidth(n_threads: int) -> float:
     return max(passes(n_threads, 256 << 20, n_passes=4))
 
 
-def record(model: Model, result: Result) -> dict[str, Any]:
-    """One result under llama-bench's keys, and a few of our own at the end."""
+def about(model: Model) -> dict[str, Any]:
+    """What all results of a model have in common, under llama-bench's keys."""
     facts = model.info()
     return {
         "cpu_info": processor(),
@@ -201,9 +233,15 @@ def record(model: Model, result: Result) -> dict[str, Any]:
         "model_n_params": facts["n_parameters"],
         "n_batch": model.runner.max_tokens,
         "n_ubatch": model.runner.max_tokens,
-        "n_threads": result.n_threads,
         "type_k": both(model.kv_type)[0],
         "type_v": both(model.kv_type)[1],
+    }
+
+
+def record(facts: dict[str, Any], result: Result) -> dict[str, Any]:
+    """One result under llama-bench's keys, and a few of our own at the end."""
+    return facts | {
+        "n_threads": result.n_threads,
         "n_prompt": result.test.n_prompt,
         "n_gen": result.test.n_gen,
         "n_depth": result.test.n_depth,
@@ -221,19 +259,18 @@ def record(model: Model, result: Result) -> dict[str, Any]:
     }
 
 
-def as_table(model: Model, results: list[Result]) -> Iterator[str]:
+def as_table(facts: dict[str, Any], results: list[Result]) -> Iterator[str]:
     """llama-bench's Markdown table, and two columns more."""
     from edgelm.terminal import size
 
-    facts = model.info()
-    kind = f"{facts['architecture']} {facts['type']}"
+    model = f"{facts['model_type']} | {size(facts['model_size'])} | {facts['model_n_params'] / 1e6:.2f} M"
     yield "| model | size | params | backend | threads | test | t/s | GB/s | of bandwidth |"
     yield "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |"
     for r in results:
         rate = ("", "") if r.gb_s is None else (f"{r.gb_s:.1f}", f"{r.gb_s * 1e11 / r.read_bandwidth:.0f} %")
         yield (
-            f"| {kind} | {size(facts['n_bytes'])} | {facts['n_parameters'] / 1e6:.2f} M | CPU | {r.n_threads} "
-            f"| {r.test.name} | {r.avg_ts:.2f} ± {r.stddev_ts:.2f} | {rate[0]} | {rate[1]} |"
+            f"| {model} | CPU | {r.n_threads} | {r.test.name} | {r.avg_ts:.2f} ± {r.stddev_ts:.2f} "
+            f"| {rate[0]} | {rate[1]} |"
         )
     last = results[-1]
     yield f"\nread bandwidth beside it: {last.read_bandwidth / 1e9:.1f} GB/s with {last.n_threads} threads"
@@ -247,10 +284,30 @@ def as_csv(records: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def print_startup(path: str, repetitions: int, output: str) -> None:
+def print_memory(path: str, n_ctx: int, settings: dict[str, Any], output: str) -> None:
+    """What a fresh process with the model takes, beside what `edgelm info` says it will need."""
+    from edgelm.footprint import measure
+    from edgelm.terminal import size
+
+    result = measure(path, n_ctx, N_PROMPT, settings)
+    if output != "md":
+        print(json.dumps(result))
+        return
+    names = ("peak", "resident", "anonymous", "files")
+    print(f"| context {result['n_ctx']} | {' | '.join(names)} |\n| --- |" + " ---: |" * len(names))
+    for name, key in (("loaded", "loaded"), (f"after {result['n_tokens']} tokens", "answered")):
+        cells = (size(result[key][n]) if n in result[key] else "" for n in names)
+        print(f"| {name} | {' | '.join(cells)} |")
+    need = ", ".join(f"{name.replace('_', ' ')} {size(n)}" for name, n in result["estimate"].items())
+    print(f"\nestimate, without Python, libraries and vocabulary: {need}")
+    print(f"packed weights in {result['packed_file'] or 'memory'}")
+
+
+def print_startup(path: str, repetitions: int, output: str, packed: str | None = None) -> None:
     """Seconds from the start of a process to its first token, and to its end, of `edgelm run`."""
     firsts, ends = [], []
     command = [sys.executable, "-m", "edgelm", "run", path, "-p", "Hello", "-n", "2", "--temp", "0", "-q"]
+    command += [] if packed is None else ["--packed", packed]
     for _ in range(repetitions + 1):  # the first one compiles what is not compiled, and is not counted
         began = time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:

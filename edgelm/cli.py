@@ -11,7 +11,9 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import click
@@ -23,20 +25,14 @@ from edgelm.flags import (
     MODEL_FLAGS,
     SAMPLING_FLAGS,
     TEMPLATE_FLAGS,
+    Choice,
     cache_type,
     generation_settings,
-    load_model,
-    resolve,
+    of_a_model,
     with_flags,
 )
 from edgelm.terminal import bars, note, print_json, printable, readable, statistics, summary
 
-MODEL = click.argument("model", required=False)
-MODEL_FLAG = click.option("-m", "--model", "model_flag", metavar="MODEL", help="The same as the argument MODEL.")
-HF_FLAG = click.option(
-    "-hf", "--hf-repo", "hf_repo", metavar="USER/REPO[:QUANT]", help="A model of the Hugging Face hub."
-)
-QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 CONVERTERS = ("convert", "quantize")  # commands that live in the package `converters`, which a runtime may lack
@@ -66,7 +62,9 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *where, **more: note(f"edgelm: {printable(str(message))}")
+                return super().invoke(ctx)
         except (EdgelmError, OSError) as error:
             if isinstance(error, BrokenPipeError):
                 silence_stdout()
@@ -97,24 +95,18 @@ def main(debug: bool) -> None:
 
 
 @main.command()
-@MODEL
-@MODEL_FLAG
-@HF_FLAG
+@of_a_model
 @click.option("-sys", "--system-prompt", "system", help="What the model is told before the conversation.")
 @click.option("-sysf", "--system-prompt-file", type=click.File(encoding="utf-8"), help="The same, from a file.")
 @click.option("-p", "--prompt", help="The first message.")
 @click.option("-st", "--single-turn", is_flag=True, help="Answer once and leave.")
 @with_flags(MODEL_FLAGS, TEMPLATE_FLAGS, SAMPLING_FLAGS, GENERATION_FLAGS)
-@QUIET
 def chat(
-    model: str | None,
-    model_flag: str | None,
-    hf_repo: str | None,
+    choice: Choice,
     system: str | None,
     system_prompt_file: Any,
     prompt: str | None,
     single_turn: bool,
-    quiet: bool,
     **flags: Any,
 ) -> None:
     """Talk with a model. `/?` lists what can be done; a piped standard input is read line by line."""
@@ -123,14 +115,12 @@ def chat(
     if system_prompt_file is not None:
         system = system_prompt_file.read()
     settings = generation_settings(flags)
-    loaded = load_model(model, model_flag, hf_repo, quiet, flags)
-    Repl(loaded, system=system, settings=settings, quiet=quiet).run(first=prompt, single_turn=single_turn)
+    loaded = choice.load(flags)
+    Repl(loaded, system=system, settings=settings, quiet=choice.quiet).run(first=prompt, single_turn=single_turn)
 
 
 @main.command()
-@MODEL
-@MODEL_FLAG
-@HF_FLAG
+@of_a_model
 @click.option("-p", "--prompt", help="The text to complete.")
 @click.option(
     "-f", "--file", "prompt_file", type=click.File(encoding="utf-8"), help="The same, from a file (- for stdin)."
@@ -141,11 +131,8 @@ def chat(
 @click.option("--stats", is_flag=True, help="Tokens per second, on standard error.")
 @with_flags(MODEL_FLAGS, SAMPLING_FLAGS, GENERATION_FLAGS)
 @JSON
-@QUIET
 def run(
-    model: str | None,
-    model_flag: str | None,
-    hf_repo: str | None,
+    choice: Choice,
     prompt: str | None,
     prompt_file: Any,
     echo: bool,
@@ -153,19 +140,18 @@ def run(
     logprobs: int | None,
     stats: bool,
     as_json: bool,
-    quiet: bool,
     **flags: Any,
 ) -> None:
     """Complete a text, streaming the completion to standard output."""
     if prompt is None:
         prompt = (prompt_file or sys.stdin).read()
     settings = generation_settings(flags) | ({} if logprobs is None else {"logprobs": logprobs})
-    loaded = load_model(model, model_flag, hf_repo, quiet, flags)
+    loaded = choice.load(flags)
     tokens = loaded.tokenize(prompt, parse_special=not no_special)
     if echo and not as_json:
         print(prompt, end="", flush=True)
     text, last, alternatives = [], None, []
-    with bars(quiet) as progress:
+    with bars(choice.quiet) as progress:
         for response in loaded.stream_generate(tokens, progress=progress, **settings):
             progress.close()
             text.append(response.text)
@@ -192,9 +178,7 @@ def run(
 
 
 @main.command()
-@MODEL
-@MODEL_FLAG
-@HF_FLAG
+@of_a_model
 @click.option("-p", "--prompt", "texts", multiple=True, help="A text. May be repeated.")
 @click.option(
     "-f",
@@ -216,17 +200,13 @@ def run(
 )
 @with_flags(MODEL_FLAGS)
 @JSON
-@QUIET
 def embed(
-    model: str | None,
-    model_flag: str | None,
-    hf_repo: str | None,
+    choice: Choice,
     texts: tuple[str, ...],
     text_file: Any,
     pooling: str | None,
     normalize: int,
     as_json: bool,
-    quiet: bool,
     **flags: Any,
 ) -> None:
     """Print the embedding of each text: one line of numbers, or with --json OpenAI's list object."""
@@ -236,7 +216,7 @@ def embed(
         lines += [line.rstrip("\r\n") for line in source if line.strip()]
     if normalize not in (-1, 2):
         raise UsageError(f"--embd-normalize {normalize}: only 2 (length one) and -1 (as they are) are known")
-    loaded = load_model(model, model_flag, hf_repo, quiet, flags)
+    loaded = choice.load(flags)
     vectors = loaded.embed(lines, pooling=pooling, normalize=normalize == 2)
     if as_json:
         print_json(
@@ -255,9 +235,7 @@ def embed(
 
 
 @main.command()
-@MODEL
-@MODEL_FLAG
-@HF_FLAG
+@of_a_model
 @click.option("-p", "--prompt", help="The text; else standard input.")
 @click.option("-f", "--file", "prompt_file", type=click.File(encoding="utf-8"))
 @click.option("--ids", is_flag=True, help="Only the token ids, as a list.")
@@ -266,11 +244,8 @@ def embed(
 @click.option("--no-parse-special", is_flag=True, help="Read names of special tokens as plain text.")
 @click.option("--offline", is_flag=True, help="Never touch the network.")
 @JSON
-@QUIET
 def tokenize(
-    model: str | None,
-    model_flag: str | None,
-    hf_repo: str | None,
+    choice: Choice,
     prompt: str | None,
     prompt_file: Any,
     ids: bool,
@@ -279,13 +254,12 @@ def tokenize(
     no_parse_special: bool,
     offline: bool,
     as_json: bool,
-    quiet: bool,
 ) -> None:
     """Show how a text is cut into tokens: id and text of each, one a line."""
     from edgelm import gguf
     from edgelm.tokenizer import Tokenizer
 
-    path = resolve(model, model_flag, hf_repo, quiet, offline)
+    path = choice.path(offline)
     tokenizer = Tokenizer.from_gguf(gguf.read(path).metadata)
     if prompt is None:
         prompt = (prompt_file or sys.stdin).read()
@@ -302,9 +276,7 @@ def tokenize(
 
 
 @main.command()
-@MODEL
-@MODEL_FLAG
-@HF_FLAG
+@of_a_model
 @click.option(
     "-c", "--ctx", "--ctx-size", "ctx_size", type=click.IntRange(0), default=0, help="Memory for this context window."
 )
@@ -316,11 +288,8 @@ def tokenize(
 @click.option("--tensors", is_flag=True, help="Every tensor of the file as well.")
 @click.option("--offline", is_flag=True, help="Never touch the network.")
 @JSON
-@QUIET
 def info(
-    model: str | None,
-    model_flag: str | None,
-    hf_repo: str | None,
+    choice: Choice,
     ctx_size: int,
     cache_type_k: str | None,
     cache_type_v: str | None,
@@ -328,12 +297,11 @@ def info(
     tensors: bool,
     offline: bool,
     as_json: bool,
-    quiet: bool,
 ) -> None:
     """What a model file holds, and the memory it will need: read from its header alone."""
     from edgelm.model import describe
 
-    path = resolve(model, model_flag, hf_repo, quiet, offline)
+    path = choice.path(offline)
     types = cache_type({"cache_type_k": cache_type_k, "cache_type_v": cache_type_v})
     facts = describe(path, ctx_size=ctx_size, metadata=metadata, tensors=tensors, **types)
     if as_json:
@@ -344,9 +312,7 @@ def info(
 
 
 @main.command("eval")
-@MODEL
-@MODEL_FLAG
-@HF_FLAG
+@of_a_model
 @click.option(
     "-f", "--file", "text_file", type=click.File(encoding="utf-8"), required=True, help="The text to predict."
 )
@@ -362,29 +328,25 @@ def info(
 )
 @with_flags(MODEL_FLAGS)
 @JSON
-@QUIET
 def evaluate(
-    model: str | None,
-    model_flag: str | None,
-    hf_repo: str | None,
+    choice: Choice,
     text_file: Any,
     chunks: int,
     against: str | None,
     against_interpreter: str,
     as_json: bool,
-    quiet: bool,
     **flags: Any,
 ) -> None:
     """Perplexity of a text, with llama-perplexity's chunks; with --against, how far a model is from another."""
     from edgelm.evaluate import perplexity
     n_ctx = flags.get("ctx_size") or 512
     flags["ctx_size"] = n_ctx
-    loaded = load_model(model, model_flag, hf_repo, quiet, flags)
+    loaded = choice.load(flags)
     reference = None
     if against is not None:
         theirs = {"interpreter": against_interpreter, "cache_type_k": None, "cache_type_v": None}
-        reference = load_model(against, None, None, quiet, flags | theirs)
-    with bars(quiet) as progress:
+        reference = Choice(against, choice.quiet).load(flags | theirs)
+    with bars(choice.quiet) as progress:
         report = perplexity(
             loaded,
             text_file.read(),
@@ -401,9 +363,7 @@ def evaluate(
 
 
 @main.command()
-@MODEL
-@MODEL_FLAG
-@HF_FLAG
+@of_a_model
 @click.option("-p", "--n-prompt", default="512", show_default=True, help="Prompt lengths, separated by commas.")
 @click.option("-n", "--n-gen", default="128", show_default=True, help="Numbers of tokens to generate.")
 @click.option("-pg", "prompt_gen", multiple=True, metavar="PP,TG", help="A prompt and then a generation.")
@@ -415,25 +375,24 @@ def evaluate(
 @click.option("-ctv", "--cache-type-v", type=click.Choice(CACHE_TYPES))
 @click.option("-o", "--output", type=click.Choice(["md", "json", "jsonl", "csv"]), default="md", show_default=True)
 @click.option("--startup", is_flag=True, help="Time from process start to the first token instead.")
+@click.option("--memory", is_flag=True, help="Measure the memory of a fresh process instead.")
+@click.option("-c", "--ctx-size", type=click.IntRange(1), default=4096, help="Context window for --memory.")
+@click.option("--packed", help="Where packed weights are, for --memory and --startup: see `run`.")
 @click.option("--no-warmup", is_flag=True, help="Count the first run as well.")
 @click.option("--offline", is_flag=True, help="Never touch the network.")
-@QUIET
-def bench(
-    model: str | None, model_flag: str | None, hf_repo: str | None, quiet: bool, offline: bool, **settings: Any
-) -> None:
+def bench(choice: Choice, offline: bool, **settings: Any) -> None:
     """Measure speed: llama-bench's tests and table, with GB/s and the share of this machine's read bandwidth."""
     from edgelm import bench as measure
 
-    path = resolve(model, model_flag, hf_repo, quiet, offline)
-    measure.main(path, quiet=quiet, **settings)
+    path = choice.path(offline)
+    measure.main(os.fspath(path), quiet=choice.quiet, **settings)
 
 
 @main.command()
-@MODEL
+@of_a_model
 @click.option("--list", "list_known", is_flag=True, help="The models that are known by name.")
 @click.option("--offline", is_flag=True, help="Only say where the file is, if it is here.")
-@QUIET
-def pull(model: str | None, list_known: bool, offline: bool, quiet: bool) -> None:
+def pull(choice: Choice, list_known: bool, offline: bool) -> None:
     """Fetch a model into the cache, and print its path."""
     if list_known:
         from edgelm.hub import KNOWN
@@ -441,26 +400,46 @@ def pull(model: str | None, list_known: bool, offline: bool, quiet: bool) -> Non
         for name, known in KNOWN.items():
             print(f"{name:16} {known}")
         return
-    print(resolve(model, None, None, quiet, offline))
+    print(choice.path(offline))
 
 
 @main.command()
-@MODEL
-@MODEL_FLAG
-@HF_FLAG
+@of_a_model
 @with_flags(MODEL_FLAGS)
-@QUIET
-def warm(model: str | None, model_flag: str | None, hf_repo: str | None, quiet: bool, **flags: Any) -> None:
+def warm(choice: Choice, **flags: Any) -> None:
     """Compile what a model needs on this processor once, so that later starts are immediate."""
     import time
 
     began = time.perf_counter()
-    loaded = load_model(model, model_flag, hf_repo, quiet, flags)
+    loaded = choice.load(flags)
     if loaded.is_encoder:
         loaded.embed([[0]])
     else:
         loaded.generate([0], max_tokens=2, ignore_eos=True)
     note(f"ready in {time.perf_counter() - began:.1f} s")
+
+
+@main.command()
+@of_a_model
+@click.argument("out", required=False, type=click.Path(path_type=Path))
+@click.option("--remove", is_flag=True, help="Remove the packed files of the model instead.")
+@click.option("--offline", is_flag=True, help="Never touch the network.")
+def pack(choice: Choice, out: Path | None, remove: bool, offline: bool) -> None:
+    """Write a model's weights down as the kernels read them: later starts map that file and do no work.
+
+    The file is MODEL.packed, which every start finds by itself; OUT is one for --packed. It is for this version of
+    edgelm and processors like this one, and never used for anything else.
+    """
+    from edgelm import gguf
+    from edgelm.packed import PackedFile
+
+    packed = PackedFile.of(gguf.read(choice.path(offline)))
+    if remove:
+        for path in packed.remove():
+            print(path)
+        return
+    with bars(choice.quiet) as progress:
+        print(packed.write(out or packed.beside, progress=progress))
 
 
 def silence_stdout() -> None:

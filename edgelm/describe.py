@@ -80,6 +80,7 @@ def describe_file(
         facts |= _shape(config)
         facts["transcoded"] = transcoded(weights)
         facts["memory"] = _memory(config, weights, ctx_size, kv_type)
+        facts |= _packed(file)
         facts["tokenizer"] = _tokenizer(keys)
         facts["chat_template"] = "file" if keys.get("tokenizer.chat_template") else "none"
     except UsageError:
@@ -138,6 +139,17 @@ def _memory(config: Config, weights: Weights, ctx_size: int, kv_type: str) -> di
         "workspace": need.workspace,
         "total": need.total,
     }
+
+
+def _packed(file: GGUF) -> dict[str, Any]:
+    """The files of packed weights that a start would find."""
+    try:
+        from .packed import PackedFile
+
+        there = PackedFile.of(file).there()
+    except ImportError:  # machines without the kernels
+        return {}
+    return {"packed_files": {str(path): wrong or "will be used" for path, wrong in there.items()}} if there else {}
 
 
 def _tokenizer(keys: Mapping[str, Any]) -> dict[str, Any]:

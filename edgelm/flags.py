@@ -6,9 +6,11 @@ repeated here. A flag left out stays None and is not passed on.
 
 from __future__ import annotations
 
-import os
+import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 # What `edgelm.load` takes of them.
 LOAD_SETTINGS = (
-    "ctx_size", "threads", "threads_batch", "kv_type", "max_tokens_per_run", "interpreter", "offline", "chat_template",
+    "ctx_size", "threads", "threads_batch", "kv_type", "max_tokens_per_run", "interpreter", "packed", "offline",
+    "chat_template",
 )  # fmt: skip
 CACHE_TYPES = ("f16", "f32", "q8_0", "q4_0")  # `kv_types.KV_TYPES`, which --help has no time to import
 
@@ -48,6 +51,12 @@ MODEL_FLAGS = (
         type=click.Choice(["auto", "program", "reference"]),
         help="What computes: compiled kernels, or plain NumPy (slow, exact).",
     ),
+    _flag(
+        "--packed",
+        metavar="[auto|memory|file|PATH]",
+        help="Where packed weights are: in memory, or in a mapped file, such as `edgelm pack` makes.",
+    ),
+    _flag("--no-mmap", "no_mmap", is_flag=True, default=False, help="The same as --packed memory."),
     _flag("--offline", is_flag=True, default=False, help="Never touch the network."),
 )
 
@@ -124,42 +133,64 @@ def with_flags(*tables: tuple[Callable[[Command], Command], ...]) -> Callable[[C
     return decorate
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The model that the command line names; bars show how long it takes, unless that shall be quiet."""
+
+    source: str | None
+    quiet: bool = False
+
+    def path(self, offline: bool = False) -> Path:
+        """Its file, fetched if need be."""
+        from edgelm import hub
+
+        with bars(self.quiet) as progress:
+            return hub.resolve(self.source, offline=offline, progress=progress)
+
+    def load(self, flags: dict[str, Any]) -> Model:
+        """The model, with the settings that the tables MODEL_FLAGS and TEMPLATE_FLAGS name."""
+        from edgelm.model import load
+
+        settings = {name: value for name, value in given(flags).items() if name in LOAD_SETTINGS}
+        settings |= cache_type(flags)
+        if flags.get("no_mmap"):
+            settings["packed"] = "memory"
+        if path := flags.get("chat_template_file"):
+            with open(path, encoding="utf-8") as file:
+                settings["chat_template"] = file.read()
+        with bars(self.quiet) as progress:
+            return load(self.source, progress=progress, **settings)
+
+
+def of_a_model(command: Command) -> Command:
+    """Decorates a command that has a `Choice` for its first argument: MODEL, -m or -hf, and -q."""
+
+    @functools.wraps(command)
+    def call(model: str | None, model_flag: str | None, hf_repo: str | None, quiet: bool, **rest: Any) -> Any:
+        named = [source for source in (model, model_flag, f"hf:{hf_repo}" if hf_repo else None) if source]
+        if len(named) > 1:
+            raise UsageError(f"two models are named, {named[0]!r} and {named[1]!r}; name one")
+        return command(Choice(named[0] if named else None, quiet), **rest)
+
+    parameters = (
+        click.argument("model", required=False),
+        click.option("-m", "--model", "model_flag", metavar="MODEL", help="The same as the argument MODEL."),
+        click.option(
+            "-hf", "--hf-repo", "hf_repo", metavar="USER/REPO[:QUANT]", help="A model of the Hugging Face hub."
+        ),
+        click.option("-q", "--quiet", is_flag=True, help="No progress bars."),
+    )
+    for parameter in reversed(parameters):
+        call = parameter(call)
+    return cast(Command, call)
+
+
 def given(values: dict[str, Any]) -> dict[str, Any]:
     """The values that somebody gave: everything but None, False and empty tuples."""
     return {name: value for name, value in values.items() if value is not None and value is not False and value != ()}
 
 
 # --- what the flags mean --------------------------------------------------------------------------------------------
-
-
-def resolve(model: str | None, model_flag: str | None, hf_repo: str | None, quiet: bool, offline: bool) -> str:
-    """The path of the model that the flags name, fetched if need be."""
-    from edgelm import hub
-
-    with bars(quiet) as progress:
-        return os.fspath(hub.resolve(source_of(model, model_flag, hf_repo), offline=offline, progress=progress))
-
-
-def source_of(model: str | None, model_flag: str | None, hf_repo: str | None) -> str | None:
-    named = [source for source in (model, model_flag, f"hf:{hf_repo}" if hf_repo else None) if source]
-    if len(named) > 1:
-        raise UsageError(f"two models are named, {named[0]!r} and {named[1]!r}; name one")
-    return named[0] if named else None
-
-
-def load_model(
-    model: str | None, model_flag: str | None, hf_repo: str | None, quiet: bool, flags: dict[str, Any]
-) -> Model:
-    """The model that the flags name, with a progress bar while it is fetched, packed and compiled."""
-    from edgelm.model import load
-
-    settings = {name: value for name, value in given(flags).items() if name in LOAD_SETTINGS}
-    settings |= cache_type(flags)
-    if path := flags.get("chat_template_file"):
-        with open(path, encoding="utf-8") as file:
-            settings["chat_template"] = file.read()
-    with bars(quiet) as progress:
-        return load(source_of(model, model_flag, hf_repo), progress=progress, **settings)
 
 
 def cache_type(flags: dict[str, Any]) -> dict[str, str]:

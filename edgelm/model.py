@@ -76,7 +76,8 @@ def load(
         chat_template: source or built-in name of a template to use instead of the file's own.
         max_tokens_per_run: tokens of a prompt that are computed at a time.
         packed: where the weights are, in the order that kernels read: "memory", "file" (mapped; made if there is
-            none), or "auto": the file that `edgelm pack` has made, else memory, else, if they do not fit, a file.
+            none), the path of one, or "auto": the file that `edgelm pack` has made, else memory, else, if they do not
+            fit, a file.
         offline: never touch the network.
         progress: called as progress(stage, done, total) while something takes its time.
 
@@ -212,6 +213,8 @@ class Model:
         """Facts about the model and how it runs here; see `edgelm.describe.describe`."""
         facts = describe_file(self.gguf, ctx_size=self.n_ctx, kv_type=self.kv_type)
         facts |= {"interpreter": self.interpreter, "threads": self.n_threads, "context_window": self.n_ctx}
+        if self.interpreter == "program":
+            facts["packed_weights"] = "memory" if self.packed_file is None else str(self.packed_file)
         if self.template is not None:
             facts["chat_template"] = self.template.origin
         return facts

@@ -26,17 +26,20 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import EdgelmError, FormatError, SourceError, UsageError
+from .arch import Config
+from .errors import EdgelmError, FormatError, SourceError
 from .formats import QTensor
 from .free_memory import free_memory
 from .gguf import GGUF
+from .graph import Recorder, in_order, matrices
+from .models import model_of
+from .weights import Weights
 
 if TYPE_CHECKING:
     from .kernels.packing import Packed
 
 Progress = Callable[[str, int, int], None]
 
-PLACES = ("auto", "memory", "file")
 SUFFIX = ".packed"
 SPARE_MEMORY = 128 << 20  # bytes that are left for everything else
 SPARE_DISK = 64 << 20
@@ -58,6 +61,15 @@ class PackedFile:
         self.file, self.tensors = file, tensors
         self.forms, self.n_bytes = packing.arrange(tensors)
 
+    @classmethod
+    def of(cls, file: GGUF) -> PackedFile:
+        """That of a model which is not loaded. Raises what `edgelm.load` raises for files that it cannot run."""
+        config = Config.from_gguf(file.metadata)
+        head = "hidden" if config.spec.family == "encoder" else "logits"
+        recorder = Recorder(config, head)
+        result = model_of(config)(recorder, config, Weights.from_gguf(config, file.tensors))
+        return cls(file, [matrix.slice() for matrix in matrices(in_order([result]))])
+
     @property
     def beside(self) -> Path:
         model = self.file.paths[0]
@@ -70,16 +82,32 @@ class PackedFile:
 
         return cache_dir() / "packed" / f"{self.file.paths[0].stem}-{self._model.hex()[:16]}{SUFFIX}"
 
-    def found(self) -> Path | None:
-        """A file that can be used. One that cannot is warned of."""
+    def there(self) -> dict[Path, str]:
+        """The files in the places where they are looked for, each with the reason why it cannot be used, or ""."""
+        found = {}
         for path in (self.beside, self.cached):
             if os.path.exists(path):  # not Path.exists, which raises where a folder is not readable
                 try:
                     self._open(path).close()
-                    return path
+                    found[path] = ""
                 except EdgelmError as error:
-                    warnings.warn(str(error), stacklevel=2)
+                    found[path] = str(error)
+        return found
+
+    def found(self) -> Path | None:
+        """A file that can be used. One that cannot is warned of."""
+        for path, wrong in self.there().items():
+            if not wrong:
+                return path
+            warnings.warn(wrong, stacklevel=2)
         return None
+
+    def remove(self) -> list[Path]:
+        """Removes the files in these places, and says which there were."""
+        there = list(self.there())
+        for path in there:
+            path.unlink()
+        return there
 
     def map(self, path: Path) -> list[Packed]:
         """The weights in a file, which takes memory only as they are read.
@@ -223,19 +251,20 @@ def load(
 
     Args:
         place: "file" maps a file and makes it if there is none; "memory" packs into memory; "auto" maps a file that is
-            there, and makes one, with a warning, only if the weights do not fit into memory.
+            there, and makes one, with a warning, only if the weights do not fit into memory. Anything else is the path
+            of a file.
         n_more: bytes that will be needed besides.
         progress: called as progress("packing weights", done, total).
 
     Raises:
-        UsageError: there is no such place.
-        SourceError: a file has to be written and cannot be.
+        FormatError: the file at a path that was given cannot be used.
+        SourceError: it is not there, or a file has to be written and cannot be.
     """
     from .kernels import packing
 
-    if place not in PLACES:
-        raise UsageError(f"packed is {place!r}; it must be one of {', '.join(PLACES)}")
     packed_file = PackedFile(file, tensors)
+    if place not in ("auto", "memory", "file"):
+        return packed_file.map(Path(place)), Path(place)
     if place != "memory" and (path := packed_file.found()):
         return packed_file.map(path), path
     need, free = packed_file.n_bytes + n_more + SPARE_MEMORY, free_memory()

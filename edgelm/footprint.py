@@ -1,0 +1,78 @@
+"""How much memory a process takes, as its system counts it; and what a fresh process takes that answers with a model.
+
+    python -m edgelm.footprint MODEL TOKENS-OF-CONTEXT TOKENS-OF-PROMPT
+
+prints a JSON object: see `measure`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+from typing import Any
+
+STEPS = 16  # tokens that are generated one by one
+_LINUX = {"VmHWM": "peak", "VmRSS": "resident", "RssAnon": "anonymous", "RssFile": "files"}
+
+
+def footprint() -> dict[str, int]:
+    """Bytes of this process, as far as the system tells: "peak" ever resident; "resident" now, of which "anonymous",
+    that nobody else can use, and "files", whose pages the system can drop and read again."""
+    if sys.platform.startswith("linux"):
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return {ours: int(fields[name].split()[0]) << 10 for name, ours in _LINUX.items() if name in fields}
+    if sys.platform == "win32":
+        counters = (ctypes.c_size_t * 10)(ctypes.sizeof(ctypes.c_size_t) * 10)  # its size, faults, peak, working set …
+        kernel = ctypes.WinDLL("kernel32")
+        kernel.GetCurrentProcess.restype = ctypes.c_void_p
+        kernel.K32GetProcessMemoryInfo.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32)
+        kernel.K32GetProcessMemoryInfo(kernel.GetCurrentProcess(), counters, ctypes.sizeof(counters))
+        return {"peak": counters[1], "resident": counters[2]}
+    import resource
+
+    return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)}
+
+
+def measure(path: str, n_ctx: int, n_prompt: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a fresh process takes with the model `path`, loaded with `settings` of `edgelm.load`.
+
+    Gives "loaded" and "answered", as of `footprint`, after a prompt of `n_prompt` tokens and `STEPS` more; "estimate",
+    what `edgelm.memory` says to that; "packed_file"; "n_ctx".
+    """
+    command = [sys.executable, "-m", "edgelm.footprint", path, str(n_ctx), str(n_prompt), json.dumps(settings)]
+    for _ in range(2):  # the first one compiles what is not compiled
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def main(path: str, n_ctx: int, n_prompt: int, settings: dict[str, Any]) -> dict[str, Any]:
+    from .cache import Batch
+    from .memory import estimate
+    from .model import load
+
+    with load(path, ctx_size=n_ctx, **settings) as model:
+        loaded = footprint()
+        sequence = model.new_cache().new_sequence()
+        model.runner.forward(Batch.of([(sequence, [0] * min(n_prompt, model.n_ctx - STEPS), "last")]))
+        for _ in range(STEPS):
+            model.runner.forward(Batch.of([(sequence, [0], "last")]))
+        need = estimate(model.config, model.weights, sequence.length, model.kv_type)
+        return {
+            "n_ctx": model.n_ctx,
+            "n_tokens": sequence.length,
+            "loaded": loaded,
+            "answered": footprint(),
+            "estimate": {
+                "weights": need.weights, "kv_cache": need.kv_cache, "workspace": need.workspace, "total": need.total,
+            },
+            "packed_file": None if model.packed_file is None else str(model.packed_file),
+        }  # fmt: skip
+
+
+if __name__ == "__main__":
+    model, context, prompt, rest = sys.argv[1:]
+    print(json.dumps(main(model, int(context), int(prompt), json.loads(rest))))
