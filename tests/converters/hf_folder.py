@@ -174,7 +174,7 @@ def _byte_pairs(keys: dict[str, Any], tokens: list[str], types: list[int]) -> di
             "type": "BPE",
             "byte_fallback": False,
             "ignore_merges": row.ignore_merges,
-            "vocab": {t: i for t, i in ids.items() if types[i] == 1},
+            "vocab": {text: i for text, i in ids.items() if types[i] != UNUSED},
             "merges": [merge.split(" ", 1) for merge in keys["merges"]],
         },
     }
