@@ -165,7 +165,7 @@ class Machine:
         """A script that is Python on this machine with one processor."""
         script = self.cache / f"python-{features.emulated}"
         emulator = shlex.join([str(self.emulator), "-cpu", features.emulated, "-L", str(self.root)])
-        script.write_text(f'#!/bin/sh\nexec nice {emulator} -0 "$0" {shlex.quote(str(self.python))} "$@"\n')
+        script.write_text(f'#!/bin/sh\nexec {emulator} -0 "$0" {shlex.quote(str(self.python))} "$@"\n')
         script.chmod(0o755)
         return script
 
@@ -186,7 +186,7 @@ def compile_kernels(features: Features, folder: Path) -> None:
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder.parents[1])}
     processes = [
         subprocess.Popen(
-            ["nice", *map(str, base), "--share", f"{i}/{n}"], env=environment, text=True,
+            [*map(str, base), "--share", f"{i}/{n}"], env=environment, text=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )
         for i in range(n)
