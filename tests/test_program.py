@@ -160,7 +160,7 @@ def test_batched_decoding_changes_no_bit(make: Make, name: str) -> None:
             assert np.array_equal(row, logits[n + step])
 
 
-@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+@pytest.mark.parametrize("kv_type", ["f16", "f32", "q8_0", "q4_0", "q8_0/f16"])
 def test_going_back_and_forking_change_no_bit(make: Make, kv_type: str) -> None:
     program = make("gemma3", "Q4_0")
     tokens, cache = text(program, 100), program.new_cache(kv_type)

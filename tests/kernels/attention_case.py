@@ -11,7 +11,8 @@ from edgelm.cache import Batch, KVCache, Sequence
 from edgelm.kernels.abi import Env
 from edgelm.kernels.attention import row_attention, row_store_kv, scratch_bytes
 from edgelm.kernels.executor import Executor
-from edgelm.pages import KV_TYPES
+from edgelm.kv_types import both
+from edgelm.pages import KV_TYPES, PAGE
 
 N_CTX = 2048
 
@@ -121,13 +122,27 @@ class Case:
         y[..., first], y[..., second] = x[..., first] * c - x[..., second] * s, x[..., first] * s + x[..., second] * c
         return y
 
+    def rounded(self, x: np.ndarray, keys: bool) -> np.ndarray:
+        """What a cache of this type gives back for x (n, heads, dim)."""
+        array = KV_TYPES[both(self.kv_type)[0 if keys else 1]](keys, *x.shape[1:])
+        pages = []
+        for at in range(0, len(x), PAGE):
+            page = np.zeros(array.n_bytes, np.uint8)
+            array.write(page, 0, x[at : at + PAGE])
+            pages.append(array.read(page))
+        return np.concatenate(pages)[: len(x)].astype(np.float64)
+
+    @property
+    def tolerance(self) -> float:
+        """Of results: weights of quantized values are whole numbers of 15 bits."""
+        return 5e-4 if "q" in self.kv_type else 1e-5
+
     def exact(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
         """All tokens of one sequence at once. Keys and values as the cache rounds them."""
         n = len(q)
-        stored = KV_TYPES[self.kv_type].dtype
         wide_q = self.turned(q, self.n_heads)
-        wide_k = self.turned(k, self.n_kv_heads).astype(np.float32).astype(stored).astype(np.float64)
-        wide_v = v.reshape(n, self.n_kv_heads, -1).astype(stored).astype(np.float64)
+        wide_k = self.rounded(self.turned(k, self.n_kv_heads).astype(np.float32), keys=True)
+        wide_v = self.rounded(v.reshape(n, self.n_kv_heads, -1), keys=False)
         group = self.n_heads // self.n_kv_heads
         scores = np.einsum("qhgd,khd->hgqk", wide_q.reshape(n, self.n_kv_heads, group, -1), wide_k) * self.scale
         if self.softcap:
