@@ -28,6 +28,7 @@ from edgelm.kernels.emit import (
     spread,
     undefined,
 )
+from edgelm.kernels.records import MAGIC_BITS
 
 Value = ir.Value
 X_MAX = 127  # largest |activation|
@@ -69,18 +70,23 @@ class Isa:
     float_tokens: ClassVar[tuple[int, ...]] = (4, 2, 1)  # the same for float32 activations
     float_groups: ClassVar[int] = 1
     n_parts: ClassVar[int] = 1  # registers that hold 64 bytes
+    magic: ClassVar[bool] = False  # whether sums start at MAGIC_BITS; only where there is a fused multiply-add
 
     def form(self, bits: int, zero: bool) -> Form:
         """The form in which weights of `bits` bits, with a zero point or without, are wanted."""
         raise NotImplementedError
 
     def start(self, b: ir.IRBuilder, record: Value, field: int, form: Form, bits: int, zero: bool) -> Any:
-        """An empty accumulator. `record` + `field`: address of -128 times the sum of the activations to come."""
+        """An empty accumulator. `record` + `field`: address of MAGIC_BITS - 128 times the sum of the inputs to come."""
+        first = MAGIC_BITS if self.magic else 0
         if not zero or form is Form.SIGNED:
-            return self.empty(b, ir.Constant(I32x16, None))
+            return self.empty(b, repeat(I32x16, first))
         offset = spread(b, load_at(b, b.add(record, record.type(field)), I32, 4), I32x16)
-        if form is Form.LOW:
-            offset = b.ashr(offset, repeat(I32x16, 8 - bits))
+        shift = 8 - bits if form is Form.LOW else 0
+        if shift:
+            offset = b.ashr(offset, repeat(I32x16, shift))
+        if change := first - (MAGIC_BITS >> shift):
+            offset = b.add(offset, repeat(I32x16, change))
         return self.empty(b, offset)
 
     def empty(self, b: ir.IRBuilder, first: Value) -> Any:

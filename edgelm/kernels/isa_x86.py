@@ -32,6 +32,7 @@ class Vnni512(_Bytes):
     """AVX-512 VNNI: `vpdpbusd` adds 64 products of unsigned and signed bytes to 16 lanes, without saturation."""
 
     needs = (frozenset({"avx512vnni", "avx512bw"}),)
+    magic = True
     direct, direct_groups, direct_most = (4, 2, 1), 2, 4
     tokens, groups = (6, 4, 2, 1), 2  # 12 sums and 12 accumulators: all but a few of 32 registers
     float_tokens, float_groups = (8, 2, 1), 2
@@ -54,7 +55,7 @@ class Vnni512(_Bytes):
 class Vnni256(Vnni512):
     """The same on 32 bytes: AVX-VNNI, or AVX-512 VNNI on 256 bits."""
 
-    needs = (frozenset({"avxvnni"}), frozenset({"avx512vnni", "avx512vl"}))
+    needs = (frozenset({"avxvnni", "fma"}), frozenset({"avx512vnni", "avx512vl"}))
     direct, direct_groups, direct_most = (2, 1), 1, 2
     tokens, groups = (4, 2, 1), 1
     float_tokens, float_groups = (4, 2, 1), 1
@@ -114,6 +115,7 @@ class Avx512(_Maddubs):
     """AVX-512 without VNNI (Skylake-X)."""
 
     needs = (frozenset({"avx512bw"}),)
+    magic = True
     tokens = (8, 4, 2, 1)
     float_tokens, float_groups = (8, 2, 1), 2
     shuffle = "llvm.x86.avx512.pshuf.b.512"
@@ -126,7 +128,8 @@ class Avx512(_Maddubs):
 
 
 class Avx2(_Maddubs):
-    needs = (frozenset({"avx2"}),)
+    needs = (frozenset({"avx2", "fma"}),)
+    magic = True
     tokens, groups = (3, 2, 1), 2
     n_parts = 2
     shuffle = "llvm.x86.avx2.pshuf.b"
@@ -140,6 +143,7 @@ class Avx2(_Maddubs):
 
 class Ssse3(Avx2):
     needs = (frozenset({"ssse3"}),)
+    magic = False
     tokens, groups = (2, 1), 1
     n_parts = 4
     shuffle = "llvm.x86.ssse3.pshuf.b.128"

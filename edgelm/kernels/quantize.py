@@ -27,11 +27,13 @@ from edgelm.kernels.functions import call_function
 from edgelm.kernels.int16_tiles import int16_record_code
 from edgelm.kernels.records import (
     BLOCK,
+    MAGIC,
+    MAGIC_BITS,
+    MAGIC_LOW,
     OFFSET_LOW,
     RECORD,
     SCALE_LOW,
     SCALED_SUM,
-    SCALED_SUM_LOW,
     activation_bytes,
 )
 from edgelm.kernels.simd import load_i64, splat_i32, store, to_i8
@@ -40,7 +42,6 @@ __all__ = ["activation_bytes", "quantize", "quantize_row"]
 
 Value = ir.Value
 TINY = 2.0**-126  # the smallest normal float32
-MAGIC = 1.5 * 2.0**23  # adding it rounds to an integer, to nearest even, in the low bits
 I8x16, F32x4, I32x4 = ir.VectorType(I8, 16), ir.VectorType(F32, 4), ir.VectorType(I32, 4)
 _WORKSPACE = WORD * Env.WORKSPACE
 _X, _X_STRIDE, _N_COLS, _Q, _Q_STRIDE = (WORD * (Row.ARGS + i) for i in range(5))
@@ -81,12 +82,13 @@ def _write_block(context: Any, b: ir.IRBuilder, halves: list[Value], target: Val
 
     peaks = _reduce(b, *(call(b, "llvm.fabs.v16f32", F32x16, x) for x in halves), maximum)
     scales = b.fmul(peaks, repeat(F32x4, 1 / 127))
+    scales = b.bitcast(b.and_(b.bitcast(scales, I32x4), repeat(I32x4, -4)), F32x4)  # so that MAGIC * d is exact
     normal = b.fcmp_ordered(">=", scales, repeat(F32x4, TINY))
     inverses = b.select(normal, b.fdiv(repeat(F32x4, 1.0), scales), repeat(F32x4, 0.0))
     scales = b.select(normal, scales, repeat(F32x4, 0.0))
     quants, rests = [], []
     for i, x in enumerate(halves):
-        rounded = b.fadd(b.fmul(x, both(inverses, i)), repeat(F32x16, MAGIC))
+        rounded = b.fadd(b.fmul(x, both(inverses, i)), repeat(F32x16, MAGIC))  # to nearest even
         quants.append(b.sub(b.bitcast(rounded, I32x16), b.bitcast(repeat(F32x16, MAGIC), I32x16)))
         store_at(b, b.trunc(quants[i], I8x16), at(16 * i), 16)
         rests.append(emit_fma(context, b, b.fsub(repeat(F32x16, MAGIC), rounded), both(scales, i), x))
@@ -95,8 +97,8 @@ def _write_block(context: Any, b: ir.IRBuilder, halves: list[Value], target: Val
     _pair(b, scales, at(SCALE_LOW))
     total = b.fadd(*(b.extract_element(scaled, I32(i)) for i in range(2)))
     store_at(b, total, at(SCALED_SUM), 4)
-    _pair(b, scaled, at(SCALED_SUM_LOW))
-    _pair(b, b.mul(sums, repeat(I32x4, -128)), at(OFFSET_LOW))
+    _pair(b, b.fmul(scales, repeat(F32x4, -MAGIC)), at(MAGIC_LOW))
+    _pair(b, b.sub(repeat(I32x4, MAGIC_BITS), b.mul(sums, repeat(I32x4, 128))), at(OFFSET_LOW))
     store_at(b, I32(0), at(60), 4)
     return rests
 

@@ -9,11 +9,10 @@
 For every row and token, `direct` and `tile` do the same operations in the same order, so that the number of tokens in a
 call changes no bit of the result:
 
-    one scale    acc = fma(fma(float(sum1), d1, float(sum0) * d0), scale, acc)
-    two scales   acc = fma(float(sum1) * d1, scale1, fma(float(sum0) * d0, scale0, acc))
-    minima       acc = fma(minimum, sum of d * x, acc), after that
+    acc = fma(float(sum) * d, scale, acc), for the first half of each block and then for the second
+    acc = fma(minimum, sum of d * x, acc), after both, if there are minima
 
-where sum0 and sum1 are exact integers, of inputs 0-15 and 16-31 of a block, and d0, d1 the scales of the activations.
+where sum is an exact integer, of 16 inputs, and d the scale of these activations.
 
 Knows formats as `blocks.Blocks`, machines as `isa.Isa`, activations as the record of `quantize`.
 """
@@ -51,18 +50,20 @@ from edgelm.kernels.emit import (
 from edgelm.kernels.functions import Code, address_of, code_address, function_address, stack, tile_fields
 from edgelm.kernels.isa import Form, Isa
 from edgelm.kernels.records import (
+    MAGIC_BITS,
+    MAGIC_HIGH,
+    MAGIC_LOW,
     OFFSET_HIGH,
     OFFSET_LOW,
     RECORD,
     SCALE_HIGH,
     SCALE_LOW,
     SCALED_SUM,
-    SCALED_SUM_HIGH,
-    SCALED_SUM_LOW,
 )
 
 Value = ir.Value
 ROW = 64  # bytes of 16 float32
+HALVES = ((OFFSET_LOW, SCALE_LOW, MAGIC_LOW), (OFFSET_HIGH, SCALE_HIGH, MAGIC_HIGH))  # of a record
 AHEAD = 4096  # how many bytes before they are needed weights are asked for: the processor's own prefetching comes late
 SLAB = 8  # blocks that are unpacked at a time: they stay in the first-level cache
 
@@ -90,45 +91,47 @@ class _Tile:
 
     def add_block(self, weights: list[Any], scales: list[Any], minima: list[Any], records: list[Value]) -> None:
         """Adds the products of one block. weights[group](chunk), scales[group][half], minima[group][half]."""
-        b, fmt, groups = self.b, self.fmt, range(len(weights))
-        sums: dict[tuple[int, int], Any] = {}
-        scaled: dict[tuple[int, int], list[Value]] = {(g, t): [] for g in groups for t in range(len(records))}
-        for half, (offset, d) in enumerate(((OFFSET_LOW, SCALE_LOW), (OFFSET_HIGH, SCALE_HIGH))):
-            for t, record in enumerate(records):
-                for g in groups:
-                    sums[g, t] = self.isa.start(b, record, offset, self.form, fmt.bits, fmt.zero)
+        b, isa, fmt = self.b, self.isa, self.fmt
+        places = [(g, t) for t in range(len(records)) for g in range(len(weights))]
+        for half, (offset, d, magic) in enumerate(HALVES):
+            sums: dict[tuple[int, int], Any] = {}
+            for g, t in places:
+                sums[g, t] = isa.start(b, records[t], offset, self.form, fmt.bits, fmt.zero)
             for chunk in range(half * CHUNKS // 2, (half + 1) * CHUNKS // 2):
-                w = [weights[g](chunk) for g in groups]
+                w = [group(chunk) for group in weights]
                 for t, record in enumerate(records):
-                    x = self.isa.input(b, record, chunk)
-                    for g in groups:
-                        sums[g, t] = self.isa.step(b, sums[g, t], w[g], x, self.form, fmt.bits)
-            for t, record in enumerate(records):
-                for g in groups:
-                    exact = b.sitofp(self.isa.end(b, sums[g, t]), F32x16)
-                    before = scaled[g, t]
-                    if before and fmt.halves == 1:
-                        before[0] = self._fma(exact, self._float(record, d), before[0])
-                    else:
-                        before.append(b.fmul(exact, self._float(record, d)))
-        for t, record in enumerate(records):
-            for g in groups:
-                self._add(g, t, scaled[g, t], scales[g], minima[g], record)
+                    x = isa.input(b, record, chunk)
+                    for g in range(len(weights)):
+                        sums[g, t] = isa.step(b, sums[g, t], w[g], x, self.form, fmt.bits)
+            for g, t in places:
+                scaled = self._scaled(isa.end(b, sums[g, t]), records[t], d, magic)
+                self._add(g, t, scaled, scales[g][half % fmt.halves])
+        for g, t in places:
+            if len(minima[g]) == 1:
+                self._add(g, t, minima[g][0], self._float(records[t], SCALED_SUM))
+            elif minima[g]:
+                for minimum, (offset, d, _) in zip(minima[g], HALVES, strict=True):
+                    self._add(g, t, minimum, self._scaled_sum(records[t], offset, d))
 
-    def _add(self, g: int, t: int, sums: list, scales: list, minima: list, record: Value) -> None:
-        b, acc = self.b, self.b.load(self.acc[g][t])
-        for total, scale in zip(sums, scales, strict=True):
-            acc = self._fma(total, scale, acc)
-        fields = (SCALED_SUM,) if len(minima) == 1 else (SCALED_SUM_LOW, SCALED_SUM_HIGH)
-        for minimum, field in zip(minima, fields, strict=False):
-            acc = self._fma(minimum, self._float(record, field), acc)
-        b.store(acc, self.acc[g][t])
+    def _add(self, g: int, t: int, x: Value, y: Value) -> None:
+        self.b.store(emit_fma(self.context, self.b, x, y, self.b.load(self.acc[g][t])), self.acc[g][t])
+
+    def _scaled(self, total: Value, record: Value, d: int, magic: int) -> Value:
+        """An exact sum of products, as float32, times d."""
+        b, factor = self.b, self._float(record, d)
+        if self.isa.magic:  # (MAGIC + total) * d - MAGIC * d, rounded once
+            return emit_fma(self.context, b, b.bitcast(total, F32x16), factor, self._float(record, magic))
+        return b.fmul(b.sitofp(total, F32x16), factor)
+
+    def _scaled_sum(self, record: Value, offset: int, d: int) -> Value:
+        """d times the sum of half a block."""
+        b = self.b
+        total = b.sub(I32(MAGIC_BITS), load_at(b, at(b, record, offset), I32, 4))
+        scaled = b.fmul(b.sitofp(total, F32), load_at(b, at(b, record, d), F32, 4))
+        return spread(b, b.fmul(scaled, ir.Constant(F32, 1 / 128)), F32x16)
 
     def _float(self, record: Value, field: int) -> Value:
         return spread(self.b, load_at(self.b, at(self.b, record, field), F32, 4), F32x16)
-
-    def _fma(self, x: Value, y: Value, z: Value) -> Value:
-        return emit_fma(self.context, self.b, x, y, z)
 
 
 def _vectors(values: list[Value]) -> Any:

@@ -44,6 +44,7 @@ def quantized(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What a record holds of `x`: int8 (tokens, blocks of 16, 16) and float32 scales (tokens, blocks of 16, 1)."""
     blocks = x.reshape(len(x), -1, 16)
     scale = np.abs(blocks).max(axis=-1, keepdims=True) * np.float32(1 / 127)
+    scale = (scale.view(np.int32) & -4).view(np.float32)
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.where(scale < np.finfo(np.float32).tiny, np.float32(0), np.float32(1) / scale)
     return np.rint(blocks * inverse).astype(np.int8), np.where(inverse == 0, np.float32(0), scale)
@@ -211,11 +212,10 @@ def test_records() -> None:
     assert np.array_equal(blocks[:, :5, :32].view(np.int8), q.reshape(4, 5, 32))
     floats, ints = (np.ascontiguousarray(blocks[:, :5, 32:]).view(t) for t in (np.float32, np.int32))
     sums, scale = q.reshape(4, 5, 2, 16).astype(np.int32).sum(axis=-1), scale.reshape(4, 5, 2)
-    scaled = scale * sums.astype(np.float32)
     assert np.array_equal(floats[:, :, :2], scale)
-    assert np.array_equal(floats[:, :, 2], scaled.sum(axis=-1))
-    assert np.array_equal(floats[:, :, 3:5], scaled)
-    assert np.array_equal(ints[:, :, 5:7], -128 * sums)
+    assert np.array_equal(floats[:, :, 2], (scale * sums.astype(np.float32)).sum(axis=-1))
+    assert np.array_equal(floats[:, :, 3:5].astype(np.float64), -1.5 * 2.0**23 * scale.astype(np.float64))
+    assert np.array_equal(ints[:, :, 5:7], np.float32(1.5 * 2**23).view(np.int32) - 128 * sums)
     assert not blocks[:, 5].any()
 
 
