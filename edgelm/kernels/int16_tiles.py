@@ -82,7 +82,7 @@ class Machine:
 # Source: Intel intrinsics guide (vpdpwssd, pmaddwd).
 MACHINES = (
     Machine(frozenset({"avx512vnni", "avx512bw"}), 1, 2, (8, 4, 2, 1), "vpdpwssd $3, $2, $0"),
-    Machine(frozenset({"avxvnni"}), 2, 1, (4, 2, 1), "{vex} vpdpwssd $3, $2, $0"),
+    Machine(frozenset({"avxvnni"}), 2, 1, (6, 4, 2, 1), "{vex} vpdpwssd $3, $2, $0"),
     Machine(frozenset({"avx512bw"}), 1, 2, (8, 4, 2, 1), "llvm.x86.avx512.pmaddw.d.512"),
     Machine(frozenset({"avx2"}), 2, 1, (4, 2, 1), "llvm.x86.avx2.pmadd.wd"),
     Machine(frozenset(), 4, 1, (2, 1), "llvm.x86.sse2.pmadd.wd"),
