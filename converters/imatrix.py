@@ -26,6 +26,7 @@ from edgelm.errors import FormatError, UsageError
 from edgelm.formats import F32, QTensor
 from edgelm.models import model_of
 from edgelm.reference import Operations, Reference
+from edgelm.tokenizer import Tokenizer
 from edgelm.weights import Layer, Weights
 
 from .gguf_writer import Layout, Planned, write
@@ -79,10 +80,10 @@ def read(path: str | Path) -> Imatrix:
     return _from_gguf(path) if magic == b"GGUF" else _from_dat(path)
 
 
-def save(path: str | Path, imatrix: Imatrix) -> None:
-    """Writes an imatrix: the old form if the name of the file ends in ".dat", else GGUF."""
+def save(path: str | Path, imatrix: Imatrix, form: str | None = None) -> None:
+    """Writes an imatrix in the form "gguf" or "dat"; by default "dat" if that is how the name of the file ends."""
     path = Path(path)
-    if path.suffix == ".dat":
+    if (form or path.suffix.removeprefix(".")) == "dat":
         path.write_bytes(_to_dat(imatrix))
         return
     arrays: dict[str, Floats] = {}
@@ -112,8 +113,8 @@ def _from_gguf(path: Path) -> Imatrix:
         if counts is None or tensor.format is not F32 or counts.format is not F32:
             raise FormatError(f"{path}: {name} has no counts, or is not F32")
         sums = tensor.dequantize().reshape(-1, tensor.shape[-1])
-        entry = Entry(sums, np.broadcast_to(counts.dequantize().reshape(-1), (len(sums),)).copy()
-                      if counts.n_weights == 1 else counts.dequantize().reshape(-1))  # fmt: skip
+        each = counts.dequantize().reshape(-1)
+        entry = Entry(sums, np.repeat(each, len(sums)) if len(each) == 1 else each)
         if len(entry.counts) != len(sums):
             raise FormatError(f"{path}: {name} has {len(sums)} matrices and {len(entry.counts)} counts")
         entries[stem] = entry
@@ -184,7 +185,23 @@ class Source(Protocol):
     @property
     def weights(self) -> Weights: ...
     @property
-    def tokenizer(self) -> Any: ...
+    def tokenizer(self) -> Tokenizer: ...
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model file as a `Source`, without anything that runs it fast."""
+
+    config: Config
+    weights: Weights
+    tokenizer: Tokenizer
+
+    @classmethod
+    def read(cls, path: str | Path) -> Opened:
+        """Raises FormatError for a broken file, UnsupportedError for one that no runtime of ours can run."""
+        file = gguf.read(path)
+        config = Config.from_gguf(file.metadata)
+        return cls(config, Weights.from_gguf(config, file.tensors), Tokenizer.from_gguf(file.metadata))
 
 
 class Watching(Operations):

@@ -27,8 +27,6 @@ from .quantizer_search import (
 )
 from .quantizer_words import LINE, Grid, Image, Levels, gather, integer_of, scatter
 
-Write = Callable[[Emitter, "Block"], None]
-
 ROOM = 2 * 256 * LINE + STATE_LINES * LINE + 256 * 16  # bytes: tiles of weights and importances, state, image
 
 _IQ4 = Levels("iq4", (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))
@@ -218,49 +216,49 @@ _q4_k, _q5_k = _kernel("Q4_K", 144, _write_q4_k), _kernel("Q5_K", 176, _write_q5
 _q6_k, _iq4_xs = _kernel("Q6_K", 210, _write_q6_k), _kernel("IQ4_XS", 136, _write_iq4_xs)
 
 
-def q4_0(job, unused, begin, end):
+def q4_0(job: int, unused: int, begin: int, end: int) -> None:
     _q4_0(job, unused, begin, end)
 
 
-def q4_1(job, unused, begin, end):
+def q4_1(job: int, unused: int, begin: int, end: int) -> None:
     _q4_1(job, unused, begin, end)
 
 
-def q5_0(job, unused, begin, end):
+def q5_0(job: int, unused: int, begin: int, end: int) -> None:
     _q5_0(job, unused, begin, end)
 
 
-def q5_1(job, unused, begin, end):
+def q5_1(job: int, unused: int, begin: int, end: int) -> None:
     _q5_1(job, unused, begin, end)
 
 
-def q8_0(job, unused, begin, end):
+def q8_0(job: int, unused: int, begin: int, end: int) -> None:
     _q8_0(job, unused, begin, end)
 
 
-def iq4_nl(job, unused, begin, end):
+def iq4_nl(job: int, unused: int, begin: int, end: int) -> None:
     _iq4_nl(job, unused, begin, end)
 
 
-def q2_k(job, unused, begin, end):
+def q2_k(job: int, unused: int, begin: int, end: int) -> None:
     _q2_k(job, unused, begin, end)
 
 
-def q3_k(job, unused, begin, end):
+def q3_k(job: int, unused: int, begin: int, end: int) -> None:
     _q3_k(job, unused, begin, end)
 
 
-def q4_k(job, unused, begin, end):
+def q4_k(job: int, unused: int, begin: int, end: int) -> None:
     _q4_k(job, unused, begin, end)
 
 
-def q5_k(job, unused, begin, end):
+def q5_k(job: int, unused: int, begin: int, end: int) -> None:
     _q5_k(job, unused, begin, end)
 
 
-def q6_k(job, unused, begin, end):
+def q6_k(job: int, unused: int, begin: int, end: int) -> None:
     _q6_k(job, unused, begin, end)
 
 
-def iq4_xs(job, unused, begin, end):
+def iq4_xs(job: int, unused: int, begin: int, end: int) -> None:
     _iq4_xs(job, unused, begin, end)

@@ -9,7 +9,7 @@ system of two unknowns; for a fixed scale the best q is plain rounding. Taking t
 "Least squares quantization in PCM", 1982), but where it ends depends on where it starts: so it starts from a row of
 scales. The super-blocks of K-quants and IQ4_XS hold integers in place of scales, times a scale of their own:
 
-  1. each sub-block on its own: the best of a row of scales, each improved by one step of least squares; then a few turns;
+  1. each sub-block on its own: the best of a row of scales, each mended by one step of least squares; then a few turns;
   2. d, then dmin: of a row of scales the one that rounds those of the sub-blocks best, each error weighed by the
      curvature of its E, and the minimum that a scale wants moving along with it;
   3. for each sub-block the integers around, tried with the true numbers: d and dmin as float16, q rounded again;
@@ -43,7 +43,7 @@ class Plan:
     """How a format is searched.
 
     name: of the format, part of the names of functions; sub: weights of a sub-block; n_subs: sub-blocks of a block;
-    grid: what weights are rounded to; affine: has minima; offset: minima may be negative, too (x = d q + m in the file);
+    grid: what weights are rounded to; affine: has minima; offset: they may be negative, too (x = d q + m in the file);
     scales: least and largest integer scale, minima: largest integer minimum; None where a float16 stands instead;
     starts: (first, step, number): a row of scales to start from, the range of the block over (width + first + step i);
     turns: of least squares after the row; rounds: of step 3; around: integers tried on both sides of a minimum.
@@ -63,7 +63,7 @@ class Plan:
     around: int = 0
 
 
-def field(state: Value, name: int, sub: Any) -> Value:
+def field(state: Value, name: int, sub: Value | int) -> Value:
     """Address of the line of a sub-block."""
     return state + (sub + name * SUBS) * LINE
 
@@ -161,6 +161,10 @@ def extremes(e: Emitter, plan: Plan, x: Value) -> tuple[Value, Value]:
     return low.get(), high.get()
 
 
+def _there(*values: Value | None) -> list[Value]:
+    return [value for value in values if value is not None]
+
+
 def _named(write: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
     """A function of words of its own for each format."""
     write.__qualname__ = f"{write.__qualname__}.{plan.name}"
@@ -182,7 +186,7 @@ def affine_sub_block(plan: Plan) -> Callable[..., Any]:
         with e.loop(0, n) as i:
             s = width * inverse(e, number(e, i) * size + (plan.grid.high + first))
             new_s, new_m, error = step(e, plan, sums(e, plan, x, w, s, m), s, m)
-            best.offer(error, new_s, new_m)
+            best.offer(error, *_there(new_s, new_m))
         _turns(e, plan, x, w, best, state, j)
 
     return _named(search, plan)
@@ -214,7 +218,7 @@ def _turns(e: Emitter, plan: Plan, x: Value, w: Value, best: Best, state: Value,
         s, *m = best.get()
         minimum = m[0] if m else None
         new_s, new_m, error = step(e, plan, sums(e, plan, x, w, s, minimum), s, minimum)
-        best.offer(error, *(value for value in (new_s, new_m) if value is not None))
+        best.offer(error, *_there(new_s, new_m))
     s, *m = best.get()
     n = sums(e, plan, x, w, s, m[0] if m else None)
     for name, value in ((SCALE, s), (MINIMUM, m[0] if m else None), (CURVE, n.curve), (CROSS, n.cross),
@@ -292,7 +296,7 @@ def wanted_minimum(e: Emitter, state: Value, j: Value, s: Value) -> Value:
 
 @cache
 def integers(plan: Plan) -> Callable[..., Any]:
-    """Tries the integers around those of sub-block j, keeps the best in the state, adds E and its slopes to `totals`."""
+    """Tries the integers around those of sub-block j, keeps the best in the state, adds E and slopes to `totals`."""
 
     def search(e: Emitter, x: Value, w: Value, state: Value, j: Value, totals: Value) -> None:
         assert plan.scales is not None
@@ -317,8 +321,8 @@ def integers(plan: Plan) -> Callable[..., Any]:
             e.store(field(state, name, j), value)
         terms = (n.error, scale * n.slope, minimum * n.residual, scale * scale * n.curve, scale * minimum * n.cross,
                  minimum * minimum * n.weight)  # fmt: skip
-        for i, term in enumerate(terms):
-            e.store(totals + i * LINE, e.load(totals + i * LINE) + term)
+        for line, term in enumerate(terms):
+            e.store(totals + line * LINE, e.load(totals + line * LINE) + term)
 
     return _named(search, plan)
 
@@ -340,11 +344,11 @@ def super_block(plan: Plan) -> Callable[..., Any]:
         first_scales(plan)(e, state)
         totals, best_error = e.stack(6 * LINE), e.variable(e.vector(HUGE))
         with e.loop(0, plan.rounds):
-            for i in range(6):
-                e.store(totals + i * LINE, e.vector(0.0))
+            for line in range(6):
+                e.store(totals + line * LINE, e.vector(0.0))
             with e.loop(0, plan.n_subs) as j:
                 integers(plan)(e, x + j * (plan.sub * LINE), w + j * (plan.sub * LINE), state, j, totals)
-            error, p, q, a, b, c = (e.load(totals + i * LINE) for i in range(6))
+            error, p, q, a, b, c = (e.load(totals + line * LINE) for line in range(6))
             better = error < best_error.get()
             best_error.set(e.select(better, error, best_error.get()))
             _keep(e, plan, state, better)

@@ -1,4 +1,4 @@
-"""Words for quantizers: sixteen blocks side by side, one in each lane of a vector, so that nothing is added across lanes.
+"""Words for quantizers: sixteen blocks side by side, one in each lane of a vector, so that no lanes are ever added up.
 
 What one would write for a block is written once, over vectors of 16 float32, and done to 16 blocks at a time. Sums
 run over the weights of a block in order, and products are rounded before they are added: every machine, whatever its
@@ -17,9 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
-
-from edgelm.kernels.emit import F32, I32, I64, F32x16, I8x16, I16x16, I32x16, load_at, narrow_f16, store_at, widen_f16
+from edgelm.kernels.emit import I8, I8x16, I32x16, load_at, narrow_f16, store_at, widen_f16
 from edgelm.kernels.words import Emitter, Value, function
 
 LINE = 64  # bytes of 16 float32
@@ -157,10 +155,6 @@ class Image:
 def scatter(e: Emitter, image: Value, n_bytes: Value, n_blocks: Value, target: Value) -> None:
     """The first n_blocks blocks of an image, one after the other, to target."""
     b = e.b
-    with e.loop(0, n_blocks) as lane:
-        with e.loop(0, n_bytes) as i:
-            byte = load_at(b, (image + i * 16 + lane).llvm, ir.IntType(8))
-            store_at(b, byte, (target + lane * n_bytes + i).llvm)
-
-
-__all__ = ["F32", "I16x16", "I32", "I64", "F32x16"]
+    with e.loop(0, n_blocks) as lane, e.loop(0, n_bytes) as i:
+        byte = load_at(b, (image + i * 16 + lane).llvm, I8)
+        store_at(b, byte, (target + lane * n_bytes + i).llvm)

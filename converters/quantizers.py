@@ -95,9 +95,8 @@ def _check(format: type[Format], x: Floats, first_row: int) -> None:
         bad = ~np.isfinite(x)
         row, column = np.argwhere(bad if bad.any() else np.abs(x) == largest)[0]
         what = "can hold" if not bad.any() else "is made for"
-        raise FormatError(
-            f"the weight in row {first_row + row}, column {column} is {x[row, column]}: no number that {format.name} {what}"
-        )
+        where = f"row {first_row + row}, column {column}"
+        raise FormatError(f"the weight in {where} is {x[row, column]}: no number that {format.name} {what}")
 
 
 class _Rounding:

@@ -4,7 +4,7 @@
     tools/check_quantizers.py LIBGGML --model F16.gguf [--imatrix FILE] [--types Q4_K,Q2_K] [--tensors blk.0]
 
 LIBGGML is libggml-base.so of a build of llama.cpp, whose `ggml_quantize_chunk` is what llama-quantize calls. Both
-results are decoded by `gguf.quants`; an error is the sum of importance times squared error, over the same of the weights.
+results are decoded by `gguf.quants`; an error is the sum of importance times squared error, over that of the weights.
 """
 
 from __future__ import annotations

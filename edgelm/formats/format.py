@@ -49,7 +49,7 @@ class Format:
 
     @staticmethod
     def quantize(x: Floats) -> Blocks:
-        """(n, block) float32 -> (n,) blocks, by plain rounding. UnsupportedError for formats that have no plain rounding.
+        """(n, block) float32 -> (n,) blocks, by plain rounding. UnsupportedError for formats that have none.
 
         `converters.quantizers` writes those whose scales are searched for: K-quants, IQ4_NL, IQ4_XS.
         """

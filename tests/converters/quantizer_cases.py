@@ -1,4 +1,4 @@
-"""Matrices to quantize, and the error of what came out. tools/check_quantizers.py wrote llama.cpp's errors on them down."""
+"""Matrices to quantize, and the error of what came out; tools/check_quantizers.py wrote llama.cpp's errors down."""
 
 from __future__ import annotations
 

@@ -1,0 +1,121 @@
+"""GPTQ: each column is rounded, and the columns that are still to come make up for its error.
+
+After Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers" (2210.17323). The error that matters is that of a layer's outputs on a text, trace of E H Eᵀ, where E is
+the error of its weights and H = Xᵀ X of its inputs. With H⁻¹ = Uᵀ U, U upper triangular, rounding column j by e costs
+(e / U_jj)², if the columns behind it move by -e / U_jj times the rest of row j of U.
+
+The grids are those of GGUF: when the first column of a block is reached, the scales (and minima) of the block are
+searched for its weights as they are by then, each column weighed by 1 / U_jj². Blocks whose inputs are driven most come
+first, and within a block its most driven columns ("act-order"): order is free as long as a block stays together.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.errors import UsageError
+from edgelm.formats import Format, by_name
+
+from . import block_codes
+from .block_codes import FORMATS_WITH_CODES
+from .quantizers import quantize
+
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+DAMPING = 0.01  # of the mean of the diagonal, added to it: the paper's
+_SLAB = 32  # columns whose corrections are applied one by one; the columns behind them get theirs by one product
+
+
+def can(format_name: str) -> bool:
+    """Whether a format has a grid that this can round to."""
+    return format_name in FORMATS_WITH_CODES
+
+
+def gptq(
+    format_name: str,
+    w: Floats,
+    hessian: NDArray[np.floating],
+    damping: float = DAMPING,
+    act_order: bool = True,
+    n_threads: int | None = None,
+) -> Bytes:
+    """Quantizes a matrix for the inputs that a text gives it: uint8 (n_rows, bytes of a row).
+
+    w: float32 (out, in); hessian: (in, in), the sum of xᵀ x over inputs x, of any scale.
+
+    Raises:
+        FormatError: as `quantize`. UnsupportedError: the format has no evenly spaced codes.
+        UsageError: the hessian has another shape, or is no sum of squares.
+    """
+    format = by_name(format_name)
+    n_cols = w.shape[1]
+    if hessian.shape != (n_cols, n_cols) or not np.isfinite(hessian).all():
+        raise UsageError(f"a hessian of shape {hessian.shape} for {n_cols} columns, or of what is no number")
+    order = _order(np.diagonal(hessian), format.block, act_order)
+    upper = _inverse_factor(hessian[np.ix_(order, order)], damping)
+    weights = np.ascontiguousarray(w[:, order], np.float32)
+    out = np.empty((len(w), format.row_bytes(n_cols)), np.uint8)
+    for start in range(0, n_cols, format.block):
+        end = start + format.block
+        columns = order[start:end]
+        place = int(columns.min()) // format.block
+        inner = upper[start:end, start:end]
+        data, errors = _block(format, weights[:, start:end], inner, columns % format.block, n_threads)
+        out[:, place * format.n_bytes : (place + 1) * format.n_bytes] = data
+        weights[:, end:] -= errors @ upper[start:end, end:]
+    return out
+
+
+def _order(diagonal: NDArray[np.floating], block: int, act_order: bool) -> NDArray[np.intp]:
+    """Columns in the order of rounding: blocks that are driven most first, in them columns that are driven most."""
+    columns = np.arange(len(diagonal)).reshape(-1, block)
+    if not act_order:
+        return columns.reshape(-1)
+    driven = diagonal.reshape(-1, block)
+    columns = np.take_along_axis(columns, np.argsort(-driven, axis=1, kind="stable"), axis=1)
+    return columns[np.argsort(-driven.sum(axis=1), kind="stable")].reshape(-1)
+
+
+def _inverse_factor(h: NDArray[np.floating], damping: float) -> Floats:
+    """U, upper triangular, with H⁻¹ = Uᵀ U. H = R Rᵀ by Cholesky from the far end, and U is the inverse of R."""
+    h = h.astype(np.float64)
+    diagonal = np.einsum("ii->i", h)  # a view
+    mean = diagonal.mean()
+    diagonal[diagonal <= 0] = mean or 1.0  # inputs that the text never drives
+    for more in (1, 10, 100, 1000):
+        try:
+            damped = h + np.eye(len(h)) * (damping * more * (mean or 1.0))
+            factor = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+            return np.triu(np.linalg.inv(factor)).astype(np.float32)
+        except np.linalg.LinAlgError:
+            continue
+    raise UsageError("the hessian is no sum of squares")
+
+
+def _block(
+    format: type[Format], w: Floats, upper: Floats, columns: NDArray[np.intp], n_threads: int | None
+) -> tuple[Bytes, Floats]:
+    """One block of each row, columns in the order of rounding: bytes, and errors over U_jj (rows, block). Changes w.
+
+    columns: where in the block each of w lies.
+    """
+    pivots = np.diagonal(upper)
+    places = np.argsort(columns)
+    importance = 1 / pivots.astype(np.float64) ** 2
+    data = quantize(format.name, w[:, places], importance[places].astype(np.float32), n_threads)
+    start, step = (line[:, columns] for line in block_codes.lines(format, data))
+    inverse = np.where(step == 0, 0, 1 / np.where(step == 0, 1, step)).astype(np.float32)
+    codes, errors = np.empty(w.shape, np.uint8), np.empty_like(w)
+    highest = block_codes.n_codes(format) - 1
+    for first in range(0, w.shape[1], _SLAB):
+        last = min(first + _SLAB, w.shape[1])
+        for j in range(first, last):
+            code = np.rint((w[:, j] - start[:, j]) * inverse[:, j]).clip(0, highest)
+            codes[:, j] = code
+            errors[:, j] = (w[:, j] - (start[:, j] + step[:, j] * code)) / pivots[j]
+            w[:, j + 1 : last] -= errors[:, j, None] * upper[j, j + 1 : last]
+        w[:, last:] -= errors[:, first:last] @ upper[first:last, last:]
+    return block_codes.with_codes(format, data, codes[:, places]), errors

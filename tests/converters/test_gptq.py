@@ -1,0 +1,90 @@
+"""GPTQ: errors of outputs against rounding and against the best that trying finds; codes; a whole tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import tiny
+
+from converters import block_codes
+from converters.block_codes import FORMATS_WITH_CODES
+from converters.calibrated import quantize_model
+from converters.gptq import gptq
+from converters.imatrix import Opened, chunked
+from converters.quantizers import quantize
+from edgelm.errors import UnsupportedError, UsageError
+from edgelm.formats import by_name
+
+
+def layer(n_cols: int = 512, n_rows: int = 24) -> tuple[np.ndarray, np.ndarray]:
+    """Weights, and the hessian of inputs that hang together."""
+    rng = np.random.default_rng(0)
+    mixed = rng.normal(0, 1, (n_cols, n_cols // 4)) @ rng.normal(0, 0.1, (n_cols // 4, n_cols)) + np.eye(n_cols)
+    x = rng.normal(0, 1, (2000, n_cols)) @ mixed
+    return rng.normal(0, 0.02, (n_rows, n_cols)).astype(np.float32), (x.T @ x / 2000).astype(np.float32)
+
+
+def loss(name: str, w: np.ndarray, data: np.ndarray, hessian: np.ndarray) -> float:
+    error = (block_codes.decode(by_name(name), data) - w).astype(np.float64)
+    return float(np.einsum("ij,jk,ik->", error, hessian.astype(np.float64), error, optimize=True))
+
+
+@pytest.mark.parametrize("name", FORMATS_WITH_CODES)
+def test_outputs_are_nearer_than_by_rounding(name: str) -> None:
+    w, hessian = layer()
+    compensated = loss(name, w, gptq(name, w, hessian), hessian)
+    weighted = loss(name, w, quantize(name, w, np.diagonal(hessian)), hessian)
+    assert compensated < 0.4 * weighted
+
+
+def test_inputs_that_do_not_hang_together_leave_nothing_to_make_up_for() -> None:
+    w, _ = layer()
+    importance = np.random.default_rng(1).lognormal(0, 1, 512).astype(np.float32)
+    data = gptq("Q4_0", w, np.diag(importance), damping=1e-9, act_order=False)
+    assert np.mean(data == quantize("Q4_0", w, importance)) > 0.97  # the scales of a few blocks are near ties
+
+
+def test_inputs_that_never_come(name: str = "Q4_K") -> None:
+    w, hessian = layer()
+    hessian[:, 7] = hessian[7] = 0
+    assert np.isfinite(block_codes.decode(by_name(name), gptq(name, w, hessian))).all()
+    assert np.isfinite(block_codes.decode(by_name(name), gptq(name, w, np.zeros_like(hessian)))).all()
+    few = np.ones((1, 512), np.float32)
+    assert np.isfinite(block_codes.decode(by_name(name), gptq(name, w, few.T @ few))).all()
+
+
+@pytest.mark.parametrize("bad", [np.zeros((3, 3)), np.full((512, 512), np.nan)])
+def test_hessians_that_cannot_be(bad: np.ndarray) -> None:
+    with pytest.raises(UsageError, match="hessian"):
+        gptq("Q4_0", layer()[0], bad)
+
+
+@pytest.mark.parametrize("name", FORMATS_WITH_CODES)
+def test_codes_mean_what_they_say(name: str) -> None:
+    format, rng = by_name(name), np.random.default_rng(2)
+    data = quantize(name, rng.normal(0, 0.1, (6, 512)).astype(np.float32), search=True)
+    start, step = block_codes.lines(format, data)
+    codes = rng.integers(0, block_codes.n_codes(format), (6, 512), dtype=np.uint8)
+    decoded = block_codes.decode(format, block_codes.with_codes(format, data, codes))
+    np.testing.assert_allclose(decoded, start + step * codes, atol=1e-5)
+
+
+def test_formats_without_even_codes() -> None:
+    with pytest.raises(UnsupportedError, match="IQ4_NL"):
+        gptq("IQ4_NL", *layer())
+
+
+@pytest.mark.parametrize("variant", ["llama-gqa", "llama-fused", "gemma3", "gpt2"])
+def test_a_model_is_quantized_in_one_run(variant: str, tmp_path: Path) -> None:
+    model = Opened.read(tiny(variant, folder=tmp_path))
+    tokens = chunked(model, np.random.default_rng(0).integers(3, 60, 128).tolist(), 32, None)
+    layers = {n: t for n, t in model.weights.by_name.items() if n.startswith("blk.") and len(t.shape) == 2}
+    types = {n: "Q4_0" if i % 2 else "IQ4_NL" for i, n in enumerate(layers)}
+    given: dict[str, np.ndarray] = {}
+    quantize_model(model, tokens, types, given.__setitem__)
+    assert set(given) == {n for n, type_ in types.items() if type_ == "Q4_0"}
+    for name, data in given.items():
+        w = layers[name].dequantize()
+        assert np.abs(block_codes.decode(by_name("Q4_0"), data) - w).max() < 0.5 * np.abs(w).max()
