@@ -2,8 +2,9 @@
 
 A peer is any program that understands `-m FILE -p N,… -n N,… -d N,… -t N,… -r N -ctk TYPE -ctv TYPE -o json` and prints
 a list of records with `n_prompt`, `n_gen`, `n_depth`, `n_threads`, `samples_ns` and `avg_ts`. Here a package says how
-it loads a file, computes a prompt and generates; `main` does the rest. One flag is not llama-bench's: `--say 1,2,3`
-prints the `-n` token ids that follow greedily, so that one can see that an engine computes the model at all.
+it loads a file, computes a prompt and generates; `main` does the rest. Two flags are not llama-bench's: `--say 1,2,3`
+prints the `-n` token ids that follow greedily, so that one can see that an engine computes the model at all;
+`--set KEY=VALUE` is for an engine with settings of its own.
 
 Needs NumPy alone: it runs in the interpreter of the engine that is measured.
 """
@@ -31,6 +32,7 @@ class Settings:
     type_k: str
     type_v: str
     prefixes: bool  # a test will ask for a prompt after tokens that are in the cache
+    own: dict[str, str]  # settings that only this engine knows
 
 
 class Engine(Protocol):
@@ -68,15 +70,17 @@ def main(description: str | None, load: Callable[[Settings], Engine]) -> None:
     parser.add_argument("-o", "--output", choices=["json"], default="json")
     parser.add_argument("--no-warmup", action="store_true")
     parser.add_argument("--say", type=numbers, metavar="ID,ID,…", help="print the token ids that follow greedily")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of this engine")
     args = parser.parse_args()
 
+    own = dict(setting.split("=", 1) for setting in args.set)
     tests = [(p, 0, d) for d in args.n_depth for p in args.n_prompt if p]
     tests += [(0, n, d) for d in args.n_depth for n in args.n_gen if n]
     longest = len(args.say or []) + max((sum(test) for test in tests), default=0) + 1
     records = []
     for n_threads in args.threads:
         prefixes = any(p and d for p, _, d in tests)
-        engine = load(Settings(args.model, n_threads, longest, args.cache_type_k, args.cache_type_v, prefixes))
+        engine = load(Settings(args.model, n_threads, longest, args.cache_type_k, args.cache_type_v, prefixes, own))
         if args.say:
             print(json.dumps(engine.say(args.say, max(args.n_gen))))
             return

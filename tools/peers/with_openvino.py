@@ -2,11 +2,12 @@
 
     PYTHON tools/peers/with_openvino.py -m MODEL.gguf -p 512 -n 64 -t 2 -o json
 
-PYTHON is one that has the package openvino-genai. Its LLMPipeline reads the GGUF file (llama, qwen2, qwen3; tensors of
-F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K). Token ids go in and come out; its tokenizer is built, but not used. A
-prompt is timed from the call to the first token, generation from the first token to the last. The cache of common
-prefixes is off, unless a test asks for a prompt at a depth, which needs it. Everything else is as the package sets it,
-which is written into the records: bfloat16 where the processor has it, activations quantized in groups of 32.
+PYTHON is one that has the package openvino-genai. Its LLMPipeline reads the GGUF file (llama, qwen2, qwen3; matrices of
+F16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K). Token ids go in and come out; its tokenizer is built, but not used. A prompt is timed
+from the call to the first token, generation from the first token to the last. The cache of common prefixes is off,
+unless a test asks for a prompt at a depth, which needs it. Everything else is as the package sets it, which is written
+into the records: bfloat16 where the processor has it, activations quantized in groups of 32. Another setting is a flag:
+`--set INFERENCE_PRECISION_HINT=f32`, which is the faster one on some processors, `--set ATTENTION_BACKEND=SDPA`.
 """
 
 from __future__ import annotations
@@ -45,22 +46,24 @@ class Pipeline:
     def __init__(self, settings: Settings) -> None:
         if settings.type_k not in TYPES or settings.type_v not in TYPES:
             sys.exit(f"cache types {settings.type_k}, {settings.type_v}: only {', '.join(TYPES)}")
-        scheduler = openvino_genai.SchedulerConfig()
-        scheduler.enable_prefix_caching = settings.prefixes
-        scheduler.max_num_batched_tokens = max(256, settings.n_ctx)  # a prompt at once
         self.properties = {
             "INFERENCE_NUM_THREADS": settings.n_threads,
             "KEY_CACHE_PRECISION": TYPES[settings.type_k],
             "VALUE_CACHE_PRECISION": TYPES[settings.type_v],
-        }
-        self.pipeline = openvino_genai.LLMPipeline(settings.model, "CPU", scheduler_config=scheduler, **self.properties)
+        } | settings.own
+        paged = {}
+        if settings.own.get("ATTENTION_BACKEND") != "SDPA":  # which has neither batches nor prefixes
+            scheduler = paged["scheduler_config"] = openvino_genai.SchedulerConfig()
+            scheduler.enable_prefix_caching = settings.prefixes
+            scheduler.max_num_batched_tokens = max(256, settings.n_ctx)  # a prompt at once
+        self.pipeline = openvino_genai.LLMPipeline(settings.model, "CPU", **paged, **self.properties)
         self.n_vocab = len(self.pipeline.get_tokenizer().get_vocab())
 
     def facts(self) -> dict[str, Any]:
         core = openvino.Core()
         defaults = {name: core.get_property("CPU", name) for name in DEFAULTS}
         defaults = {name: getattr(value, "to_string", value.__repr__)() for name, value in defaults.items()}
-        return {"version": openvino_genai.__version__, **self.properties, **defaults}
+        return {"version": openvino_genai.__version__, **defaults, **self.properties}
 
     def run(self, tokens: Tokens, n_tokens: int) -> tuple[int, list[int], Tokens]:
         """(when it began, when each token came, the tokens)."""
