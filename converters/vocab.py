@@ -94,11 +94,14 @@ def read(folder: Folder, vocab_size: int, pre: str = "") -> dict[str, Any]:
 
 def _added(folder: Folder, tokens: _Tokens, score: float = 0.0) -> None:
     """The tokens that were added to a vocabulary: markup, found before anything else is cut."""
+    settled = (Kind.CONTROL, Kind.UNKNOWN) if not folder.settings.get("added_tokens_decoder") else ()
     for token, entry in folder.added().items():
         text = entry.get("content")
         if token >= tokens.size:  # such as an image's mark in the tokenizer of a model of text alone
             folder.notes.append(f"the added token {text!r:.60} has no row in the embedding, and is left out")
             continue
+        if tokens.texts[token] == text and tokens.kinds[token] in settled:
+            continue  # the SentencePiece model says so itself
         if isinstance(text, str) and (entry.get("special") or _looks_special(text)):
             tokens.set(token, text, Kind.CONTROL, score)
         else:
@@ -214,10 +217,7 @@ def _sentencepiece(path: Path, folder: Folder, tokens: _Tokens) -> dict[str, Any
     if (path.parent / "added_tokens.json").exists():
         for text, token in read_json(path.parent / "added_tokens.json").items():
             tokens.set(token, text, Kind.USER_DEFINED, _ADDED_SCORE)
-    unknown = source.unk_id
     _added(folder, tokens, _ADDED_SCORE)
-    if unknown is not None and not folder.settings.get("added_tokens_decoder"):  # else it is said there
-        tokens.kinds[unknown] = int(Kind.UNKNOWN)
     folder.defaults.update(bos=source.bos_id, eos=source.eos_id, unk=source.unk_id, pad=source.pad_id)
     keys = tokens.keys("t5" if source.is_unigram else "llama", "default", True)
     prefix = folder.settings.get("add_prefix_space")

@@ -104,10 +104,13 @@ def factors_from_hf(rope_parameters: Mapping[str, Any], base: float, dim: int) -
         return {f"rope_factors_{n}": np.asarray(rope_parameters[f"{n}_factor"], np.float32) for n in ("long", "short")}
     if kind != "llama3":
         return {}
-    factor, low, high = (float(rope_parameters[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
-    turns = rope_parameters["original_max_position_embeddings"] * base ** (-2.0 * np.arange(dim // 2) / dim) / math.tau
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    factor, low, high, context = (np.float32(rope_parameters[name]) for name in names)
+    one, pairs = np.float32(1.0), np.arange(0, dim, 2, dtype=np.float32)  # in float32, as every loader computes it
+    frequencies = one / np.power(np.float32(base), pairs / np.float32(dim))
+    turns = context / (np.float32(math.tau) / frequencies)
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 0: a slow pair, stretched in full; 1: a fast one, kept
-    return {"rope_freqs": (1.0 / ((1.0 - smooth) / factor + smooth)).astype(np.float32)}
+    return {"rope_freqs": (one / ((one - smooth) / factor + smooth)).astype(np.float32)}
 
 
 def rotate(x: NDArray[Any], cos: NDArray[Any], sin: NDArray[Any], rope: Rope) -> NDArray[Any]:
