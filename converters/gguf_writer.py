@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.download import lock
+from edgelm.disk import lock
 from edgelm.errors import FormatError
 from edgelm.formats import Format
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from .download import Progress, copy_stream, need_disk
+from .disk import Progress, copy_stream, need_disk
 from .errors import EdgelmError, SourceError
 
 

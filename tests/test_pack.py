@@ -21,8 +21,8 @@ from blocks import random_blocks
 from click.testing import CliRunner
 
 import edgelm
+from edgelm import disk, gguf, packed
 from edgelm import free_memory as free
-from edgelm import gguf, packed
 from edgelm.cli import main
 from edgelm.errors import FormatError, SourceError
 from edgelm.formats import QTensor, by_name
@@ -236,7 +236,7 @@ def test_paths_that_cannot_be(model: Path, tmp_path: Path) -> None:
 
 def test_no_disk_space_is_said_before(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = packed_file(model)
-    monkeypatch.setattr(packed, "SPARE_DISK", shutil.disk_usage(model.parent).total)
+    monkeypatch.setattr(disk, "SPARE_DISK", shutil.disk_usage(model.parent).total)
     with pytest.raises(SourceError, match="make room"):
         file.write(file.beside)
     assert not file.beside.exists()

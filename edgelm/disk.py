@@ -1,0 +1,102 @@
+"""Files on disk: checksums, space, folders, locks. Knows nothing of where they come from."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from .errors import SourceError
+
+Progress = Callable[[str, int, int], None]  # (stage, done, total), both counted in bytes here; total 0: not known
+
+CHUNK = 1 << 20
+SPARE_DISK = 64 << 20  # bytes that are left free for others
+
+
+def nothing(stage: str, done: int, total: int) -> None:
+    """The progress callback of somebody who does not want one."""
+
+
+def file_sha256(path: Path, progress: Progress = nothing, stage: str = "verify") -> str:
+    """sha256 of a file, in hexadecimal."""
+    digest, done, total = hashlib.sha256(), 0, path.stat().st_size
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            done += len(chunk)
+            progress(stage, done, total)
+    return digest.hexdigest()
+
+
+def copy_stream(source: IO[bytes], target: IO[bytes], limit: int, step: Callable[[int], None]) -> str:
+    """Copies at most `limit` bytes and returns their sha256; more than `limit` raises SourceError."""
+    digest, done = hashlib.sha256(), 0
+    while chunk := source.read(CHUNK):
+        done += len(chunk)
+        if done > limit:
+            raise SourceError(f"an archive member is longer than the {limit} bytes that the archive declares")
+        digest.update(chunk)
+        target.write(chunk)
+        step(len(chunk))
+    return digest.hexdigest()
+
+
+def need_disk(folder: Path, n_bytes: int) -> None:
+    """Raises SourceError unless `n_bytes` more fit on the disk that holds `folder`."""
+    free = shutil.disk_usage(folder).free
+    if n_bytes > 0 and free - SPARE_DISK < n_bytes:
+        raise SourceError(
+            f"{n_bytes / 1e6:.0f} MB are needed in {folder}, {free / 1e6:.0f} MB are free; "
+            "make room, or choose another disk with EDGELM_CACHE"
+        )
+
+
+def make_folder(folder: Path) -> Path:
+    """`folder`, made if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SourceError(f"cannot make the folder {folder}: {error}; choose another with EDGELM_CACHE") from error
+    return folder
+
+
+@contextlib.contextmanager
+def lock(path: Path, progress: Progress = nothing) -> Iterator[None]:
+    """Holds an exclusive lock on `path` against other processes and threads, waiting for it as long as it takes.
+
+    The operating system drops the lock when its holder dies. The lock file stays: removing it would let a third
+    process lock a new file of the same name while the second still holds the old one.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise SourceError(f"cannot make the lock file {path}: {error}") from error
+    try:
+        while not _try_lock(descriptor):
+            progress("wait for another process", 0, 0)
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # a disk without locks: go on without
+    return True
