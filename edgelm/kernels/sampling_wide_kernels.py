@@ -137,6 +137,17 @@ def deviation(x, n, best, finite):
 
 
 @njit
+def spread(wide, n, count):
+    """Standard deviation of the logits of the candidates."""
+    mean, square = 0.0, 0.0
+    for i in range(count):
+        mean += load_f64(wide + 8 * (n + i)) / count
+    for i in range(count):
+        square += (load_f64(wide + 8 * (n + i)) - mean) ** 2
+    return math.sqrt(square / count)
+
+
+@njit
 def gather(x, n, low, wide):
     """Makes the logits at address x that are at least `low` the candidates, by id: how many there are."""
     low, count = _F32(low), 0
@@ -345,15 +356,18 @@ def choose(x, n, state, wide):
             best = load_f64(wide + 8 * n)
             for j in range(count if not ranked else 0):
                 best = max(best, load_f64(wide + 8 * (n + j)))
+        total, moment = 0.0, 0.0
+        if code in (TOP_P, DYNAMIC, MIROSTAT_2, TYPICAL, XTC):
+            total, moment = moments(x, n, best) if count < 0 else weigh(wide, n, count, best)
+        order, center, least, target, n_out = -1, 0.0, 1, -1.0, 0  # of what is taken: nothing yet
         if code == TEMPERATURE or (code == DYNAMIC and size > 1):
             if code == DYNAMIC:
-                zeroth, moment = moments(x, n, best) if count < 0 else weigh(wide, n, count, best)
-                entropy = math.log(zeroth) - moment / zeroth
+                entropy = math.log(total) - moment / total
                 share = min(1.0, max(0.0, entropy / math.log(size)))
                 low = max(0.0, a - b)
                 a = low + (a + b - low) * share**c
             if a <= 0:
-                count, ranked = first(x, n, wide, count, _BY_LOGIT, 0.0, best, 1, -1.0), True
+                order = _BY_LOGIT
             elif a != 1:
                 best = heat(x, n, wide, count, a, best, scratch)
                 x = scratch if count < 0 else x
@@ -362,59 +376,49 @@ def choose(x, n, state, wide):
             if code == MIROSTAT_1:
                 k = mirostat_length(state, select(x, n, state, 100), a, n)
             if count < 0 and k <= CAPACITY:
-                count = select(x, n, state, k)
+                count, ranked = select(x, n, state, k), True
                 for j in range(count):
                     store(wide + 8 * j, load_i64(state + IDS + 8 * j))
                     store(wide + 8 * (n + j), load_f64(state + LOGITS + 8 * j))
             elif ranked:
                 count = min(count, k)
             else:
-                count = first(x, n, wide, count, _BY_LOGIT, 0.0, best, k, -1.0)
-            ranked = True
+                order, least = _BY_LOGIT, k
         elif code == TOP_P:
-            total, _ = moments(x, n, best) if count < 0 else weigh(wide, n, count, best)
-            count = first(x, n, wide, count, _BY_LOGIT, 0.0, best, max(min_keep, 1), (a - _SLACK) * total)
-            ranked = True
+            order, least, target = _BY_LOGIT, max(min_keep, 1), (a - _SLACK) * total
+        elif code == TYPICAL:
+            order, center = _BY_DISTANCE, best + moment / total  # the mean logit is as surprising as is expected
+            least, target = max(min_keep, 1), (a + _SLACK) * total
         elif code in (MIN_P, TOP_N_SIGMA, MIROSTAT_2):
-            bound, least = best + math.log(min(a, 1.0)), min_keep
-            if code == TOP_N_SIGMA:
-                least = 1
-                if count < 0:
-                    spread = deviation(x, n, best, finite)
-                else:
-                    mean, square = 0.0, 0.0
-                    for j in range(count):
-                        mean += load_f64(wide + 8 * (n + j)) / count
-                    for j in range(count):
-                        square += (load_f64(wide + 8 * (n + j)) - mean) ** 2
-                    spread = math.sqrt(square / count)
-                bound = best - a * spread
+            least = min_keep if code == MIN_P else 1
+            if code == MIN_P:
+                bound = best + math.log(min(a, 1.0))
             elif code == MIROSTAT_2:
-                total, _ = moments(x, n, best) if count < 0 else weigh(wide, n, count, best)
-                bound, least = best + math.log(total) - a * math.log(2.0), 1
+                bound = best + math.log(total) - a * math.log(2.0)
+            else:
+                bound = best - a * (deviation(x, n, best, finite) if count < 0 else spread(wide, n, count))
             kept = gather(x, n, bound, wide) if count < 0 else reaching(wide, n, count, bound)
             if kept < least:  # then by number
-                count, ranked = first(x, n, wide, count, _BY_LOGIT, 0.0, best, least, -1.0), True
+                order = _BY_LOGIT
             else:
                 count = kept if count < 0 else above(wide, n, count, bound)
-        elif code == TYPICAL:
-            zeroth, moment = moments(x, n, best) if count < 0 else weigh(wide, n, count, best)
-            center, target = best + moment / zeroth, (a + _SLACK) * zeroth
-            count = first(x, n, wide, count, _BY_DISTANCE, center, best, max(min_keep, 1), target)
-            count, ranked = take(wide, n, count, _BY_ID, 0.0, best, count, -1.0), False
-        elif code == XTC and b > 0 and size > 1 and count > 0:
-            total, _ = weigh(wide, n, count, best)
-            out = -1
+        elif code == XTC and b > 0 and count > 1:
+            n_out = -1
             for j in range(count):
                 w = load_f64(wide + 8 * (_WEIGHT * n + j))
-                out += 1 if w >= (a - _SLACK) * total and w > 0 else 0
-            if out > 0 and count - out >= min_keep:
-                if not ranked:
-                    count = take(wide, n, count, _BY_LOGIT, 0.0, best, count, -1.0)
-                count, ranked = count - out, True
-                for j in range(count):
-                    store(wide + 8 * j, load_i64(wide + 8 * (j + out)))
-                    store(wide + 8 * (n + j), load_f64(wide + 8 * (n + j + out)))
+                n_out += 1 if w >= (a - _SLACK) * total and w > 0 else 0
+            if n_out > 0 and count - n_out >= min_keep:
+                order, least = _BY_LOGIT, count
+            else:
+                n_out = 0
+        while order >= 0:
+            count, ranked = first(x, n, wide, count, order, center, best, least, target), order == _BY_LOGIT
+            order, least, target = _BY_ID if order == _BY_DISTANCE else -1, count, -1.0
+        if n_out > 0:
+            count -= n_out
+            for j in range(count):
+                store(wide + 8 * j, load_i64(wide + 8 * (j + n_out)))
+                store(wide + 8 * (n + j), load_f64(wide + 8 * (n + j + n_out)))
     store(state + COUNT, np.int64(count))
     draw(x, n, wide, count, best, load_f64(state + UNIFORM), state)
 
