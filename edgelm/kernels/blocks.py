@@ -145,7 +145,7 @@ class Blocks:
         top = 8 - self.bits if form is Form.TOP and self.table is None else 0
         value = None
         for (bits, at), plane in zip(self.planes, vectors, strict=True):
-            part = _field(b, plane[chunk % bits], bits * (chunk // bits), at + top, bits)
+            part = _field(b, plane[chunk % bits], bits * (chunk // bits), at + top, bits, isa.shifts_bytes)
             value = part if value is None else b.or_(value, part)
         value = b.bitcast(value, I8x64)
         if self.table is not None:
@@ -184,10 +184,12 @@ def _shift(word: Int, at: int, to: int) -> Int:
     return word if at == to else word << (to - at) if to > at else word >> (at - to)
 
 
-def _field(b: ir.IRBuilder, vector: Value, at: int, to: int, bits: int) -> Value:
+def _field(b: ir.IRBuilder, vector: Value, at: int, to: int, bits: int, shifts_bytes: bool) -> Value:
     """In each byte of an I32x16, the `bits` bits from bit `at` on moved to bit `to`, and nothing else."""
     if bits == 8:
         return vector
+    if shifts_bytes and at + bits == 8 and to == 0:  # then nothing else is left
+        return b.bitcast(b.lshr(b.bitcast(vector, I8x64), repeat(I8x64, at)), I32x16)
     if at != to:
         vector = b.shl(vector, repeat(I32x16, to - at)) if to > at else b.lshr(vector, repeat(I32x16, at - to))
     return b.and_(vector, ir.Constant(I32x16, [_bytes(((1 << bits) - 1) << to)] * 16))

@@ -70,11 +70,16 @@ class Isa:
     float_tokens: ClassVar[tuple[int, ...]] = (4, 2, 1)  # the same for float32 activations
     float_groups: ClassVar[int] = 1
     n_parts: ClassVar[int] = 1  # registers that hold 64 bytes
+    shifts_bytes: ClassVar[bool] = False  # by an instruction, not only larger lanes
     magic: ClassVar[bool] = False  # whether sums start at MAGIC_BITS; only where there is a fused multiply-add
 
     def form(self, bits: int, zero: bool) -> Form:
         """The form in which weights of `bits` bits, with a zero point or without, are wanted."""
         raise NotImplementedError
+
+    def direct_form(self, bits: int, zero: bool) -> Form:
+        """The same for what is multiplied straight from packed weights. Of both `Blocks.factor` must be the same."""
+        return self.form(bits, zero)
 
     def start(self, b: ir.IRBuilder, record: Value, field: int, form: Form, bits: int, zero: bool) -> Any:
         """An empty accumulator. `record` + `field`: address of MAGIC_BITS - 128 times the sum of the inputs to come."""
