@@ -86,11 +86,11 @@ def _rounded(e, x):
 
 
 def _scale(e, largest):
-    """(scale, its inverse) in all lanes, that make `largest` LARGEST; both 0 where there is next to nothing."""
-    most = e.vector(largest)
-    scale = most * (1 / LARGEST)
-    empty = scale < TINY
-    return e.select(empty, e.vector(0.0), scale), e.select(empty, e.vector(0.0), e.vector(float(LARGEST)) / most)
+    """(scale, its inverse in all lanes) that make `largest` LARGEST; both 0 where there is next to nothing."""
+    scale = largest * (1 / LARGEST)
+    empty, zero = scale < TINY, Value(e, F32(0.0))
+    inverse = Value(e, F32(float(LARGEST))) / largest
+    return e.select(empty, zero, scale), e.vector(e.select(empty, zero, inverse))
 
 
 def _split(e, x, inverse, high, low):
@@ -116,7 +116,7 @@ def quantize_query(e, x, n, bits, scale_to):
     with e.loop(0, n, 16) as i:
         most.set(_larger(e, most.get(), _magnitude(e, e.load(x + 4 * i))))
     scale, inverse = _scale(e, _largest(e, most.get()))
-    e.store(scale_to, e.lane(scale))
+    e.store(scale_to, scale)
     zero = _zero_of(e, bits)
     with e.loop(0, 4 * n, QUERY) as at:
         halves = [e.load(x + at + 64 * i) for i in range(2)]
@@ -140,7 +140,7 @@ def quantize_weights(e, n_rows, weights, weights_stride, scales, bits, to):
         numbers = [_split(e, product, inverse, record + 16 * i, record + WEIGHTS_LOW + 16 * i)
                    for i, product in enumerate(products)]
         _store_offset(e, record + WEIGHTS_OFFSET, (numbers[0] + numbers[1]) + (numbers[2] + numbers[3]), zero)
-        e.store(record + WEIGHTS_SCALE, e.lane(scale))
+        e.store(record + WEIGHTS_SCALE, scale)
 
 
 # --- products
