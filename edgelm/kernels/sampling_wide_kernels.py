@@ -3,7 +3,7 @@
 Like `sampling_kernels`, whose chains begin with a top-k, it does what `edgelm.filters` defines, with float64 where that
 has float32. What remains of the vocabulary is kept either best first or by token id, in arrays as large as the
 vocabulary. Nothing sorts it: the best are taken from a heap until they suffice, and only what is near enough to the
-best logit gets into that heap.
+best logit gets into that heap. Where thousands would have to be taken, the caller's filters do it.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ _F32, _F64 = np.float32, np.float64
 _STEP = 64  # logits looked at together
 _STRETCH = 1024  # of which the weights are summed in float32
 _ALL = -3e38  # below every logit but -inf
+_MOST = 4096  # candidates taken from a heap; to sort many more NumPy is faster
 _BY_LOGIT, _BY_DISTANCE, _BY_ID = range(3)
 # Arrays of the candidates, n words each: ids, logits, weights; and of the heap: keys, ids, logits.
 _WEIGHT, _KEY, _HEAP_ID, _HEAP_LOGIT = 2, 3, 4, 5
@@ -204,7 +205,10 @@ def sift(wide, n, at, count, key, token, logit):
 
 @njit
 def take(wide, n, count, order, center, best, least, target):
-    """Leaves the first candidates in some order: at least `least`, until the sum of their weights reaches `target`."""
+    """Leaves the first candidates in some order: at least `least`, until the sum of their weights reaches `target`.
+
+    Returns how many; -1 if it gives up because they are too many.
+    """
     keys, tokens, logits = wide + 8 * _KEY * n, wide + 8 * _HEAP_ID * n, wide + 8 * _HEAP_LOGIT * n
     for i in range(count):
         token, logit = load_i64(wide + 8 * i), load_f64(wide + 8 * (n + i))
@@ -216,6 +220,8 @@ def take(wide, n, count, order, center, best, least, target):
         sift(wide, n, i, count, load_f64(keys + 8 * i), load_i64(tokens + 8 * i), load_f64(logits + 8 * i))
     total, taken = 0.0, 0
     while taken < count and (taken < least or total < target):
+        if taken == _MOST:
+            return -1
         logit = load_f64(logits)
         store(wide + 8 * taken, load_i64(tokens))
         store(wide + 8 * (n + taken), logit)
@@ -243,6 +249,8 @@ def first(x, n, wide, count, order, center, best, least, target):
                     inside, total = inside + 1, total + math.exp(logit - best)
             if low <= _ALL or (inside >= least and total >= target):
                 break
+            if inside >= _MOST:
+                return -1
             reach *= 2 if reach < 30 else 100
     return take(wide, n, count, order, center, best, least, target)
 
@@ -331,7 +339,10 @@ def draw(x, n, wide, count, best, uniform, state):
 
 
 def choose(x, n, state, wide):
-    """As `sampling_kernels.choose`. wide: address of six arrays of n words."""
+    """As `sampling_kernels.choose`; the token is -1 also where too many candidates are left to order them here.
+
+    wide: address of six arrays of n words.
+    """
     scratch, min_keep, count, ranked = load_i64(state + SCRATCH), load_i64(state + MIN_KEEP), -1, False
     best, finite, known = 0.0, True, False
     store(state + RESULT, np.int64(-1))
@@ -413,6 +424,8 @@ def choose(x, n, state, wide):
                 n_out = 0
         while order >= 0:
             count, ranked = first(x, n, wide, count, order, center, best, least, target), order == _BY_LOGIT
+            if count < 0:
+                return
             order, least, target = _BY_ID if order == _BY_DISTANCE else -1, count, -1.0
         if n_out > 0:
             count -= n_out
