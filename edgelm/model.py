@@ -207,6 +207,8 @@ class Model:
         for tensor in self.weights:
             digest.update(f"{tensor.name} {tensor.format.name} {tensor.shape}".encode())
             digest.update(tensor.data.reshape(-1)[:64].tobytes())
+        if self.interpreter == "program":
+            self.gguf.forget()
         return digest.hexdigest()
 
     def info(self) -> dict[str, Any]:

@@ -134,6 +134,13 @@ def test_bench_prints_llama_bench_records(model: Path) -> None:
     assert "pp 16 @ d8" in table and "pp 8+tg 2 @ d8" in table
 
 
+def test_bench_times_the_start_of_processes(model: Path) -> None:
+    record = json.loads(edgelm("bench", model, "--startup", "-r", 2, "-o", "json", "--packed", "memory").stdout)
+    assert len(record["first_token_s"]) == len(record["end_s"]) == 2
+    assert all(0 < first <= end for first, end in zip(record["first_token_s"], record["end_s"], strict=True))
+    assert "| first token |" in edgelm("bench", model, "--startup", "-r", 1).stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
