@@ -30,6 +30,19 @@ def n_codes(format: type[Format]) -> int:
     return 1 << _writer(format)[0]
 
 
+def scale_fields(format: type[Format]) -> tuple[str, ...]:
+    """The float16 numbers of a block that its weights are linear in."""
+    return tuple(name for name in ("d", "m", "dmin") if name in (format.layout.names or ()))
+
+
+def derivative(format: type[Format], data: Bytes, field: str) -> Floats:
+    """By how much weights grow with one of the `scale_fields` of their block: float32 (n_rows, n_cols)."""
+    blocks = np.ascontiguousarray(data).reshape(-1).view(format.layout).copy()
+    for name in scale_fields(format):
+        blocks[name] = name == field
+    return decode(format, blocks.view(np.uint8).reshape(data.shape))
+
+
 def decode(format: type[Format], data: Bytes) -> Floats:
     """Rows of blocks, uint8 (n_rows, bytes), as float32 (n_rows, n_cols)."""
     return format.dequantize(np.ascontiguousarray(data).reshape(-1).view(format.layout)).reshape(len(data), -1)

@@ -39,11 +39,18 @@ def test_outputs_are_nearer_than_by_rounding(name: str) -> None:
     assert compensated < 0.4 * weighted
 
 
+@pytest.mark.parametrize("name", FORMATS_WITH_CODES)
+def test_each_sweep_makes_the_error_smaller(name: str) -> None:
+    w, hessian = layer()
+    losses = [loss(name, w, gptq(name, w, hessian, damping=1e-4, sweeps=n), hessian) for n in range(3)]
+    assert losses[0] > losses[1] > losses[2]
+
+
 def test_inputs_that_do_not_hang_together_leave_nothing_to_make_up_for() -> None:
     w, _ = layer()
     importance = np.random.default_rng(1).lognormal(0, 1, 512).astype(np.float32)
     hessian = np.diag(importance)
-    data = gptq("Q4_0", w, hessian, damping=1e-9, act_order=False)
+    data = gptq("Q4_0", w, hessian, damping=1e-9, act_order=False, sweeps=0)
     plain = loss("Q4_0", w, quantize("Q4_0", w, importance), hessian)
     assert loss("Q4_0", w, data, hessian) == pytest.approx(plain, rel=1e-3)
 
