@@ -349,6 +349,7 @@ class Model:
             n_ctx=self.n_ctx,
             n_threads=self._threads[0],
             n_threads_batch=self._threads[1],
+            kv_type=self.kv_type,
             shared=shared,
             pack=lambda tensors: self._pack(tensors, progress),
             progress=progress,

@@ -47,6 +47,7 @@ class Program:
         n_threads_batch: threads for more; None = as n_threads.
         max_tokens: tokens that are computed at once. Longer batches are cut; the results are the same bit for bit.
             Models in which all tokens see each other take as many as the context has.
+        kv_type: of the caches that are to be expected; those of another type cost time at their first call.
         shared: a program of the same weights, whose packed matrices serve here too.
         pack: gives the packed forms of weights, see `edgelm.packed`; None packs them into memory.
         progress: called as progress(stage, done, total) while weights are packed and kernels compiled.
@@ -63,6 +64,7 @@ class Program:
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
         max_tokens: int = 256,
+        kv_type: str = "f16",
         shared: Program | None = None,
         pack: Pack | None = None,
         progress: Progress | None = None,
@@ -110,7 +112,7 @@ class Program:
         self._env[Env.YIELD] = yield_address()
         self._workspace = np.zeros(0, np.uint8)
         self._room_for_sequences(8)
-        self._plan("f16")
+        self._plan(kv_type)
         self._executor = Executor(max(self.n_threads, self.n_threads_batch))
 
     def new_cache(self, kv_type: str = "f16", max_bytes: int | None = None) -> KVCache:
