@@ -19,10 +19,12 @@ from .errors import UnsupportedError
 from .formats import QTensor
 from .graph import OUTPUTS, TOKENS, Matrix, Node
 from .kernels.abi import Env, Row
+from .kernels.records import LIMIT
 from .pages import GroupLayout
 from .placement import ALIGN, Step, Value, allocate, schedule
 
 Floats = NDArray[np.float32]
+ATTENTION_LIMIT = 0.75
 COUNTS = {TOKENS: int(Env.N_TOKENS), OUTPUTS: int(Env.N_OUTPUTS)}
 
 
@@ -170,12 +172,19 @@ class Lowering:
         value = self._floats[node] = Value(node.rows, -(-node.n_cols // 16) * ALIGN)
         return value
 
-    def _new_records(self, node: Node, kind: str) -> tuple[Value, int]:
-        """A place for records of a value, and how many of them each row has."""
-        users = (user for user in self._users[node] if user.kind == "linear" and self._record_kind(user) == kind)
-        n = max(map(self._n_records, users))
-        value = self._records[node, kind] = Value(node.rows, n * self._linear.record_bytes(kind, node.n_cols))
-        return value, n
+    def _new_record(self, node: Node, kind: str) -> Value:
+        value = self._records[node, kind] = Value(node.rows, self._linear.record_bytes(kind, node.n_cols))
+        return value
+
+    def _limit(self, node: Node) -> float:
+        """How exact records of a value are made, as `kernels.records` says it; measured, see docs/LOG.md.
+
+        Logits suffer most from what is lost, then what attention sums up; the other matrices are the large ones.
+        """
+        users = [user for user in self._users[node] if user.kind == "linear"]
+        if self._result in users:
+            return 0.0
+        return ATTENTION_LIMIT if any(n.kind == "attention" for user in users for n in self._users[user]) else LIMIT
 
     def _record_wanted(self, node: Node) -> bool:
         """Whether a record of int8, which norms can write themselves, is needed."""
@@ -184,19 +193,15 @@ class Lowering:
     def _record_kind(self, linear: Node) -> str:
         return self._linear.record_kind(self._packed(linear).format)
 
-    def _n_records(self, linear: Node) -> int:
-        """Two int8, which make 15 bits, where 8 cost most and there is little to multiply (docs/LOG.md); else one."""
-        is_value = any(user.kind == "attention" and user.inputs[2] is linear for user in self._users[linear])
-        return 2 if self._record_kind(linear) == "int8" and (is_value or linear is self._result) else 1
-
     def _input(self, linear: Node) -> Value:
         """What a linear layer reads: its input itself, or the record of it, which is made once."""
         x, kind = linear.inputs[0], self._record_kind(linear)
         if kind == "float32":
             return self._floats[x]
         if (x, kind) not in self._records:
-            value, (record, n) = self._floats[x], self._new_records(x, kind)
-            row = partial(_quantize, partial(self._linear.row_quantize, kind=kind, records=n), value, record, x.n_cols)
+            value, record = self._floats[x], self._new_record(x, kind)
+            build = partial(self._linear.row_quantize, kind=kind, limit=self._limit(x))
+            row = partial(_quantize, build, value, record, x.n_cols)
             self.steps.append(Step("quantize", (value,), (record,), row))
         return self._records[x, kind]
 
@@ -222,10 +227,10 @@ class Lowering:
 
     def _norm(self, node: Node, build: Callable[..., list[int]], *arguments: Any, **options: Any) -> None:
         x = self._floats[node.inputs[0]]
-        record, n = self._new_records(node, "int8") if self._record_wanted(node) else (None, 1)
+        record = self._new_record(node, "int8") if self._record_wanted(node) else None
         self._step(node, (x,), lambda y: build(
             x.offset, x.stride, y.offset, y.stride, node.n_cols, *arguments, **options,
-            quantized_off=-1 if record is None else record.offset, records=n, count=COUNTS[node.rows],
+            quantized_off=-1 if record is None else record.offset, limit=self._limit(node), count=COUNTS[node.rows],
         ), also=() if record is None else (record,))
 
     def on_rms_norm(self, node: Node) -> None:
@@ -239,7 +244,7 @@ class Lowering:
     def _linear_row(self, node: Node, linear: Node, residual: Value | None) -> None:
         """The value of `node`: that of a linear layer, plus the residual if there is one."""
         packed, bias, x = self._packed(linear), self._resources.bias(linear.args["bias"]), self._input(linear)
-        options = {"bias_address": bias, "records": self._n_records(linear), "count": COUNTS[linear.rows]}
+        options = {"bias_address": bias, "count": COUNTS[linear.rows]}
         if linear is self._result:
             none = Value(OUTPUTS, 0, 0)  # logits are not in the workspace
             row = lambda: self._linear.row_linear(packed, x.offset, x.stride, 0, 0, **options, to_logits=True)  # noqa: E731

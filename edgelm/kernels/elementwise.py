@@ -10,7 +10,7 @@ import numpy as np
 
 from edgelm.kernels import compiler
 from edgelm.kernels.abi import Env, Row
-from edgelm.kernels.records import activation_bytes
+from edgelm.kernels.records import LIMIT, activation_bytes
 
 
 def _row(kernel: str, n_values: int, arguments: list[int], count: int = Env.N_TOKENS) -> list[int]:
@@ -30,28 +30,28 @@ def _bits(x: float) -> int:
 
 def row_rms_norm(
     x_off: int, x_stride: int, y_off: int, y_stride: int, n_cols: int, weight_address: int, eps: float, *,
-    heads: int = 0, quantized_off: int = -1, records: int = 1, count: int = Env.N_TOKENS,
+    heads: int = 0, quantized_off: int = -1, limit: float = LIMIT, count: int = Env.N_TOKENS,
 ) -> list[int]:
     """y (rows, n_cols) = x normed and times weight. weight_address 0: no weight.
 
     With `heads`, each head of n_cols // heads columns is normed on its own, all by one weight of that length.
-    With quantized_off >= 0 that many records of each row of y (`activation_bytes` apart) are written there too.
+    With quantized_off >= 0 the records of y (`activation_bytes` apart) are written there too; limit: as in `records`.
     """
     n_heads = max(1, heads)
     return _row("rms_norm", n_cols, [
         x_off, x_stride, y_off, y_stride, n_cols // n_heads, n_heads, weight_address, 0, _bits(eps),
-        quantized_off, records * activation_bytes(n_cols),
+        quantized_off, activation_bytes(n_cols), _bits(limit),
     ], count)
 
 
 def row_layer_norm(
     x_off: int, x_stride: int, y_off: int, y_stride: int, n_cols: int, weight_address: int, bias_address: int,
-    eps: float, *, quantized_off: int = -1, records: int = 1, count: int = Env.N_TOKENS,
+    eps: float, *, quantized_off: int = -1, limit: float = LIMIT, count: int = Env.N_TOKENS,
 ) -> list[int]:
     """y (rows, n_cols) = x normed, times weight, plus bias; each address may be 0. Records as in row_rms_norm."""
     return _row("layer_norm", n_cols, [
         x_off, x_stride, y_off, y_stride, n_cols, 1, weight_address, bias_address, _bits(eps),
-        quantized_off, records * activation_bytes(n_cols),
+        quantized_off, activation_bytes(n_cols), _bits(limit),
     ], count)
 
 

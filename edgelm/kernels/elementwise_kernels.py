@@ -12,7 +12,7 @@ from __future__ import annotations
 from edgelm.kernels.abi import WORD, Env, Row
 from edgelm.kernels.quantize import quantize_row
 from edgelm.kernels.rope import rotate
-from edgelm.kernels.simd import load_i64
+from edgelm.kernels.simd import load_f32, load_i64
 from edgelm.kernels.vector_math import ACTIVATIONS
 from edgelm.kernels.words import intrinsic_of
 
@@ -58,7 +58,7 @@ def _sum(e, x, n, add):
 
 # --- norms
 
-_HEADS, _WEIGHT, _BIAS, _EPS, _Q, _Q_STRIDE = _ARG[5:11]
+_HEADS, _WEIGHT, _BIAS, _EPS, _Q, _Q_STRIDE, _LIMIT = _ARG[5:12]
 
 
 def _one_over_root(e, x):
@@ -104,7 +104,7 @@ def rms_norm(op, env, begin, end):
     for row in range(begin, end):
         _rms_norm_of(op, env, row)
         if q >= 0:
-            quantize_row(y + y_stride * row, n, workspace + q + q_stride * row, q_stride)
+            quantize_row(y + y_stride * row, n, workspace + q + q_stride * row, load_f32(op + _LIMIT))
 
 
 def layer_norm(op, env, begin, end):
@@ -114,7 +114,7 @@ def layer_norm(op, env, begin, end):
     for row in range(begin, end):
         _layer_norm_of(op, env, row)
         if q >= 0:
-            quantize_row(y + y_stride * row, load_i64(op + _N), workspace + q + q_stride * row, q_stride)
+            quantize_row(y + y_stride * row, load_i64(op + _N), workspace + q + q_stride * row, load_f32(op + _LIMIT))
 
 
 # --- sums and products

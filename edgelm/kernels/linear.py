@@ -14,7 +14,7 @@ from edgelm.errors import UnsupportedError
 from edgelm.kernels import compiler, int16
 from edgelm.kernels.abi import Env, Row
 from edgelm.kernels.packing import Packed, is_float, pack, pack_all
-from edgelm.kernels.records import activation_bytes
+from edgelm.kernels.records import LIMIT, activation_bytes
 
 __all__ = [
     "Packed", "activation_bytes", "can_gate", "is_float", "linear_kernel", "pack", "pack_all", "record_bytes",
@@ -44,7 +44,6 @@ class Arg(IntEnum):
     RESIDUAL = 11  # offset or -1
     RESIDUAL_STRIDE = 12
     ACTIVATION = 13
-    RECORDS = 14  # of one token, whose products are added
 
 
 # --- rows of the op table
@@ -70,14 +69,15 @@ def record_bytes(kind: str, n_cols: int) -> int:
 
 
 def row_quantize(
-    x_off: int, x_stride: int, n_cols: int, q_off: int, count: int = Env.N_TOKENS, kind: str = "int8", records: int = 1
+    x_off: int, x_stride: int, n_cols: int, q_off: int, count: int = Env.N_TOKENS, kind: str = "int8",
+    limit: float = LIMIT,
 ) -> list[int]:
-    """Writes `records` records of each row of (count, n_cols) float32 to `q_off`, `record_bytes(kind, n_cols)` apart.
+    """Writes the records of (count, n_cols) float32 at `x_off` to `q_off`, `record_bytes(kind, n_cols)` apart.
 
-    Offsets into the workspace; strides in bytes. A unit is a token. Two records, only of int8, add up to the row.
+    Offsets into the workspace; strides in bytes. A unit is a token. limit: as in `records`, for int8.
     """
     kernel = "quantize:quantize" if kind == "int8" else f"quantize:quantize_{kind}"
-    args = [x_off, x_stride, n_cols, q_off, records * record_bytes(kind, n_cols)]
+    args = [x_off, x_stride, n_cols, q_off, record_bytes(kind, n_cols), int(np.float32(limit).view(np.int32))]
     return _row(kernel, 1, 1, count, max(1, 4096 // n_cols), args)
 
 
@@ -95,7 +95,6 @@ def row_linear(
     bias_address: int = 0,
     residual_off: int = -1,
     residual_stride: int = 0,
-    records: int = 1,
     count: int = Env.N_TOKENS,
     to_logits: bool = False,
 ) -> list[int]:
@@ -107,12 +106,8 @@ def row_linear(
     """
     units = -(-packed.n_groups // 2)
     row = _linear(packed, units, (x_off, x_stride), (-1, 4 * packed.n_rows) if to_logits else (y_off, y_stride), count)
-    for arg, value in (
-        (Arg.BIAS, bias_address), (Arg.RESIDUAL, residual_off), (Arg.RESIDUAL_STRIDE, residual_stride),
-        (Arg.RECORDS, records),
-    ):  # fmt: skip
-        row[Row.ARGS + arg] = value
-    row[Row.UNITS_PER] //= records
+    row[Row.ARGS + Arg.BIAS] = bias_address
+    row[Row.ARGS + Arg.RESIDUAL], row[Row.ARGS + Arg.RESIDUAL_STRIDE] = residual_off, residual_stride
     return row
 
 
@@ -150,8 +145,9 @@ def _linear(packed: Packed, units: int, x: tuple[int, int], y: tuple[int, int], 
     args[Arg.N_GROUPS], args[Arg.N_UNITS], args[Arg.N_ROWS] = packed.n_groups, packed.n_units, packed.n_rows
     args[Arg.X], args[Arg.X_STRIDE] = x
     args[Arg.Y], args[Arg.Y_STRIDE] = y
-    args[Arg.RESIDUAL], args[Arg.RECORDS] = -1, 1
-    tokens = min(MAX_TOKENS, max(24, _CACHE // x[1] // 12 * 12))
+    args[Arg.RESIDUAL] = -1
+    reads = x[1] // 2 if record_kind(packed.format) == "int8" else x[1]  # there are few remainders
+    tokens = min(MAX_TOKENS, max(24, _CACHE // reads // 12 * 12))
     grain = max(1, _GRAIN // (2 * packed.group_bytes))
     return _row(linear_kernel(packed.format), units, tokens, count, grain, args)
 

@@ -33,7 +33,7 @@ PAIR = 2 * ROW
 SLAB_SCRATCH, OUT_SCRATCH = 2 * MAX_SLAB_BYTES, MAX_TOKENS * PAIR
 (
     _WEIGHTS, _SECOND, _GROUP_BYTES, _N_GROUPS, _N_UNITS, _X, _X_STRIDE, _Y, _Y_STRIDE, _N_ROWS, _BIAS, _RESIDUAL,
-    _RESIDUAL_STRIDE, _ACTIVATION, _RECORDS,
+    _RESIDUAL_STRIDE, _ACTIVATION,
 ) = (WORD * (Row.ARGS + arg) for arg in Arg)  # fmt: skip
 _WORKSPACE, _LOGITS, _COUNT, _UNITS, _UNITS_PER = (
     WORD * field for field in (Env.WORKSPACE, Env.LOGITS, Row.COUNT, Row.UNITS, Row.UNITS_PER)
@@ -125,8 +125,7 @@ def units(code, op, env, begin, end):
     weights, up = load_i64(op + _WEIGHTS), load_i64(op + _SECOND)
     group_bytes, n_groups, n_units = load_i64(op + _GROUP_BYTES), load_i64(op + _N_GROUPS), load_i64(op + _N_UNITS)
     n_rows, bias, activation = load_i64(op + _N_ROWS), load_i64(op + _BIAS), load_i64(op + _ACTIVATION)
-    x_stride, y_stride, n_records = load_i64(op + _X_STRIDE), load_i64(op + _Y_STRIDE), load_i64(op + _RECORDS)
-    record_stride = x_stride // n_records
+    x_stride, y_stride = load_i64(op + _X_STRIDE), load_i64(op + _Y_STRIDE)
     x, y = workspace + load_i64(op + _X), load_i64(op + _Y)
     y = load_i64(env + _LOGITS) if y < 0 else workspace + y
     residual, residual_stride = load_i64(op + _RESIDUAL), load_i64(op + _RESIDUAL_STRIDE)
@@ -146,11 +145,7 @@ def units(code, op, env, begin, end):
             second = first + group_bytes if group + 1 < n_groups else first
         record = x + first_token * x_stride
         step = 0 if unit + 1 == end else second - first + group_bytes if up == 0 else group_bytes
-        products(code, first, second, n_units, record, record_stride, n_tokens * n_records, slab, out, step)
-        if n_records == 2:
-            for i in range(0, n_tokens * PAIR, ROW):
-                low = out + 2 * i - i % PAIR
-                store(out + i, add_f32(load_f32x16(low), load_f32x16(low + PAIR)))
+        products(code, first, second, n_units, record, x_stride, n_tokens, slab, out, step)
         column, left = group * ROW, n_rows - group * 16
         for t in range(n_tokens):
             low, high = mul_f32(load_f32x16(out + t * PAIR), power), mul_f32(load_f32x16(out + t * PAIR + ROW), power)

@@ -1,4 +1,4 @@
-"""Writes the records of `records`: activations as int8, or as the sum of two int8. Knows nothing of weights."""
+"""Writes the records of `records`: activations as int8. Knows nothing of weights."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from edgelm.kernels.emit import (
     emit_fma,
     load_at,
     repeat,
+    spread,
     store_at,
     undefined,
 )
@@ -27,16 +28,18 @@ from edgelm.kernels.functions import call_function
 from edgelm.kernels.int16_tiles import int16_record_code
 from edgelm.kernels.records import (
     BLOCK,
+    FLAG,
     MAGIC,
     MAGIC_BITS,
     MAGIC_LOW,
     OFFSET_LOW,
     RECORD,
+    SCALE_HIGH,
     SCALE_LOW,
     SCALED_SUM,
     activation_bytes,
 )
-from edgelm.kernels.simd import load_i64, splat_i32, store, to_i8
+from edgelm.kernels.simd import load_f32, load_i64, splat_i32, store, to_i8
 
 __all__ = ["activation_bytes", "quantize", "quantize_row"]
 
@@ -44,7 +47,7 @@ Value = ir.Value
 TINY = 2.0**-126  # the smallest normal float32
 I8x16, F32x4, I32x4 = ir.VectorType(I8, 16), ir.VectorType(F32, 4), ir.VectorType(I32, 4)
 _WORKSPACE = WORD * Env.WORKSPACE
-_X, _X_STRIDE, _N_COLS, _Q, _Q_STRIDE = (WORD * (Row.ARGS + i) for i in range(5))
+_X, _X_STRIDE, _N_COLS, _Q, _Q_STRIDE, _LIMIT = (WORD * (Row.ARGS + i) for i in range(6))
 
 
 def _shuffle(b: ir.IRBuilder, low: Value, high: Value, lanes: list[int]) -> Value:
@@ -68,8 +71,8 @@ def _pair(b: ir.IRBuilder, values: Value, address: Value) -> None:
     store_at(b, _shuffle(b, values, undefined(values.type), [0, 1]), address, 4)
 
 
-def _write_block(context: Any, b: ir.IRBuilder, halves: list[Value], target: Value) -> list[Value]:
-    """Writes the 64 bytes of a record for 32 float32, two vectors. Returns what these bytes are short of."""
+def _write_block(context: Any, b: ir.IRBuilder, halves: list[Value], target: Value) -> None:
+    """Writes the 64 bytes of a record for 32 float32, two vectors."""
 
     def maximum(x, y):
         return b.select(b.fcmp_ordered(">", x, y), x, y)
@@ -86,12 +89,11 @@ def _write_block(context: Any, b: ir.IRBuilder, halves: list[Value], target: Val
     normal = b.fcmp_ordered(">=", scales, repeat(F32x4, TINY))
     inverses = b.select(normal, b.fdiv(repeat(F32x4, 1.0), scales), repeat(F32x4, 0.0))
     scales = b.select(normal, scales, repeat(F32x4, 0.0))
-    quants, rests = [], []
+    quants = []
     for i, x in enumerate(halves):
         rounded = b.fadd(b.fmul(x, both(inverses, i)), repeat(F32x16, MAGIC))  # to nearest even
         quants.append(b.sub(b.bitcast(rounded, I32x16), b.bitcast(repeat(F32x16, MAGIC), I32x16)))
         store_at(b, b.trunc(quants[i], I8x16), at(16 * i), 16)
-        rests.append(emit_fma(context, b, b.fsub(repeat(F32x16, MAGIC), rounded), both(scales, i), x))
     sums = _reduce(b, *quants, b.add)
     scaled = b.fmul(scales, b.sitofp(sums, F32x4))
     _pair(b, scales, at(SCALE_LOW))
@@ -99,44 +101,78 @@ def _write_block(context: Any, b: ir.IRBuilder, halves: list[Value], target: Val
     store_at(b, total, at(SCALED_SUM), 4)
     _pair(b, b.fmul(scales, repeat(F32x4, -MAGIC)), at(MAGIC_LOW))
     _pair(b, b.sub(repeat(I32x4, MAGIC_BITS), b.mul(sums, repeat(I32x4, 128))), at(OFFSET_LOW))
-    store_at(b, I32(0), at(60), 4)
-    return rests
+    store_at(b, I32(0), at(FLAG), 4)
 
 
 @intrinsic
-def quantize_block(typingctx, source, target, rest):
-    """Writes the 64 bytes of a record for 32 float32, and those of what it is short of to `rest`, if that is not 0."""
+def quantize_block(typingctx, source, target):
+    """Writes the 64 bytes of a record for 32 float32."""
+
+    def codegen(context, b, sig, args):
+        _write_block(context, b, [load_at(b, b.add(args[0], I64(i)), F32x16) for i in (0, 64)], args[1])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def quantize_rest(typingctx, source, target, rest):
+    """What the record at `target` is short of for 32 float32: its remainder, to `rest`, and its flag."""
 
     def codegen(context, b, sig, args):
         source, target, rest = args
-        rests = _write_block(context, b, [load_at(b, b.add(source, I64(i)), F32x16) for i in (0, 64)], target)
-        with b.if_then(b.icmp_signed("!=", rest, I64(0))):
-            _write_block(context, b, rests, rest)
+        halves = []
+        for i in range(2):
+            scale = spread(b, load_at(b, b.add(target, I64(SCALE_LOW + 4 * i)), F32, 4), F32x16)
+            q = b.sitofp(load_at(b, b.add(target, I64(16 * i)), I8x16), F32x16)
+            x = load_at(b, b.add(source, I64(64 * i)), F32x16)
+            halves.append(emit_fma(context, b, b.fneg(q), scale, x))
+        _write_block(context, b, halves, rest)
+        store_at(b, I32(1), b.add(target, I64(FLAG)), 4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
 @njit
-def quantize_row(x, n_cols, out, n_bytes):
-    """Writes the `n_bytes` of records, one or two, of the `n_cols` float32 at address `x` to address `out`."""
+def inexactness(record):
+    """Sum of d² of both halves of a block: the squares of what it is short of are in proportion to it."""
+    low, high = load_f32(record + SCALE_LOW), load_f32(record + SCALE_HIGH)
+    return low * low + high * high
+
+
+@njit
+def clear(block):
+    for i in range(0, RECORD, 16):
+        store(block + i, to_i8(splat_i32(0)))
+
+
+@njit
+def quantize_row(x, n_cols, out, limit):
+    """Writes the record of the `n_cols` float32 at address `x` to address `out`; limit: see `records`."""
     n_blocks = n_cols // BLOCK
-    rest = n_bytes // 2 if n_bytes > RECORD * (n_blocks + 2) else 0  # more than `activation_bytes`
+    total = 0.0
     for i in range(n_blocks):
-        quantize_block(x + 4 * BLOCK * i, out + RECORD * i, out + RECORD * i + rest if rest > 0 else 0)
+        quantize_block(x + 4 * BLOCK * i, out + RECORD * i)
+        total += inexactness(out + RECORD * i)
+    rest = out + RECORD * (n_blocks + n_blocks % 2)
+    for i in range(n_blocks):
+        if inexactness(out + RECORD * i) * n_blocks > limit * total:
+            quantize_rest(x + 4 * BLOCK * i, out + RECORD * i, rest + RECORD * i)
+        else:
+            clear(rest + RECORD * i)
     if n_blocks % 2 == 1:
-        for i in range(0, RECORD, 16):
-            store(out + RECORD * n_blocks + i, to_i8(splat_i32(0)))
-            store(out + RECORD * n_blocks + i + rest, to_i8(splat_i32(0)))
+        clear(out + RECORD * n_blocks)
+        clear(rest + RECORD * n_blocks)
 
 
 def quantize(op, env, begin, end):
-    """Unit: the records of one token."""
+    """Unit: the record of one token."""
     workspace = load_i64(env + _WORKSPACE)
     x, q = workspace + load_i64(op + _X), workspace + load_i64(op + _Q)
     n_cols, x_stride, q_stride = load_i64(op + _N_COLS), load_i64(op + _X_STRIDE), load_i64(op + _Q_STRIDE)
     for token in range(begin, end):
-        quantize_row(x + token * x_stride, n_cols, q + token * q_stride, q_stride)
+        quantize_row(x + token * x_stride, n_cols, q + token * q_stride, load_f32(op + _LIMIT))
 
 
 def quantize_int16(op, env, begin, end):

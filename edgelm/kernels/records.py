@@ -9,14 +9,16 @@ A record holds one row of activations: for each block of 32 inputs 64 bytes, one
     44  float32      -MAGIC * d of inputs 0-15, exactly; at 48 of inputs 16-31
     52  int32        bits of MAGIC, less 128 * sum(q) of inputs 0-15, for weights stored with an offset; at 56 of 16-31
 
-and is padded to an odd number of cache lines, so that the records of a batch do not all meet in the same lines of the
-cache. The number of blocks is rounded up to even; a block that pads is zero.
+    60  int32        not 0 if the block has a remainder
 
-Whole numbers between -2 ** 22 and 2 ** 22 added to the bits of MAGIC as a float32 give the bits of their sum with MAGIC:
-that is how sums of products become floats without being converted.
+The number of blocks is rounded up to even; a block that pads is zero. As many blocks follow for remainders: what q * d
+is short of, for a block of which q * d would be too inexact, in the same form; else zeros. Adding products with zeros
+changes nothing, so a kernel may leave them out or not. Most of the inexactness of a row is in few of its blocks, those
+with an outlier: a limit chooses them. All is padded to an odd number of cache lines, so that the records of a batch do
+not meet in the same lines of the cache.
 
-Where 8 bits are too few, two records stand for one row: the second holds what the first is short of, with scales of its
-own, and products with either are added. That makes about 15 bits.
+A whole number between -2 ** 22 and 2 ** 22 added to the bits of MAGIC as a float32 gives the bits of its sum with
+MAGIC: that is how sums of products become floats without being converted.
 
 Imports no Numba; `quantize` writes records.
 """
@@ -29,10 +31,12 @@ SCALE_LOW, SCALE_HIGH = 32, 36
 SCALED_SUM = 40
 MAGIC_LOW, MAGIC_HIGH = 44, 48
 OFFSET_LOW, OFFSET_HIGH = 52, 56
+FLAG = 60
+LIMIT = 2.0  # how many times the mean d² of its row that of a block must be for a remainder: 6-10 % are (docs/LOG.md)
 MAGIC, MAGIC_BITS = 1.5 * 2.0**23, 0x4B400000
 
 
 def activation_bytes(n_cols: int) -> int:
     """Bytes from one record to the next; a multiple of 64. `n_cols` activations, a multiple of 32."""
     n_blocks = n_cols // BLOCK
-    return RECORD * (n_blocks + n_blocks % 2 + 1)
+    return RECORD * (2 * (n_blocks + n_blocks % 2) + 1)

@@ -10,7 +10,7 @@ For every row and token, `direct` and `tile` do the same operations in the same 
 call changes no bit of the result:
 
     acc = fma(float(sum) * d, scale, acc), for the first half of each block and then for the second
-    acc = fma(minimum, sum of d * x, acc), after both, if there are minima
+    acc = fma(minimum, sum of d * x, acc), after both, if there are minima; then the same for the block's remainder
 
 where sum is an exact integer, of 16 inputs, and d the scale of these activations.
 
@@ -19,6 +19,8 @@ Knows formats as `blocks.Blocks`, machines as `isa.Isa`, activations as the reco
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 from typing import Any
 
@@ -50,6 +52,7 @@ from edgelm.kernels.emit import (
 from edgelm.kernels.functions import Code, address_of, code_address, function_address, stack, tile_fields
 from edgelm.kernels.isa import Form, Isa
 from edgelm.kernels.records import (
+    FLAG,
     MAGIC_BITS,
     MAGIC_HIGH,
     MAGIC_LOW,
@@ -138,6 +141,32 @@ def _vectors(values: list[Value]) -> Any:
     return lambda chunk: values[chunk]
 
 
+@contextlib.contextmanager
+def _each_block(b: ir.IRBuilder, n_blocks: Value, records: list[Value], record_stride: Value) -> Any:
+    """A loop over the blocks of records: yields the number of a block and its address in each record.
+
+    After a block that has a remainder in any of them comes the same number again, with the remainders.
+    """
+    rest = b.lshr(b.sub(record_stride, I64(RECORD)), I64(1))
+    block, extra = cgutils.alloca_once(b, I64), cgutils.alloca_once(b, I64)
+    b.store(I64(0), block)
+    b.store(I64(0), extra)
+    body, end = b.append_basic_block("block"), b.append_basic_block("blocks.end")
+    b.cbranch(b.icmp_signed(">", n_blocks, I64(0)), body, end)
+    b.position_at_end(body)
+    index = b.load(block)
+    step = b.add(b.mul(index, I64(RECORD)), b.load(extra))
+    here = [b.add(record, step) for record in records]
+    yield index, here
+    flags = functools.reduce(b.or_, [load_at(b, at(b, record, FLAG), I32, 4) for record in here])
+    again = b.icmp_signed("!=", flags, I32(0))  # remainders have none themselves
+    following = b.select(again, index, b.add(index, I64(1)))
+    b.store(b.select(again, rest, I64(0)), extra)
+    b.store(following, block)
+    b.cbranch(b.icmp_signed("<", following, n_blocks), body, end)
+    b.position_at_end(end)
+
+
 # --- the functions
 
 
@@ -160,13 +189,13 @@ def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_
             units = [b.add(group, step) for group in weights]
             ahead = [_ahead(b, blocks, *place) for place in zip(units, ends, after, strict=True)]
             records = b.mul(loop.index, I64(RECORD * blocks.blocks))
-            with cgutils.for_range(b, I64(blocks.blocks), intp=I64) as inner:
-                scales, minima = zip(*(blocks.scales(context, b, unit, inner.index) for unit in units), strict=True)
-                values = [_vectors(blocks.quants(b, tile.isa, unit, inner.index, tile.form)) for unit in units]
-                here = b.add(records, b.mul(inner.index, I64(RECORD)))
-                tile.add_block(values, scales, minima, [b.add(token, here) for token in tokens])
+            here = [b.add(token, records) for token in tokens]
+            with _each_block(b, I64(blocks.blocks), here, record_stride) as (block, inputs):
+                scales, minima = zip(*(blocks.scales(context, b, unit, block) for unit in units), strict=True)
+                values = [_vectors(blocks.quants(b, tile.isa, unit, block, tile.form)) for unit in units]
+                tile.add_block(values, scales, minima, inputs)
                 for unit in ahead:
-                    _prefetch(b, blocks, unit, inner.index)
+                    _prefetch(b, blocks, unit, block)
         place = b.add(out, b.mul(outer.index, I64(ROW)))
         for g, accs in enumerate(tile.acc):
             for t, acc in enumerate(accs):
@@ -222,23 +251,21 @@ def _tile(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_to
         slabs = [slab, second][:n_groups]
         records = [b.add(record, b.mul(record_stride, I64(t))) for t in range(n_tokens)]
         outs = [[at(b, out, ROW * (2 * t + g)) for t in range(n_tokens)] for g in range(n_groups)]
-        _slab_products(context, b, blocks, slabs, n_blocks, records, outs)
+        _slab_products(context, b, blocks, slabs, n_blocks, records, record_stride, outs)
 
 
-def _slab_products(context, b, blocks: Blocks, slabs: list, n_blocks: Value, records: list, outs: list) -> None:
+def _slab_products(context, b, blocks: Blocks, slabs, n_blocks, records, record_stride, outs) -> None:
     tile = _Tile(context, b, blocks, len(slabs), len(records))
     for accs, addresses in zip(tile.acc, outs, strict=True):
         for acc, address in zip(accs, addresses, strict=True):
             b.store(load_at(b, address, F32x16, 64), acc)
-    with cgutils.for_range(b, n_blocks, intp=I64) as loop:
-        step = b.mul(loop.index, I64(slab_block_bytes(blocks)))
-        here = [b.add(slab, step) for slab in slabs]
-        step = b.mul(loop.index, I64(RECORD))
+    with _each_block(b, n_blocks, records, record_stride) as (block, inputs):
+        here = [at(b, slab, 0, block, slab_block_bytes(blocks)) for slab in slabs]
         tile.add_block(
             [_loads(b, address) for address in here],
             [_floats(b, address, CHUNKS, blocks.halves) for address in here],
             [_floats(b, address, CHUNKS + blocks.halves, blocks.halves * blocks.minimum) for address in here],
-            [b.add(record, step) for record in records],
+            inputs,
         )
     for accs, addresses in zip(tile.acc, outs, strict=True):
         for acc, address in zip(accs, addresses, strict=True):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from op_rows import Workspace
 
-from edgelm.kernels import compiler, elementwise
-from edgelm.kernels.abi import Env, Row
+from edgelm.kernels import elementwise, linear
+from edgelm.kernels.abi import Env
 from edgelm.kernels.records import activation_bytes
 
 T = 7
@@ -87,10 +87,7 @@ def test_norm_and_quantize_in_one(ws, kind, n_cols):
         row = elementwise.row_rms_norm(*arguments, 1e-5, quantized_off=q_off)
     else:
         row = elementwise.row_layer_norm(*arguments, 0, 1e-5, quantized_off=q_off)
-    plain = [0] * Row.SIZE
-    plain[Row.KERNEL], plain[Row.UNITS] = compiler.address("quantize:quantize"), T
-    plain[Row.ARGS : Row.ARGS + 5] = [y_off, stride, n_cols, want_off, n_bytes]
-    ws.run(row, plain)
+    ws.run(row, linear.row_quantize(y_off, stride, n_cols, want_off))
     np.testing.assert_array_equal(ws.bytes_at(q_off, T * n_bytes), ws.bytes_at(want_off, T * n_bytes))
     assert ws.bytes_at(q_off, T * n_bytes).any()
 

@@ -13,6 +13,7 @@ from edgelm.kernels import linear
 from edgelm.kernels.abi import Env
 from edgelm.kernels.blocks import BLOCKS
 from edgelm.kernels.packing import packed_bytes
+from edgelm.kernels.records import LIMIT
 
 NATIVE = [*(name for name in BLOCKS if name != "INT8"), "F32"]
 HALVES = ("F16", "BF16")  # of `test_float_linear`
@@ -50,24 +51,35 @@ def quantized(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(blocks * inverse).astype(np.int8), np.where(inverse == 0, np.float32(0), scale)
 
 
+def has_remainder(scale: np.ndarray, limit: float = LIMIT) -> np.ndarray:
+    """Which blocks of 32 of each row have one."""
+    inexactness = (scale * scale).reshape(len(scale), -1, 2).sum(axis=-1).astype(np.float64)
+    return inexactness * inexactness.shape[1] > limit * inexactness.sum(axis=1, keepdims=True)
+
+
+def represented(x: np.ndarray, limit: float) -> np.ndarray:
+    """What a record stands for, as float64."""
+    q, scale = quantized(x)
+    first = (q * scale.astype(np.float64)).reshape(x.shape)
+    chosen = np.repeat(has_remainder(scale, limit), 32, axis=1)
+    q, scale = quantized((x - first).astype(np.float32))
+    return first + np.where(chosen, (q * scale.astype(np.float64)).reshape(x.shape), 0)
+
+
 class Product:
     """Activations in a workspace as the kernels of a format want them, and what they are multiplied with exactly."""
 
-    def __init__(self, packed: linear.Packed, x: np.ndarray, records: int = 1) -> None:
+    def __init__(self, packed: linear.Packed, x: np.ndarray, limit: float = LIMIT) -> None:
         self.space, self.x, self.tokens = Workspace(), x, len(x)
         self.exact = x.astype(np.float64)
         self.offset, self.stride = self.space.put(x)
         self.space.set(Env.N_TOKENS, len(x))
         if not linear.is_float(packed.format):
             source = self.offset, self.stride
-            self.stride = records * linear.activation_bytes(x.shape[1])
+            self.stride = linear.activation_bytes(x.shape[1])
             self.offset = self.space.take(len(x) * self.stride)
-            self.space.run(linear.row_quantize(*source, x.shape[1], self.offset, records=records))
-            self.exact[:] = 0
-            for _ in range(records):
-                q, scale = quantized(x)
-                self.exact += (q * scale.astype(np.float64)).reshape(x.shape)
-                x = (self.x - self.exact).astype(np.float32)
+            self.space.run(linear.row_quantize(*source, x.shape[1], self.offset, limit=limit))
+            self.exact = represented(x, limit)
 
     def linear(self, packed: linear.Packed, tokens: slice | None = None, **options: int) -> np.ndarray:
         """(tokens, n_rows) results."""
@@ -137,6 +149,26 @@ def test_any_number_of_tokens_gives_the_same_bits(name: str, n_rows: int) -> Non
         assert np.array_equal(product.linear(packed, slice(first, last)), result[first:last])
 
 
+@pytest.mark.parametrize("limit", [0, LIMIT])
+@pytest.mark.parametrize("name", ["Q2_K", "Q4_K", "Q6_K", "Q8_0"])
+def test_what_records_are_short_of_is_added(name: str, limit: float) -> None:
+    """Products of a row with outliers are those of a row in 15 bits, and have the same bits whatever the batch."""
+    tensor = weight(name, 37, columns(name, 9))
+    packed, x = linear.pack(tensor), activations(150, tensor.shape[1])
+    x[::3, 5] *= 30
+    x[::2, 77] = 100
+    product = Product(packed, x, limit)
+    size = np.abs(x.reshape(len(x), -1, 16)).max(axis=-1, keepdims=True)
+    error = np.abs(product.exact - x).reshape(len(x), -1, 16) / size
+    least = 1 / 250**2
+    assert error.max() < least if limit == 0 else error[::2, 77 // 16].max() < least < error.max()
+    result = product.linear(packed)
+    expected, size = expected_products(product, tensor.dequantize())
+    close(result, expected, size + np.abs(product.exact).sum(axis=1, keepdims=True) * np.abs(tensor.dequantize()).max())
+    for first, last in ((0, 1), (1, 3), (3, 8), (8, 91), (91, 150)):
+        assert np.array_equal(product.linear(packed, slice(first, last)), result[first:last])
+
+
 @pytest.mark.parametrize("name", ["Q4_1", "F32"])
 def test_bias_and_residual_are_added(name: str) -> None:
     packed = linear.pack(weight(name, 43, 96))
@@ -194,7 +226,7 @@ def test_gate_and_up_of_different_formats_are_refused() -> None:
 
 
 def test_records() -> None:
-    """Bytes of a record, also of zeros, of tiny numbers and with an odd number of blocks."""
+    """Bytes of a record, also of zeros, of tiny numbers, of outliers and with an odd number of blocks."""
     x = activations(4, 160)
     x[1] = 0
     x[2] *= np.float32(1e-38)
@@ -207,16 +239,27 @@ def test_records() -> None:
     target = space.take(4 * size)
     space.set(Env.N_TOKENS, 4)
     space.run(linear.row_quantize(source, stride, 160, target))
-    blocks = space.bytes_at(target, 4 * size).reshape(4, -1)[:, : 6 * 64].reshape(4, 6, 64)
+    lines = space.bytes_at(target, 4 * size).reshape(4, -1)[:, : 12 * 64].reshape(4, 2, 6, 64)
     q, scale = quantized(x)
-    assert np.array_equal(blocks[:, :5, :32].view(np.int8), q.reshape(4, 5, 32))
-    floats, ints = (np.ascontiguousarray(blocks[:, :5, 32:]).view(t) for t in (np.float32, np.int32))
-    sums, scale = q.reshape(4, 5, 2, 16).astype(np.int32).sum(axis=-1), scale.reshape(4, 5, 2)
-    assert np.array_equal(floats[:, :, :2], scale)
-    assert np.array_equal(floats[:, :, 2], (scale * sums.astype(np.float32)).sum(axis=-1))
-    assert np.array_equal(floats[:, :, 3:5].astype(np.float64), -1.5 * 2.0**23 * scale.astype(np.float64))
-    assert np.array_equal(ints[:, :, 5:7], np.float32(1.5 * 2**23).view(np.int32) - 128 * sums)
-    assert not blocks[:, 5].any()
+    flags = has_remainder(scale)
+    assert flags[3].tolist() == [False, True, False, False, False]
+    check_lines(lines[:, 0, :5], q, scale, flags)
+    rest = (x - (q * scale.astype(np.float64)).reshape(x.shape)).astype(np.float32)
+    check_lines(lines[:, 1, :5][flags], *(part.reshape(4, 5, -1)[flags] for part in quantized(rest)))
+    assert not lines[:, 1, :5][~flags].any() and not lines[:, :, 5].any()
+
+
+def check_lines(lines: np.ndarray, q: np.ndarray, scale: np.ndarray, flags: np.ndarray | int = 0) -> None:
+    """Cache lines of blocks, of any shape, hold these numbers."""
+    shape = lines.shape[:-1]
+    assert np.array_equal(lines[..., :32].view(np.int8), q.reshape(*shape, 32))
+    floats, ints = (np.ascontiguousarray(lines[..., 32:]).view(t) for t in (np.float32, np.int32))
+    sums, scale = q.reshape(*shape, 2, 16).astype(np.int32).sum(axis=-1), scale.reshape(*shape, 2)
+    assert np.array_equal(floats[..., :2], scale)
+    assert np.array_equal(floats[..., 2], (scale * sums.astype(np.float32)).sum(axis=-1))
+    assert np.array_equal(floats[..., 3:5].astype(np.float64), -1.5 * 2.0**23 * scale.astype(np.float64))
+    assert np.array_equal(ints[..., 5:7], np.float32(1.5 * 2**23).view(np.int32) - 128 * sums)
+    assert np.array_equal(ints[..., 7], np.broadcast_to(flags, shape))
 
 
 @pytest.mark.parametrize("name", NATIVE)
