@@ -35,6 +35,7 @@ SUBS = 16
 SCALE, MINIMUM, CURVE, CROSS, WEIGHT, INT_SCALE, INT_MINIMUM, BEST_SCALE, BEST_MINIMUM, INVERSE = range(10)
 D, DMIN, BEST_D, BEST_DMIN = range(4)  # lines of the super-block, after those of the sub-blocks
 STATE_LINES = 10 * SUBS + 4
+ULP = 2.0**-10.5  # between two float16 numbers, in relation to them
 STEPS = 16  # scales of a super-block that are tried
 
 
@@ -402,8 +403,13 @@ def block(plan: Plan) -> Callable[..., Any]:
     def search(e: Emitter, x: Value, w: Value, state: Value) -> None:
         sub_block = affine_sub_block(plan) if plan.affine else symmetric_sub_block(plan)
         sub_block(e, x, w, state, e.word(0))
-        d = as_f16(e, e.load(field(state, SCALE, 0)))
-        dmin = as_f16(e, e.load(field(state, MINIMUM, 0))) if plan.affine else e.vector(0.0)
+        s, m, cross, weight = (e.load(field(state, name, 0)) for name in (SCALE, MINIMUM, CROSS, WEIGHT))
+        best = Best(e, e.vector(0.0), e.vector(0.0))
+        with e.loop(-1, 2) as i:  # the float16 numbers around the scale, each with the minimum that it wants
+            d = as_f16(e, s * (number(e, i) * ULP + 1.0))
+            dmin = as_f16(e, m + (d - s) * cross * inverse(e, weight)) if plan.affine else e.vector(0.0)
+            best.offer(error_of(e, plan, x, w, d, dmin if plan.affine else None), d, dmin)
+        d, dmin = best.get()
         e.store(whole(state, D), d)
         e.store(whole(state, DMIN), dmin)
         _use(e, state, 0, d, dmin)
