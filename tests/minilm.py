@@ -15,7 +15,7 @@ def convert(folder: Path, path: Path, fmt: str = "F32") -> Path:
     """Writes `path` with the matrices in the format `fmt`."""
     from safetensors.numpy import load_file
 
-    config = Config.from_hf({**json.loads((folder / "config.json").read_text()), "pooling": 1})
+    config = Config.from_hf({**json.loads((folder / "config.json").read_text()), "pooling_type": 1})
     arrays = load_file(folder / "model.safetensors")
     arrays = {name.removeprefix("bert."): array for name, array in arrays.items()}
     weights = {}
