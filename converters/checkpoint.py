@@ -104,7 +104,7 @@ def _stored(tensor: QTensor) -> Array:
 
 def _folder(path: Path) -> Checkpoint:
     hf = _object(path / "config.json")
-    if "architectures" not in hf:
+    if not isinstance(hf.get("architectures"), list) or not hf["architectures"]:
         raise FormatError(f"{path / 'config.json'}: it does not say which architecture this is")
     config = Config.from_hf({**hf, **_pooling(path)})
     arrays, files, forget = _arrays(path)

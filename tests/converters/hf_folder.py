@@ -8,6 +8,7 @@ The tokenizers are those of `tiny_vocabulary`, written back as the files that a 
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,19 @@ CONTROL, UNKNOWN, UNUSED, BYTE = 3, 2, 5, 6
 
 
 def write(
-    folder: Path, name: str, *, dtype: str = "F32", shards: int = 1, weights: str = "safetensors", **overrides: Any
+    folder: Path,
+    name: str,
+    *,
+    dtype: str = "F32",
+    shards: int = 1,
+    weights: str = "safetensors",
+    sentencepiece: bool = False,
+    **overrides: Any,
 ) -> Path:
-    """The folder of a variant of `tiny.VARIANTS`. weights: "safetensors", "torch" or "none"."""
+    """The folder of a variant of `tiny.VARIANTS`. weights: "safetensors", "torch" or "none".
+
+    sentencepiece: with tokenizer.model, too, where the vocabulary is of its kind.
+    """
     path = folder / name
     path.mkdir(parents=True)
     hf = tiny.hf_config(name, **overrides)
@@ -43,7 +54,7 @@ def write(
         _safetensors(path, arrays, dtype, shards)
     elif weights == "torch":
         _torch(path, arrays, shards)
-    tokenizer(path, *tiny.VARIANTS[name].vocabulary, hf["vocab_size"])
+    tokenizer(path, *tiny.VARIANTS[name].vocabulary, hf["vocab_size"], sentencepiece)
     return path
 
 
@@ -112,10 +123,12 @@ def _torch(path: Path, arrays: dict[str, NDArray[np.float32]], shards: int) -> N
 # ------------------------------------------------------------------------------------------------------- tokenizers
 
 
-def tokenizer(path: Path, kind: str, pre: str, size: int) -> None:
+def tokenizer(path: Path, kind: str, pre: str, size: int, sentencepiece: bool = False) -> None:
     """The files of a tokenizer of `tiny_vocabulary`."""
     keys = {k.removeprefix("tokenizer.ggml."): v for k, v in tiny_vocabulary.metadata(kind, pre, size).items()}
     write_tokenizer(path, keys, "bert" if kind == "wordpiece" else "gpt2" if kind == "bpe" else "llama")
+    if sentencepiece and "scores" in keys:
+        (path / "tokenizer.model").write_bytes(sentencepiece_bytes(keys))
 
 
 def write_tokenizer(path: Path, keys: dict[str, Any], model: str, size: int | None = None) -> None:
@@ -211,6 +224,35 @@ def _sentencepiece(keys: dict[str, Any], tokens: list[str], types: list[int]) ->
             "merges": [pair for _, _, pair in sorted(pairs, key=lambda item: item[:2])],
         },
     }
+
+
+def sentencepiece_bytes(keys: dict[str, Any], *, is_unigram: bool = False, charsmap: bytes = b"") -> bytes:
+    """tokenizer.model of a vocabulary (keys as in `write_tokenizer`), in the encoding of protocol buffers."""
+    kinds = {1: 1, UNKNOWN: 2, CONTROL: 3, 4: 4, UNUSED: 5, BYTE: 6}
+    out = b""
+    for text, score, kind in zip(keys["tokens"], keys["scores"], keys["token_type"], strict=True):
+        piece = _field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _field(3, kinds[kind])
+        out += _field(1, piece)
+    ids = {40: keys.get("unknown_token_id"), 41: keys.get("bos_token_id"), 42: keys.get("eos_token_id")}
+    ids[43] = keys.get("padding_token_id")
+    trainer = _field(3, 1 if is_unigram else 2) + _field(35, 1)
+    trainer += b"".join(_field(number, value) for number, value in ids.items() if value is not None)
+    normalizer = _field(1, b"identity") + _field(3, int(bool(keys.get("add_space_prefix")))) + _field(4, 0)
+    return out + _field(2, trainer) + _field(3, normalizer + (_field(2, charsmap) if charsmap else b""))
+
+
+def _field(number: int, value: int | bytes) -> bytes:
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    out = b""
+    while value > 127:
+        out += bytes([value & 127 | 128])
+        value >>= 7
+    return out + bytes([value])
 
 
 def _wordpiece(keys: dict[str, Any], tokens: list[str], types: list[int]) -> dict[str, Any]:

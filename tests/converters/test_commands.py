@@ -1,0 +1,144 @@
+"""`edgelm convert` and `edgelm quantize` as commands: what they print, what they leave behind, how they fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import hf_folder
+import numpy as np
+import pytest
+import tiny
+from click.testing import CliRunner, Result
+
+from edgelm import gguf
+from edgelm.cli import main
+
+
+def edgelm(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def test_a_conversion(tmp_path: Path) -> None:
+    folder, out = hf_folder.write(tmp_path, "qwen3"), tmp_path / "out.gguf"
+    done = edgelm("convert", folder, out, "--type", "q8_0", "--json", "-q")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["out"] == str(out) and report["n_bytes"] == out.stat().st_size
+    assert {t["to"] for t in report["tensors"]} == {"F32", "Q8_0"}
+    assert all(len(t["sha256"]) == 64 for t in report["tensors"])
+    done = edgelm("convert", folder, out, "--type", "q4_k_m")
+    assert done.exit_code == 0
+    assert "fallback: Q4_K -> Q5_0" in done.stdout
+    assert gguf.read(out).metadata["general.file_type"] == 15
+
+
+def test_a_plan_writes_nothing(tmp_path: Path) -> None:
+    folder, out = hf_folder.write(tmp_path, "llama-gqa"), tmp_path / "out.gguf"
+    before = sorted(tmp_path.rglob("*"))
+    done = edgelm("convert", folder, out, "--type", "q4_k_m", "--dry-run", "--json")
+    plan = json.loads(done.stdout)
+    query = next(t for t in plan["tensors"] if t["tensor"] == "blk.0.attn_q.weight")
+    assert query["source"] == ["model.layers.0.self_attn.q_proj.weight"]
+    assert (query["from"], query["to"], query["fallback_from"], query["n_bytes"]) == ("F32", "Q5_0", "Q4_K", 2816)
+    assert "interleaved" in query["change"]
+    text = edgelm("convert", folder, out, "--type", "q4_k_m", "--dry-run").stdout
+    assert "blk.0.attn_q.weight" in text and "instead of Q4_K" in text and "tensors fall back" in text
+    assert sorted(tmp_path.rglob("*")) == before
+    edgelm("convert", folder, out, "--type", "q4_k_m", "-q")
+    assert out.stat().st_size == plan["n_bytes"]
+
+
+def test_names_of_files_that_are_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = hf_folder.write(tmp_path, "qwen2")
+    monkeypatch.chdir(tmp_path)
+    assert edgelm("convert", folder).exit_code == 0
+    assert Path("qwen2-F16.gguf").exists()
+    assert edgelm("quantize", "qwen2-F16.gguf", "q8_0").exit_code == 0
+    assert Path("ggml-model-Q8_0.gguf").exists()
+    assert edgelm("quantize", "qwen2-F16.gguf", "third.gguf", "7", "2").exit_code == 0
+    theirs, ours = Path("third.gguf").read_bytes(), Path("ggml-model-Q8_0.gguf").read_bytes()
+    assert theirs == ours
+
+
+def test_quantize_as_llama_quantize_does(tmp_path: Path) -> None:
+    source = tiny.tiny("llama-gqa", folder=tmp_path, hidden_size=256, num_attention_heads=8, intermediate_size=256)
+    (tmp_path / "types.txt").write_text("ffn_up=q5_1\nffn_gate=q4_1 ")
+    flags = [
+        "--tensor-type",
+        "attn_v=q8_0",
+        "--tensor-type-file",
+        tmp_path / "types.txt",
+        "--output-tensor-type",
+        "f16",
+    ]
+    flags += ["--override-kv", "llama.rope.freq_base=float:20000", "--override-kv", "general.name=str:Other"]
+    done = edgelm("quantize", *flags, source, tmp_path / "out.gguf", "q4_0", 2)
+    assert done.exit_code == 0, done.output
+    file = gguf.read(tmp_path / "out.gguf")
+    formats = {name.split(".", 2)[-1]: t.format.name for name, t in file.tensors.items() if "norm" not in name}
+    assert formats["attn_v.weight"] == "Q8_0" and formats["attn_q.weight"] == "Q4_0"
+    assert formats["ffn_up.weight"] == "Q5_1" and formats["ffn_gate.weight"] == "Q4_1"
+    assert file.tensors["output.weight"].format.name == "F16"
+    assert (file.metadata["llama.rope.freq_base"], file.metadata["general.name"]) == (20000.0, "Other")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "convert nothing out.gguf",
+        "convert {folder} out.gguf --type q9_k",
+        "convert {folder} out.gguf --tensor-type attn_v",
+        "convert {folder} out.gguf --type q8_0 --tensor-type nothing=q8_0",
+        "convert {folder} out.gguf --pre mystery --type f16",
+        "convert {folder} out.gguf --override-kv a=b",
+        "convert {folder} out.gguf --type q4_k --no-fallback",
+        "convert {folder}/model.safetensors out.gguf",
+        "convert hf:no/such/../thing out.gguf",
+        "quantize {folder}",
+        "quantize nothing.gguf q8_0",
+        "quantize a b c d e",
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments: str, tmp_path: Path) -> None:
+    folder = hf_folder.write(tmp_path, "llama-gqa")
+    done = edgelm(*arguments.format(folder=folder).replace("out.gguf", str(tmp_path / "out.gguf")).split())
+    assert done.exit_code == 2, done.output
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("edgelm: ")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill -9 is of POSIX")
+def test_kill_9_at_random_moments(tmp_path: Path) -> None:
+    """Twenty conversions in a row die; the last one goes on and gives the bytes of one that was left in peace."""
+    folder = hf_folder.write(tmp_path, "llama-gqa", hidden_size=256, num_attention_heads=8, num_hidden_layers=2)
+    whole, out = tmp_path / "whole.gguf", tmp_path / "out.gguf"
+    assert edgelm("convert", folder, whole, "--type", "q4_k_m", "-q").exit_code == 0
+    command = [sys.executable, "-m", "edgelm", "convert", str(folder), str(out), "--type", "q4_k_m", "-q"]
+    began = time.perf_counter()
+    subprocess.run([*command[:-4], "x.gguf", *command[-3:]], check=True, cwd=tmp_path, capture_output=True)
+    seconds, rng = time.perf_counter() - began, np.random.default_rng(1)
+    for _ in range(20):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+            time.sleep(rng.uniform(0.3, 1.0) * seconds)
+            child.send_signal(signal.SIGKILL)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == whole.read_bytes()
+    assert not list(tmp_path.glob("out.gguf.part*"))
+
+
+def test_another_package_of_the_same_name(tmp_path: Path) -> None:
+    (tmp_path / "converters").mkdir()
+    (tmp_path / "converters" / "__init__.py").write_text("")
+    shutil.copytree(Path(gguf.__file__).parent, tmp_path / "edgelm", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "edgelm"]
+    done = subprocess.run([*command, "convert", "x"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "another one of that name" in done.stderr
+    assert "convert " not in subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True).stdout
