@@ -193,7 +193,7 @@ def both(kv_type: str) -> tuple[str, str]:
 
     Raises UsageError for a name that is unknown.
     """
-    keys, slash, values = kv_type.partition("/")
+    keys, slash, values = str(kv_type).partition("/")
     if not slash:
         values = keys
     for name in (keys, values):

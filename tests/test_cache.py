@@ -16,8 +16,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from edgelm.cache import PAGE, Batch, CacheFull, GroupLayout, KVCache, Sequence
 from edgelm.errors import FormatError, UsageError
-from edgelm.flags import CACHE_TYPES
-from edgelm.kv_types import KV_TYPES, hadamard
+from edgelm.flags import CACHE_TYPES, cache_type
+from edgelm.kv_types import KV_TYPES, both, hadamard, named
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,17 @@ ERRORS = {"f32": 0, "f16": 3e-4, "q8_0": 7e-3, "q4_0": 0.11}  # of normal number
 
 def test_flags_name_every_type():
     assert set(CACHE_TYPES) == set(KV_TYPES) == set(BITS) == set(ERRORS)
+
+
+@pytest.mark.parametrize(("k", "v", "interpreter", "kv_type"), [
+    ("q8_0", "q8_0", None, "q8_0"), ("q8_0", None, None, "q8_0/f16"), (None, "q4_0", None, "f16/q4_0"),
+    ("f16", None, "program", "f16"), ("q4_0", None, "reference", "q4_0/f32"),
+])
+def test_flags(k, v, interpreter, kv_type):
+    """As llama.cpp's: each is for one of the two, and the other stays what it is."""
+    assert cache_type({"cache_type_k": k, "cache_type_v": v, "interpreter": interpreter}) == {"kv_type": kv_type}
+    assert named(*both(kv_type)) == kv_type
+    assert cache_type({"interpreter": interpreter}) == {}
 
 
 @pytest.mark.parametrize("kv_type", [*KV_TYPES])

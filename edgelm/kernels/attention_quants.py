@@ -76,7 +76,7 @@ def _smaller(e, x, y):
 
 def _largest(e, magnitudes):
     """The largest of the lanes, a float32."""
-    return _as(e, e._across(magnitudes, lambda x, y: _larger(e, x, y)), F32)
+    return _as(e, e.across(magnitudes, lambda x, y: _larger(e, x, y)), F32)
 
 
 def _rounded(e, x):
@@ -104,7 +104,7 @@ def _split(e, x, inverse, high, low):
 
 
 def _store_offset(e, address, numbers, zero):
-    total = e._across(numbers, lambda x, y: x + y)
+    total = e.across(numbers, lambda x, y: x + y)
     zero = Value(e, e.b.trunc(zero.llvm, I32))
     e.store(address, Value(e, I32(0)) - total * zero)
 

@@ -199,7 +199,7 @@ class Emitter:
     def shuffle(self, x: Value, y: Value, order: list[int]) -> Value:
         return Value(self, self.b.shuffle_vector(x.llvm, y.llvm, ir.Constant(ir.VectorType(I32, len(order)), order)))
 
-    def _across(self, x: Value, combine: Callable[[Value, Value], Value]) -> Value:
+    def across(self, x: Value, combine: Callable[[Value, Value], Value]) -> Value:
         """Lanes combined pairwise, upper half with lower half."""
         n = x.llvm.type.count
         while n > 1:
@@ -208,10 +208,10 @@ class Emitter:
         return self.lane(x)
 
     def sum(self, x: Value) -> Value:
-        return self._across(x, lambda p, q: p + q)
+        return self.across(x, lambda p, q: p + q)
 
     def largest(self, x: Value) -> Value:
-        return self._across(x, self.max)
+        return self.across(x, self.max)
 
     def narrow(self, x: Value) -> Value:
         """float32 lanes to the bits of float16."""
