@@ -34,17 +34,17 @@ _IQ4 = Levels("iq4", (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 5
 PLANS = {
     plan.name: plan
     for plan in (
-        Plan("Q4_0", 32, 1, Grid(-8, 7), starts=(-1.0, 0.15, 14)),
-        Plan("Q4_1", 32, 1, Grid(0, 15), affine=True, offset=True, starts=(-0.9, 0.15, 20)),
-        Plan("Q5_0", 32, 1, Grid(-16, 15), starts=(-1.0, 0.15, 14)),
-        Plan("Q5_1", 32, 1, Grid(0, 31), affine=True, offset=True, starts=(-0.9, 0.15, 20)),
+        Plan("Q4_0", 32, 1, Grid(-8, 7), starts=(-1.2, 0.1, 24)),
+        Plan("Q4_1", 32, 1, Grid(0, 15), affine=True, offset=True, starts=(-0.9, 0.1, 28)),
+        Plan("Q5_0", 32, 1, Grid(-16, 15), starts=(-1.2, 0.1, 24)),
+        Plan("Q5_1", 32, 1, Grid(0, 31), affine=True, offset=True, starts=(-0.9, 0.1, 28)),
         Plan("Q8_0", 32, 1, Grid(-127, 127), starts=(-0.5, 0.25, 6)),
-        Plan("IQ4_NL", 32, 1, _IQ4, starts=(-10.0, 2.0, 14)),
-        Plan("Q2_K", 16, 16, Grid(0, 3), affine=True, scales=(0, 15), minima=15, starts=(-0.9, 0.15, 16), around=1),
-        Plan("Q3_K", 16, 16, Grid(-4, 3), scales=(-32, 31), starts=(-0.9, 0.15, 12)),
-        Plan("Q4_K", 32, 8, Grid(0, 15), affine=True, scales=(0, 63), minima=63, starts=(-0.9, 0.2, 14)),
+        Plan("IQ4_NL", 32, 1, _IQ4, starts=(-12.0, 2.0, 16)),
+        Plan("Q2_K", 16, 16, Grid(0, 3), affine=True, scales=(0, 15), minima=15, starts=(-0.9, 0.1, 24), around=1),
+        Plan("Q3_K", 16, 16, Grid(-4, 3), scales=(-32, 31), starts=(-1.2, 0.1, 24), turns=3, rounds=3),
+        Plan("Q4_K", 32, 8, Grid(0, 15), affine=True, scales=(0, 63), minima=63, starts=(-1.0, 0.1, 26), rounds=3),
         Plan("Q5_K", 32, 8, Grid(0, 31), affine=True, scales=(0, 63), minima=63, starts=(-0.9, 0.2, 12)),
-        Plan("Q6_K", 16, 16, Grid(-32, 31), scales=(-128, 127), starts=(-0.9, 0.2, 9)),
+        Plan("Q6_K", 16, 16, Grid(-32, 31), scales=(-128, 127), starts=(-1.2, 0.15, 16)),
         Plan("IQ4_XS", 32, 8, _IQ4, scales=(-32, 31), starts=(-10.0, 2.0, 14)),
     )
 }
