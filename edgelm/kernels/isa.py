@@ -70,6 +70,7 @@ class Isa:
     float_tokens: ClassVar[tuple[int, ...]] = (4, 2, 1)  # the same for float32 activations
     float_groups: ClassVar[int] = 1
     n_parts: ClassVar[int] = 1  # registers that hold 64 bytes
+    pairs: ClassVar[bool] = False  # tiles multiply two rows with two tokens at a time: `step_pair`
     shifts_bytes: ClassVar[bool] = False  # by an instruction, not only larger lanes
     magic: ClassVar[bool] = False  # whether sums start at MAGIC_BITS; only where there is a fused multiply-add
 
@@ -108,6 +109,13 @@ class Isa:
     def end(self, b: ir.IRBuilder, sums: Any) -> Value:
         """The sums as I32x16."""
         return sums
+
+    def step_pair(self, b: ir.IRBuilder, sums: Value, w: Value, x: Value) -> Value:
+        """Adds the products of 8 inputs of two rows with those of two tokens, in each four lanes: see `pair_tiles`.
+
+        sums: I32x16; w: I8x64, eight bytes for each of 8 rows; x: I8x16, eight bytes a token.
+        """
+        raise NotImplementedError
 
     def lookup(self, b: ir.IRBuilder, table: list[int], index: Value) -> Value:
         """table[i] for each byte i of `index` (I8x64, values 0-15)."""

@@ -46,6 +46,19 @@ class NeonDot(_Neon):
         return joined(b, done)
 
 
+class NeonI8mm(NeonDot):
+    """ARMv8.6 matrix products: `smmla` adds 32 products of signed bytes, of two rows with two tokens, to 4 lanes."""
+
+    needs = (frozenset({"dotprod", "i8mm"}),)
+    pairs = True
+
+    def step_pair(self, b: ir.IRBuilder, sums: Value, w: Value, x: Value) -> Value:
+        name, done = "llvm.aarch64.neon.smmla.v4i32.v16i8", []
+        for acc, u in zip(parts(b, sums, 4), parts(b, w, 4), strict=True):
+            done.append(call(b, name, acc.type, acc, u, x))
+        return joined(b, done)
+
+
 class Neon(_Neon):
     """ARMv8.0: products in 16 bits, neighbours added."""
 

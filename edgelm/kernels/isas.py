@@ -8,7 +8,7 @@ from llvmlite import ir
 
 from edgelm.kernels.emit import I32x16, repeat, target
 from edgelm.kernels.isa import Form, Isa, Value
-from edgelm.kernels.isa_arm import Neon, NeonDot
+from edgelm.kernels.isa_arm import Neon, NeonDot, NeonI8mm
 from edgelm.kernels.isa_x86 import Avx2, Avx512, Ssse3, Vnni256, Vnni512
 
 
@@ -31,7 +31,7 @@ class Portable(Isa):
         return sums
 
 
-ISAS: tuple[type[Isa], ...] = (Vnni512, Vnni256, Avx512, Avx2, Ssse3, NeonDot, Neon, Portable)
+ISAS: tuple[type[Isa], ...] = (Vnni512, Vnni256, Avx512, Avx2, Ssse3, NeonI8mm, NeonDot, Neon, Portable)
 
 
 def select(context: Any) -> Isa:

@@ -51,6 +51,7 @@ from edgelm.kernels.emit import (
 )
 from edgelm.kernels.functions import Code, address_of, code_address, function_address, stack, tile_fields
 from edgelm.kernels.isa import Form, Isa
+from edgelm.kernels.pair_tiles import PairTile, doubled, paired
 from edgelm.kernels.records import (
     FLAG,
     MAGIC_BITS,
@@ -71,12 +72,12 @@ AHEAD = 4096  # how many bytes before they are needed weights are asked for: the
 SLAB = 8  # blocks that are unpacked at a time: they stay in the first-level cache
 
 
-def slab_block_bytes(fmt: Blocks) -> int:
-    """Bytes of a block in a slab: quants, scales, minima."""
-    return 64 * (CHUNKS + fmt.halves * (2 if fmt.minimum else 1))
+def slab_block_bytes(fmt: Blocks, pairs: bool = False) -> int:
+    """Bytes of a block in a slab: quants, scales, minima; for `pair_tiles` the latter twice."""
+    return 64 * (CHUNKS + fmt.halves * (2 if fmt.minimum else 1) * (2 if pairs else 1))
 
 
-MAX_SLAB_BYTES = SLAB * 64 * (CHUNKS + 4)
+MAX_SLAB_BYTES = SLAB * 64 * (CHUNKS + 8)
 
 
 # --- one block
@@ -85,10 +86,9 @@ MAX_SLAB_BYTES = SLAB * 64 * (CHUNKS + 4)
 class _Tile:
     """Accumulators of `groups` x `tokens` vectors of 16 rows, in registers."""
 
-    def __init__(self, context: Any, b: ir.IRBuilder, fmt: Blocks, groups: int, tokens: int) -> None:
-        self.context, self.b, self.fmt = context, b, fmt
+    def __init__(self, context: Any, b: ir.IRBuilder, fmt: Blocks, form: Form, groups: int, tokens: int) -> None:
+        self.context, self.b, self.fmt, self.form = context, b, fmt, form
         self.isa: Isa = isas.select(context)
-        self.form: Form = fmt.form(self.isa)
         zero = ir.Constant(F32x16, None)
         self.acc = [[cgutils.alloca_once_value(b, zero) for _ in range(tokens)] for _ in range(groups)]
 
@@ -108,15 +108,21 @@ class _Tile:
                         sums[g, t] = isa.step(b, sums[g, t], w[g], x, self.form, fmt.bits)
             for g, t in places:
                 scaled = self._scaled(isa.end(b, sums[g, t]), records[t], d, magic)
-                self._add(g, t, scaled, scales[g][half % fmt.halves])
+                self.add(g, t, scaled, scales[g][half % fmt.halves])
         for g, t in places:
-            if len(minima[g]) == 1:
-                self._add(g, t, minima[g][0], self._float(records[t], SCALED_SUM))
-            elif minima[g]:
-                for minimum, (offset, d, _) in zip(minima[g], HALVES, strict=True):
-                    self._add(g, t, minimum, self._scaled_sum(records[t], offset, d))
+            for minimum, factor in zip(minima[g], self.minimum_factors(records[t]), strict=True):
+                self.add(g, t, minimum, factor)
 
-    def _add(self, g: int, t: int, x: Value, y: Value) -> None:
+    def load(self, addresses: list[list[Value]]) -> None:
+        """Goes on from the sums at addresses[group][token]."""
+        for acc, address in zip(itertools.chain(*self.acc), itertools.chain(*addresses), strict=True):
+            self.b.store(load_at(self.b, address, F32x16, 64), acc)
+
+    def store(self, addresses: list[list[Value]]) -> None:
+        for acc, address in zip(itertools.chain(*self.acc), itertools.chain(*addresses), strict=True):
+            store_at(self.b, self.b.load(acc), address, 64)
+
+    def add(self, g: int, t: int, x: Value, y: Value) -> None:
         self.b.store(emit_fma(self.context, self.b, x, y, self.b.load(self.acc[g][t])), self.acc[g][t])
 
     def _scaled(self, total: Value, record: Value, d: int, magic: int) -> Value:
@@ -125,6 +131,18 @@ class _Tile:
         if self.isa.magic:  # (MAGIC + total) * d - MAGIC * d, rounded once
             return emit_fma(self.context, b, b.bitcast(total, F32x16), factor, self._float(record, magic))
         return b.fmul(b.sitofp(total, F32x16), factor)
+
+    def factor(self, record: Value, half: int) -> Value:
+        """d of half a block, in all lanes."""
+        return self._float(record, HALVES[half][1])
+
+    def minimum_factors(self, record: Value) -> list[Value]:
+        """What minima are multiplied with, in all lanes."""
+        if not self.fmt.minimum:
+            return []
+        if self.fmt.halves == 1:
+            return [self._float(record, SCALED_SUM)]
+        return [self._scaled_sum(record, offset, d) for offset, d, _ in HALVES]
 
     def _scaled_sum(self, record: Value, offset: int, d: int) -> Value:
         """d times the sum of half a block."""
@@ -180,7 +198,8 @@ def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_
         weights = [b.add(first, b.mul(b.sub(second, first), outer.index)), second][:n_groups]
         after = [b.add(next_first, b.mul(b.sub(next_second, next_first), outer.index)), next_second][:n_groups]
         ends = [b.add(group, b.mul(n_units, I64(blocks.unit_bytes))) for group in weights]
-        tile = _Tile(context, b, blocks, n_groups, n_tokens)
+        form = isas.select(context).direct_form(blocks.bits, blocks.zero)
+        tile = _Tile(context, b, blocks, form, n_groups, n_tokens)
         for acc in itertools.chain(*tile.acc):
             b.store(ir.Constant(F32x16, None), acc)
         tokens = [b.add(record, b.mul(record_stride, I64(t))) for t in range(n_tokens)]
@@ -222,8 +241,8 @@ def _unpack(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) ->
     with cgutils.for_range(b, n_blocks, intp=I64) as loop:
         unit, block = _locate(b, blocks, weights, loop.index)
         _prefetch(b, blocks, _ahead(b, blocks, unit, end, after), block)
-        target = b.add(slab, b.mul(loop.index, I64(slab_block_bytes(blocks))))
-        _unpack_block(context, b, isa, blocks, unit, block, target, blocks.form(isa))
+        target = b.add(slab, b.mul(loop.index, I64(slab_block_bytes(blocks, isa.pairs))))
+        _unpack_block(context, b, isa, blocks, unit, block, target, blocks.form(isa), isa.pairs)
 
 
 def _locate(b: ir.IRBuilder, blocks: Blocks, weights: Value, index: Value) -> tuple[Value, Value]:
@@ -232,9 +251,12 @@ def _locate(b: ir.IRBuilder, blocks: Blocks, weights: Value, index: Value) -> tu
     return b.add(weights, b.mul(unit, I64(blocks.unit_bytes))), b.sub(index, b.mul(unit, I64(blocks.blocks)))
 
 
-def _unpack_block(context, b, isa, blocks: Blocks, unit, block, target, form) -> None:
+def _unpack_block(context, b, isa, blocks: Blocks, unit, block, target, form, pairs=False) -> None:
     scales, minima = blocks.scales(context, b, unit, block)
-    for k, vector in enumerate([*blocks.quants(b, isa, unit, block, form), *scales, *minima]):
+    quants = blocks.quants(b, isa, unit, block, form)
+    if pairs:
+        quants, scales, minima = paired(b, quants), doubled(b, scales), doubled(b, minima)
+    for k, vector in enumerate([*quants, *scales, *minima]):
         store_at(b, vector, at(b, target, 64 * k), 64)
 
 
@@ -255,21 +277,23 @@ def _tile(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_to
 
 
 def _slab_products(context, b, blocks: Blocks, slabs, n_blocks, records, record_stride, outs) -> None:
-    tile = _Tile(context, b, blocks, len(slabs), len(records))
-    for accs, addresses in zip(tile.acc, outs, strict=True):
-        for acc, address in zip(accs, addresses, strict=True):
-            b.store(load_at(b, address, F32x16, 64), acc)
+    isa = isas.select(context)
+    if isa.pairs and len(records) == 1:  # with itself
+        records, outs = records * 2, [places * 2 for places in outs]
+    tile = _Tile(context, b, blocks, blocks.form(isa), len(slabs), len(records))
+    if isa.pairs:
+        tile = PairTile(tile)
+    n_scales = blocks.halves * (2 if isa.pairs else 1)
+    tile.load(outs)
     with _each_block(b, n_blocks, records, record_stride) as (block, inputs):
-        here = [at(b, slab, 0, block, slab_block_bytes(blocks)) for slab in slabs]
+        here = [at(b, slab, 0, block, slab_block_bytes(blocks, isa.pairs)) for slab in slabs]
         tile.add_block(
             [_loads(b, address) for address in here],
-            [_floats(b, address, CHUNKS, blocks.halves) for address in here],
-            [_floats(b, address, CHUNKS + blocks.halves, blocks.halves * blocks.minimum) for address in here],
+            [_floats(b, address, CHUNKS, n_scales) for address in here],
+            [_floats(b, address, CHUNKS + n_scales, n_scales * blocks.minimum) for address in here],
             inputs,
         )
-    for accs, addresses in zip(tile.acc, outs, strict=True):
-        for acc, address in zip(accs, addresses, strict=True):
-            store_at(b, b.load(acc), address, 64)
+    tile.store(outs)
 
 
 def _loads(b: ir.IRBuilder, slab: Value) -> Any:
@@ -355,6 +379,6 @@ def code_fields(context: Any, b: ir.IRBuilder, blocks: Blocks) -> dict[int, Any]
         Code.UNIT_BYTES: blocks.unit_bytes,
         Code.RECORD_BYTES: RECORD,
         Code.SLAB_BLOCKS: SLAB,
-        Code.SLAB_BYTES: SLAB * slab_block_bytes(blocks),
+        Code.SLAB_BYTES: SLAB * slab_block_bytes(blocks, isa.pairs),
         Code.FACTOR: int(np.float32(blocks.factor(blocks.form(isa))).view(np.int32)),
     }

@@ -1,0 +1,87 @@
+"""Tiles for machines whose instruction multiplies two rows with two tokens (`Isa.pairs`).
+
+Of each four rows, accumulator 2 i holds the first two with tokens 2 i and 2 i + 1: (row 0, token 0), (0, 1), (1, 0),
+(1, 1); accumulator 2 i + 1 holds the other two. A slab has its vectors in that order too. For every row and token
+the operations are those of `tiles`, in the same order: results are the same to the bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from llvmlite import ir
+
+from edgelm.kernels.blocks import CHUNKS, at
+from edgelm.kernels.emit import I8, I32, I64, F32x16, I8x64, I32x16, load_at
+
+Value = ir.Value
+I8x16, I64x2 = ir.VectorType(I8, 16), ir.VectorType(I64, 2)
+ZIP = [[4 * i + 2 * half + j + k for i in range(4) for j in (0, 1) for k in (0, 16)] for half in range(2)]
+UNZIP = [[4 * i + token + j + k for i in range(4) for k in (0, 16) for j in (0, 2)] for token in range(2)]
+
+
+def _shuffled(b: ir.IRBuilder, low: Value, high: Value, lanes: list[int]) -> Value:
+    return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
+def _both(b: ir.IRBuilder, values: list[Value], orders: list[list[int]]) -> list[Value]:
+    """Each two values as two others, whose lanes are picked from both."""
+    pairs = zip(values[::2], values[1::2], strict=True)
+    return [_shuffled(b, *pair, lanes) for pair in pairs for lanes in orders]
+
+
+def paired(b: ir.IRBuilder, chunks: list[Value]) -> list[Value]:
+    """The chunks of a block as a slab holds them: of two, the first then has both for two of each four rows."""
+    return [b.bitcast(v, I8x64) for v in _both(b, [b.bitcast(chunk, I32x16) for chunk in chunks], ZIP)]
+
+
+def doubled(b: ir.IRBuilder, vectors: list[Value]) -> list[Value]:
+    """Scales or minima of 16 rows as a slab holds them: each as two, for either accumulator of a pair of tokens."""
+    orders = [[4 * i + 2 * half + j for i in range(4) for j in (0, 0, 1, 1)] for half in range(2)]
+    return [_shuffled(b, vector, vector, lanes) for vector in vectors for lanes in orders]
+
+
+class PairTile:
+    """What a tile of `tiles` does, with its accumulators; its tokens are even in number."""
+
+    def __init__(self, tile: Any) -> None:
+        self.tile, self.b = tile, tile.b
+
+    def load(self, addresses: list[list[Value]]) -> None:
+        self.tile.load(addresses)
+        self._reorder(ZIP)
+
+    def store(self, addresses: list[list[Value]]) -> None:
+        self._reorder(UNZIP)
+        self.tile.store(addresses)
+
+    def _reorder(self, orders: list[list[int]]) -> None:
+        for accs in self.tile.acc:
+            for acc, value in zip(accs, _both(self.b, [self.b.load(acc) for acc in accs], orders), strict=True):
+                self.b.store(value, acc)
+
+    def add_block(self, weights: list[Any], scales: list[Any], minima: list[Any], records: list[Value]) -> None:
+        """As `_Tile.add_block`, from `paired` weights and `doubled` scales and minima."""
+        b, tile = self.b, self.tile
+        for first in range(0, len(records), 2):
+            pair = records[first : first + 2]
+            for half in range(2):
+                inputs = [load_at(b, at(b, record, 16 * half), I64x2, 16) for record in pair]
+                inputs = [b.bitcast(_shuffled(b, *inputs, [i, 2 + i]), I8x16) for i in range(2)]
+                factor = self._of_tokens([tile.factor(record, half) for record in pair])
+                for g, group in enumerate(weights):
+                    for odd in range(2):
+                        total = ir.Constant(I32x16, None)
+                        for i, x in enumerate(inputs):
+                            total = tile.isa.step_pair(b, total, group(half * CHUNKS // 2 + 2 * i + odd), x)
+                        scaled = b.fmul(b.sitofp(total, F32x16), factor)
+                        tile.add(g, first + odd, scaled, scales[g][(2 * half + odd) % len(scales[g])])
+            factors = map(self._of_tokens, zip(*(tile.minimum_factors(record) for record in pair), strict=True))
+            for i, factor in enumerate(factors):
+                for g, odd in itertools.product(range(len(weights)), range(2)):
+                    tile.add(g, first + odd, minima[g][2 * i + odd], factor)
+
+    def _of_tokens(self, values: list[Value]) -> Value:
+        """Two vectors that each have one value in all lanes, as the lanes of an accumulator."""
+        return _shuffled(self.b, *values, [0, 16] * 8)
