@@ -25,7 +25,8 @@ class Array:
 
     name: in the checkpoint; shape: outermost first, () for a number; kind: what the file holds ("F32", "BF16", "Q4_0"
     …); rows(start, stop): float32 (stop - start, …) of the outermost dimension; as_is: the same weights in the bytes of
-    a GGUF format, if they lie in the file so; source: the memory-mapped file.
+    a GGUF format, if they lie in the file so; numbers: what the file holds, as it holds it, if these are plain numbers;
+    source: the memory-mapped file.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Array:
     kind: str
     rows: Callable[[int, int], Floats]
     as_is: QTensor | None = None
+    numbers: NDArray[Any] | None = None
     source: object = None
 
     def read(self) -> Floats:
@@ -51,8 +53,10 @@ STORED = {
 
 def stored(name: str, kind: str, data: NDArray[Any], source: object) -> Array:
     """An array of plain numbers: `data` is a view into `source`, of `kind`'s type in STORED, in the tensor's shape."""
-    numbers = np.atleast_1d(data)
-    return Array(name, data.shape, kind, lambda start, stop: to_float32(numbers[start:stop], kind), source=source)
+    listed = np.atleast_1d(data)
+    return Array(
+        name, data.shape, kind, lambda start, stop: to_float32(listed[start:stop], kind), numbers=data, source=source
+    )
 
 
 def to_float32(values: NDArray[Any], kind: str) -> Floats:
