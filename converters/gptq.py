@@ -9,9 +9,9 @@ The grids are those of GGUF: when the first column of a block is reached, the sc
 searched for its weights as they are by then, each column weighed by 1 / U_jj². Blocks whose inputs are driven most come
 first, and within a block its most driven columns ("act-order"): order is free as long as a block stays together.
 
-A column that was rounded early knew nothing of the errors that came later. So, with the scales fixed, each column is
-then rounded again to what is best with all others as they are, a few times over (coordinate descent, as QuantEase,
-Behdin et al., 2309.01885): each step makes the error of the outputs smaller, or leaves it.
+A column that was rounded early knew nothing of the errors that came later. So each scale is then moved, and each
+column rounded again, to what is best with all others as they are (coordinate descent, as QuantEase, Behdin et al.,
+2309.01885): each step makes the error of the outputs smaller, or leaves it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
 DAMPING = 0.01  # of the mean of the diagonal, added to it: the paper's
-SWEEPS = 3  # of coordinate descent
+SWEEPS = 2  # of coordinate descent
 _SLAB = 32  # columns whose corrections are applied one by one; the columns behind them get theirs by one product
 
 
@@ -131,16 +131,17 @@ def _block(
 
 
 def _descend(format: type[Format], w: Floats, h: Floats, data: Bytes, sweeps: int) -> Bytes:
-    """`data` with better codes and scales: each in turn, with all others as they are, `sweeps` times."""
-    highest = block_codes.n_codes(format) - 1
-    diagonal = np.diagonal(h)
+    """`data` with better scales, once, and better codes, `sweeps` times: each in turn, with all others as they are.
+
+    slopes, of the error over each weight, are kept up to date.
+    """
+    slopes: Floats = np.asarray((block_codes.decode(format, data) - w) @ h, np.float32)
+    data = _rescale(format, h, data, slopes)
+    start, step = block_codes.lines(format, data)
+    inverse = np.where(step == 0, 0, 1 / np.where(step == 0, 1, step)).astype(np.float32)
+    values, codes = block_codes.decode(format, data), np.empty(w.shape, np.uint8)
+    highest, diagonal = block_codes.n_codes(format) - 1, np.diagonal(h)
     for _ in range(sweeps):
-        data = _rescale(format, w, h, data)
-        start, step = block_codes.lines(format, data)
-        inverse = np.where(step == 0, 0, 1 / np.where(step == 0, 1, step)).astype(np.float32)
-        values = block_codes.decode(format, data)
-        codes = np.empty(w.shape, np.uint8)
-        slopes = (values - w) @ h
         for first in range(0, w.shape[1], _SLAB):
             slab = slice(first, min(first + _SLAB, w.shape[1]))
             old, local = values[:, slab].copy(), slopes[:, slab].copy()
@@ -151,28 +152,24 @@ def _descend(format: type[Format], w: Floats, h: Floats, data: Bytes, sweeps: in
                 local += (new - values[:, j])[:, None] * h[j, slab]
                 values[:, j] = new
             slopes += (values[:, slab] - old) @ h[slab]
-        data = block_codes.with_codes(format, data, codes)
-    return data
+    return block_codes.with_codes(format, data, codes)
 
 
-def _rescale(format: type[Format], w: Floats, h: Floats, data: Bytes) -> Bytes:
-    """`data` with better scales and minima of blocks, one after the other: a block's weights are linear in both."""
+def _rescale(format: type[Format], h: Floats, data: Bytes, slopes: Floats) -> Bytes:
+    """`data` with better scales and minima, block after block: weights are linear in both. Changes slopes with them."""
     data = data.copy()
-    fields = block_codes.scale_fields(format)
-    slopes = (block_codes.decode(format, data) - w) @ h
-    for first in range(0, w.shape[1], format.block):
+    for first in range(0, len(h), format.block):
         columns = slice(first, first + format.block)
-        n = first // format.block
-        here = np.ascontiguousarray(data[:, n * format.n_bytes : (n + 1) * format.n_bytes])
+        place = slice(first // format.block * format.n_bytes, (first // format.block + 1) * format.n_bytes)
+        here = np.ascontiguousarray(data[:, place])
         blocks = here.reshape(-1).view(format.layout)
-        for name in fields:
+        for name in block_codes.scale_fields(format):
             basis = block_codes.derivative(format, here, name)
             curve = np.einsum("ij,ij->i", basis @ h[columns, columns], basis)
             slope = np.einsum("ij,ij->i", basis, slopes[:, columns])
-            old = blocks[name].copy()
+            old = blocks[name].astype(np.float32)
             change = np.where(curve > 0, slope / np.where(curve > 0, curve, 1), 0)
-            blocks[name] = (old.astype(np.float32) - change).clip(-65504, 65504)
-            moved = (blocks[name].astype(np.float32) - old.astype(np.float32))[:, None]
-            slopes += (moved * basis) @ h[columns]
-        data[:, n * format.n_bytes : (n + 1) * format.n_bytes] = here
+            blocks[name] = (old - change).clip(-65504, 65504)
+            slopes += ((blocks[name].astype(np.float32) - old)[:, None] * basis) @ h[columns]
+        data[:, place] = here
     return data
