@@ -24,7 +24,6 @@ from .pages import GroupLayout
 from .placement import ALIGN, Step, Value, allocate, schedule
 
 Floats = NDArray[np.float32]
-ATTENTION_LIMIT = 0.75
 COUNTS = {TOKENS: int(Env.N_TOKENS), OUTPUTS: int(Env.N_OUTPUTS)}
 
 
@@ -177,14 +176,8 @@ class Lowering:
         return value
 
     def _limit(self, node: Node) -> float:
-        """How exact records of a value are made, as `kernels.records` says it; measured, see docs/LOG.md.
-
-        Logits suffer most from what is lost, then what attention sums up; the other matrices are the large ones.
-        """
-        users = [user for user in self._users[node] if user.kind == "linear"]
-        if self._result in users:
-            return 0.0
-        return ATTENTION_LIMIT if any(n.kind == "attention" for user in users for n in self._users[user]) else LIMIT
+        """How exact records of a value are made, as `kernels.records` says it: those that logits come from, in full."""
+        return 0.0 if self._result.kind == "linear" and self._result in self._users[node] else LIMIT
 
     def _record_wanted(self, node: Node) -> bool:
         """Whether a record of int8, which norms can write themselves, is needed."""
