@@ -1,4 +1,4 @@
-"""The commands `edgelm convert` and `edgelm quantize`. `edgelm.cli` finds them here; everything else is in `convert`.
+"""The commands `edgelm convert` and `edgelm quantize`. `edgelm.cli` finds them here; the rest is `gguf_export`.
 
 Standard output carries the answer; bars and notes go to standard error. Heavy modules are imported by the commands.
 """
@@ -15,7 +15,7 @@ from edgelm.errors import UsageError
 from edgelm.terminal import bars, note, print_json, size
 
 if TYPE_CHECKING:
-    from .convert import Conversion
+    from .gguf_export import Conversion
     from .recipe import Recipe
     from .report import Report
 
@@ -157,17 +157,17 @@ def _convert(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    from . import convert
+    from . import gguf_export
 
-    settings["overrides"] = dict(convert.parse_override(text) for text in overrides)
+    settings["overrides"] = dict(gguf_export.parse_override(text) for text in overrides)
     with bars(quiet) as progress:
-        conversion = convert.prepare(source, recipe, progress=progress, **settings)
+        conversion = gguf_export.prepare(source, recipe, progress=progress, **settings)
         if dry_run:
             progress.close()
             _print_plan(conversion, as_json)
             return
-        path = out if out is not None else convert.default_out(conversion)
-        report = convert.run(conversion, path, progress=progress)
+        path = out if out is not None else gguf_export.default_out(conversion)
+        report = gguf_export.run(conversion, path, progress=progress)
     for text in report.notes:
         note(f"edgelm: {text}")
     if as_json:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .convert import Conversion
+    from .gguf_export import Conversion
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import pytest
 import tiny
 import tiny_vocabulary
 
-from converters import convert as conversion
-from converters.convert import convert, prepare
+from converters import gguf_export
+from converters.gguf_export import convert, prepare
 from converters.recipe import Recipe
 from edgelm import gguf
 from edgelm.arch import Config
@@ -99,7 +99,7 @@ def test_blocks_of_rows_change_nothing(n_weights: int, tmp_path: Path, monkeypat
         folder = hf_folder.write(tmp_path / str(n_weights), name)
         with monkeypatch.context() as patch:
             convert(folder, tmp_path / "whole.gguf", Recipe("q8_0"))
-            patch.setattr(conversion, "BLOCK_WEIGHTS", n_weights)
+            patch.setattr(gguf_export, "BLOCK_WEIGHTS", n_weights)
             convert(folder, tmp_path / "blocks.gguf", Recipe("q8_0"))
         assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "blocks.gguf").read_bytes()
 
@@ -314,3 +314,20 @@ def test_formats_that_are_only_read_cannot_be_asked_for(tmp_path: Path) -> None:
     assert by_name("IQ2_XS").block == 256
     with pytest.raises(UnsupportedError):
         convert(folder, tmp_path / "out.gguf", Recipe("q4_0", overrides=(("attn_q", "iq2_xs"),)))
+
+
+def test_the_package_is_a_library(tmp_path: Path) -> None:
+    import converters
+
+    stages = set()
+    report = converters.convert(
+        hf_folder.write(tmp_path, "qwen2"),
+        tmp_path / "out.gguf",
+        converters.Recipe("q8_0"),
+        progress=lambda stage, done, total: stages.add((stage, done <= total)),
+    )
+    assert Path(report.out).stat().st_size == report.n_bytes
+    assert stages == {("write", True)}
+    assert not [name for name in converters.__all__ if not hasattr(converters, name)]
+    with pytest.raises(AttributeError):
+        converters.mystery  # noqa: B018

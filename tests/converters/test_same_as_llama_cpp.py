@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from converters.convert import convert
+from converters.gguf_export import convert
 from converters.recipe import Recipe
 from edgelm import gguf
 from edgelm.arch import Config
