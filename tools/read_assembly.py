@@ -72,7 +72,7 @@ def read(function: str, lines: list[str], slab_bytes: int) -> Loop:
     blocks = products / PRODUCTS[kind[0]]
     if function.startswith("_unpack"):
         stored = sum(16 * text.count("q") for name, text in found if name.startswith("st") and "[sp" not in text)
-        kind, products, blocks = [""], 0, stored / slab_bytes
+        kind, products, blocks = [""], 0, max(1, round(stored / slab_bytes))
     loads = [arguments for mnemonic, arguments in found if mnemonic.startswith("ld")]
     stack = [arguments for mnemonic, arguments in found if mnemonic.startswith(("ld", "st")) and "[sp" in arguments]
     return Loop(function, kind[0], blocks, len(found), products, len(loads), len(stack), body)
