@@ -1,8 +1,8 @@
 """Matrix products of packed weights with activation records: one kernel for each format, from one body.
 
 A unit of work is up to UNITS_PER tokens times two groups of 16 rows: neighbours of one matrix, or the same group of the
-gate and the up projection, whose activation and product are then part of it. Few tokens are multiplied straight from the
-packed weights. More tokens: eight blocks at a time are unpacked to a slab on the stack, and all tokens go over it.
+gate and the up projection, whose activation and product are then part of it. Few tokens are multiplied straight from
+the packed weights. More: eight blocks at a time are unpacked to a slab on the stack, and all tokens go over it.
 
 `linear` builds the rows of the op table for these kernels.
 """
