@@ -9,7 +9,7 @@ The grids are those of GGUF: when the first column of a block is reached, the sc
 searched for its weights as they are by then, each column weighed by 1 / U_jj². Blocks whose inputs are driven most come
 first, and within a block its most driven columns ("act-order"): order is free as long as a block stays together.
 
-A column that was rounded early knew nothing of the errors that came later. So each scale is then moved, and each
+A column that was rounded early knew nothing of the errors that came later. So each scale can then be moved, and each
 column rounded again, to what is best with all others as they are (coordinate descent, as QuantEase, Behdin et al.,
 2309.01885): each step makes the error of the outputs smaller, or leaves it.
 """
@@ -30,7 +30,7 @@ Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
 DAMPING = 0.01  # of the mean of the diagonal, added to it: the paper's
-SWEEPS = 2  # of coordinate descent
+SWEEPS = 0  # of coordinate descent: nothing gained with a few thousand tokens (docs/LOG.md), at twice the time
 _SLAB = 32  # columns whose corrections are applied one by one; the columns behind them get theirs by one product
 
 
