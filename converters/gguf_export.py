@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def prepare(
     """
     checkpoint = checkpoints.read(resolve(source, offline, progress))
     if recipe.type.lower() == "auto":
-        recipe = Recipe(**{**vars(recipe), "type": _own_type(checkpoint)})
+        recipe = replace(recipe, type=_own_type(checkpoint))
     plan = make_plan(checkpoint.config, checkpoint.tensors, recipe)
     notes, n_compared = list(checkpoint.notes), 0
     if checkpoint.is_gguf:
@@ -206,7 +206,9 @@ def tensor_bytes(step: Step, array: Array, importance: Floats | None = None) -> 
 
 
 def _own_type(checkpoint: Checkpoint) -> str:
-    """The type that loses nothing or little: what most of the weights are in."""
+    """The type that loses nothing or little: what most of the weights are in; a GGUF file stays what it is."""
+    if checkpoint.is_gguf:
+        return "copy"
     sizes: dict[str, int] = {}
     for array in checkpoint.tensors.values():
         sizes[array.kind] = sizes.get(array.kind, 0) + int(np.prod(array.shape, dtype=object))

@@ -196,6 +196,8 @@ def test_auto_keeps_the_type_of_the_source(tmp_path: Path) -> None:
     for dtype, type_ in (("F32", "F16"), ("F16", "F16"), ("BF16", "BF16")):
         folder = hf_folder.write(tmp_path / dtype, "qwen2", dtype=dtype)
         assert prepare(folder, Recipe("auto")).plan.type == type_
+    convert(folder, tmp_path / "out.gguf", Recipe("q8_0"))
+    assert prepare(tmp_path / "out.gguf", Recipe("auto")).plan.type == "copy"
 
 
 def test_a_tied_head_is_not_written_twice(tmp_path: Path) -> None:
