@@ -6,8 +6,8 @@ thing the rest of the converter knows about a source.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -25,8 +25,9 @@ class Array:
 
     name: in the checkpoint; shape: outermost first, () for a number; kind: what the file holds ("F32", "BF16", "Q4_0"
     …); rows(start, stop): float32 (stop - start, …) of the outermost dimension; as_is: the same weights in the bytes of
-    a GGUF format, if they lie in the file so; numbers: what the file holds, as it holds it, if these are plain numbers;
-    source: the memory-mapped file.
+    a GGUF format, if they lie in the file so; kept(start, stop) by format: rows as uint8 (rows, bytes per row) in a
+    format that holds the very integers that the file has; numbers: what the file holds, as it holds it, if these are
+    plain numbers; source: the memory-mapped file.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Array:
     kind: str
     rows: Callable[[int, int], Floats]
     as_is: QTensor | None = None
+    kept: Mapping[str, Callable[[int, int], NDArray[np.uint8]]] = field(default_factory=dict)
     numbers: NDArray[Any] | None = None
     source: object = None
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgelm import gguf
 from edgelm.arch import Config, Role, TensorSpec, tensors
@@ -233,18 +234,25 @@ def arranged(spec: TensorSpec, array: Array, config: Config) -> Array:
     if array.shape != (shape[::-1] if spec.transpose else shape):
         raise FormatError(f"{array.name} has shape {array.shape}; this {config.arch} model needs {shape}")
     if spec.transpose:  # read as a whole: no row of the result lies in one place
-        return replace(array, shape=shape, rows=lambda start, stop: spec.from_hf(array.read(), config)[start:stop])
+        return replace(
+            array, shape=shape, kept={}, rows=lambda start, stop: spec.from_hf(array.read(), config)[start:stop]
+        )
     if not spec.permute and not spec.offset:
         return array
     order = replace(spec, offset=0.0).from_hf(np.arange(shape[0]), config)  # where each row comes from
 
-    def rows(start: int, stop: int) -> Floats:
+    def reordered(read: Callable[[int, int], NDArray[Any]], start: int, stop: int) -> NDArray[Any]:
         wanted = order[start:stop]
         low, high = int(wanted.min()), int(wanted.max()) + 1
-        found: Floats = array.rows(low, high)[wanted - low]
+        found: NDArray[Any] = read(low, high)[wanted - low]
+        return found
+
+    def rows(start: int, stop: int) -> Floats:
+        found: Floats = reordered(array.rows, start, stop)
         return found + np.float32(spec.offset) if spec.offset else found
 
-    return replace(array, rows=rows)
+    kept = {} if spec.offset else {name: partial(reordered, read) for name, read in array.kept.items()}
+    return replace(array, rows=rows, kept=kept)
 
 
 def _factors(config: Config, hf: Mapping[str, Any]) -> dict[str, Array]:

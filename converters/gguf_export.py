@@ -195,7 +195,11 @@ def tensor_bytes(step: Step, array: Array, importance: Floats | None = None) -> 
     if len(step.shape) == 1:
         n_rows = step.shape[0]  # blocks must not be cut
     for at in range(0, step.shape[0], n_rows):
-        rows = array.rows(at, min(at + n_rows, step.shape[0])).reshape(-1, step.shape[-1])
+        stop = min(at + n_rows, step.shape[0])
+        if step.is_kept:
+            yield array.kept[step.format.name](at, stop)
+            continue
+        rows = array.rows(at, stop).reshape(-1, step.shape[-1])
         try:
             yield quantize(step.format.name, rows, importance)
         except FormatError as error:

@@ -2,18 +2,23 @@
 
 Each method keeps a matrix as several tensors; here they become one again, row by row, under the name that the model's
 own checkpoint would have. The arithmetic is that of the methods' own loaders (GPTQModel, AutoAWQ, transformers).
+Where a GGUF format can hold the integers of a checkpoint, they are kept as they are.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.errors import FormatError, UnsupportedError
+from edgelm.formats import by_name
+from edgelm.formats.format import pack
 
 from .arrays import Array, Floats
 
@@ -98,11 +103,12 @@ def _gptq(stem: str, arrays: Mapping[str, Array], settings: Mapping[str, Any]) -
     offset = 0 if settings.get("checkpoint_format", "gptq") == "gptq_v2" else 1
     zero_of = _fields(zeros, bits, 1) + np.int16(offset)
 
-    def rows(start: int, stop: int) -> Floats:
-        values = _fields(q[:, start:stop], bits, 0) - zero_of[groups, start:stop]
-        return np.ascontiguousarray((scales[groups, start:stop].astype(np.float32) * values).T, np.float32)
+    def integers(start: int, stop: int) -> NDArray[np.int16]:
+        return _fields(q[:, start:stop], bits, 0)
 
-    return Array(f"{stem}.qweight", (n_out, n_in), f"GPTQ{bits}", rows, source=arrays[f"{stem}.qweight"].source)
+    whole = _Grouped(integers, zero_of, scales, groups, bits)
+    source = arrays[f"{stem}.qweight"].source
+    return Array(f"{stem}.qweight", (n_out, n_in), f"GPTQ{bits}", whole.rows, kept=whole.kept(), source=source)
 
 
 def _awq(stem: str, arrays: Mapping[str, Array], settings: Mapping[str, Any]) -> Array:
@@ -122,14 +128,55 @@ def _awq(stem: str, arrays: Mapping[str, Array], settings: Mapping[str, Any]) ->
         found = _fields(words, 4, 1).reshape(len(words), -1, 8)[:, :, order]
         return found.reshape(len(words), -1)
 
-    zero_of = unpacked(zeros)
-
-    def rows(start: int, stop: int) -> Floats:
+    def integers(start: int, stop: int) -> NDArray[np.int16]:
         first, last = start // 8, math.ceil(stop / 8)
-        values = unpacked(q[:, first:last])[:, start - 8 * first : stop - 8 * first] - zero_of[groups, start:stop]
-        return np.ascontiguousarray((scales[groups, start:stop].astype(np.float32) * values).T, np.float32)
+        return unpacked(q[:, first:last])[:, start - 8 * first : stop - 8 * first]
 
-    return Array(f"{stem}.qweight", (n_out, n_in), "AWQ4", rows, source=arrays[f"{stem}.qweight"].source)
+    whole = _Grouped(integers, unpacked(zeros), scales, groups, 4)
+    source = arrays[f"{stem}.qweight"].source
+    return Array(f"{stem}.qweight", (n_out, n_in), "AWQ4", whole.rows, kept=whole.kept(), source=source)
+
+
+@dataclass(frozen=True)
+class _Grouped:
+    """Whole numbers q (inputs, outputs) with a scale and a zero for each group of inputs and each output.
+
+    integers(start, stop): q of some outputs; zeros, scales: (groups, outputs); groups: of each input.
+    """
+
+    integers: Callable[[int, int], NDArray[np.int16]]
+    zeros: NDArray[np.int16]
+    scales: NDArray[Any]
+    groups: NDArray[np.int64]
+    bits: int
+
+    def rows(self, start: int, stop: int) -> Floats:
+        """weight = scale * (q - zero), float32 (outputs, inputs)."""
+        values = self.integers(start, stop) - self.zeros[self.groups, start:stop]
+        return np.ascontiguousarray((self.scales[self.groups, start:stop].astype(np.float32) * values).T, np.float32)
+
+    def kept(self) -> dict[str, Callable[[int, int], NDArray[np.uint8]]]:
+        """The same in the blocks of GGUF formats that hold q as it is: for groups of whole blocks, with half floats."""
+        blocks = self.groups.reshape(-1, 32) if len(self.groups) % 32 == 0 else None
+        if blocks is None or self.scales.dtype != np.float16 or (blocks != blocks[:, :1]).any():
+            return {}
+        names = ["Q4_1"] if self.bits == 4 else []
+        names += ["Q4_0"] if self.bits == 4 and (self.zeros == 8).all() else []
+        names += ["Q8_0"] if self.bits == 8 and (self.zeros == 128).all() else []
+        return {name: partial(self._packed, name) for name in names}
+
+    def _packed(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        q = np.ascontiguousarray(self.integers(start, stop).T).reshape(-1, 32)
+        groups = self.groups[::32]
+        d, zero = (x[groups, start:stop].T.reshape(-1) for x in (self.scales, self.zeros))
+        fields: dict[str, NDArray[Any]] = {"d": d}
+        if name == "Q8_0":
+            fields["qs"] = (q - 128).astype(np.int8)
+        else:
+            fields["qs"] = (q[:, :16] | q[:, 16:] << 4).astype(np.uint8)
+        if name == "Q4_1":
+            fields["m"] = (-zero * d.astype(np.float32)).astype(np.float16)
+        return pack(by_name(name), **fields).view(np.uint8).reshape(stop - start, -1)
 
 
 def _in_order(settings: Mapping[str, Any], n_in: int) -> NDArray[np.int64]:

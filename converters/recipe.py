@@ -59,7 +59,8 @@ class Step:
     """What becomes of one tensor.
 
     name, shape: in the output; sources: names in the checkpoint; change: how values or their order differ ("" if they
-    do not); kind: what the source holds; wanted: the format that the recipe says; format: the one it gets.
+    do not); kind: what the source holds; wanted: the format that the recipe says; format: the one it gets; is_kept: it
+    holds the source's own integers.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Step:
     kind: str
     wanted: type[Format]
     format: type[Format]
+    is_kept: bool = False
 
     @property
     def planned(self) -> Planned:
@@ -88,7 +90,8 @@ class Step:
 
     @property
     def is_requantized(self) -> bool:
-        return self.kind != self.format.name and self.kind not in PLAIN and self.format.block > 1
+        changes = self.kind != self.format.name and not self.is_kept
+        return changes and self.kind not in PLAIN and self.format.block > 1
 
     def facts(self) -> dict[str, Any]:
         """The step as it is printed."""
@@ -152,7 +155,9 @@ def make_plan(config: Config, sources: Mapping[str, Source], recipe: Recipe) -> 
     for name, source in sources.items():
         asked = by_name(wanted[name]) if name in wanted else _as_it_is(source)
         given = mixes.fallback(asked, source.shape[-1])
-        steps.append(Step(name, source.shape, (source.name,), _change(specs.get(name)), source.kind, asked, given))
+        is_kept = given.name in getattr(source, "kept", ())
+        change = _change(specs.get(name))
+        steps.append(Step(name, source.shape, (source.name,), change, source.kind, asked, given, is_kept))
     _prove(steps, recipe)
     return Plan(tuple(steps), None if mix is None else mix.file_type, "copy" if mix is None else mix.name)
 

@@ -18,6 +18,7 @@ from converters.gguf_export import convert
 from converters.recipe import Recipe
 from edgelm import gguf
 from edgelm.errors import FormatError, UnsupportedError, UsageError
+from edgelm.formats import QTensor, by_name
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -124,23 +125,65 @@ def test_groups_that_do_not_exist() -> None:
         )
 
 
+@pytest.mark.parametrize("format", ["Q4_0", "Q4_1", "Q8_0"])
+def test_integers_are_kept(format: str) -> None:
+    """A format that can hold them gets the very integers, and so the very weights."""
+    bits = 8 if format == "Q8_0" else 4
+    a = layer(np.random.default_rng(3), bits, 128, 32, 64)
+    if format != "Q4_1":
+        a["z"][:] = 1 << (bits - 1)
+    a["s"] = (2.0 ** np.random.default_rng(4).integers(-6, 3, a["s"].shape)).astype(np.float16)
+    parts = {"qweight": packed(a["q"], bits, 0), "qzeros": packed(a["z"] - 1, bits, 1), "scales": a["s"]}
+    settings = {"quant_method": "gptq", "bits": bits, "group_size": 64}
+    made = quantized_checkpoint.as_floats(settings, {f"x.{k}": array(f"x.{k}", v) for k, v in parts.items()})[
+        "x.weight"
+    ]
+    assert set(made.kept) == ({"Q8_0"} if bits == 8 else {"Q4_1"} | ({"Q4_0"} if format == "Q4_0" else set()))
+    tensor = QTensor("x", by_name(format), (9, 128), made.kept[format](5, 14))
+    assert np.array_equal(tensor.dequantize(), made.rows(5, 14))
+    act_order = {**parts, "g_idx": np.random.default_rng(5).permutation(np.arange(128) // 64).astype(np.int32)}
+    arrays = {f"x.{k}": array(f"x.{k}", v) for k, v in act_order.items()}
+    assert not quantized_checkpoint.as_floats(settings, arrays)["x.weight"].kept
+
+
+def test_kept_integers_are_rearranged_like_any_rows(tmp_path: Path) -> None:
+    folder = hf_folder.write(tmp_path, "llama-gqa")
+    query, a = "model.layers.0.self_attn.q_proj", layer(np.random.default_rng(0), 4, 64, 64, 32)
+    write_layer(folder, query, a, {"group_size": 32})
+    a["s"][:] = np.float16(0.5)
+    write_layer(folder, query, a, {"group_size": 32})
+    recipe = Recipe("f32", overrides=(("blk.0.attn_q.weight", "q4_1"),))
+    report = convert(folder, tmp_path / "out.gguf", recipe)
+    assert not report.notes
+    tensor = gguf.read(tmp_path / "out.gguf").tensors["blk.0.attn_q.weight"]
+    groups = np.arange(64) // 32
+    weight = (a["s"][groups].astype(np.float32) * (a["q"] - a["z"][groups])).T
+    assert tensor.format.name == "Q4_1"
+    assert np.array_equal(tensor.dequantize(), weight.reshape(4, 2, 8, 64).swapaxes(1, 2).reshape(64, 64))
+
+
+def write_layer(folder: Path, stem: str, a: dict[str, NDArray[Any]], settings: dict[str, Any]) -> None:
+    """Puts a layer of GPTQ's into a folder of llama-gqa, with g_idx where the settings say act-order."""
+    hf = tiny.hf_config("llama-gqa")
+    arrays = {n: ("F32", x.shape, x.tobytes()) for n, x in hf_folder.state("llama-gqa", hf).items()}
+    del arrays[f"{stem}.weight"]
+    words, zeros = packed(a["q"], 4, 0), packed(a["z"] - 1, 4, 1)
+    arrays[f"{stem}.qweight"] = ("I32", words.shape, words.tobytes())
+    arrays[f"{stem}.qzeros"] = ("I32", zeros.shape, zeros.tobytes())
+    arrays[f"{stem}.scales"] = ("F16", a["s"].shape, a["s"].tobytes())
+    if settings.get("desc_act"):
+        arrays[f"{stem}.g_idx"] = ("I32", a["g"].shape, a["g"].tobytes())
+    (folder / "model.safetensors").write_bytes(hf_folder.safetensors_bytes(arrays))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, **settings}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def test_a_whole_checkpoint(tmp_path: Path) -> None:
     """A model of which one layer is GPTQ's: its weights go through llama's rearrangement like any other."""
     folder = hf_folder.write(tmp_path, "llama-gqa")
     query, a = "model.layers.0.self_attn.q_proj", layer(np.random.default_rng(0), 4, 64, 64)
-    arrays = {
-        n: ("F32", x.shape, x.tobytes()) for n, x in hf_folder.state("llama-gqa", tiny.hf_config("llama-gqa")).items()
-    }
-    del arrays[f"{query}.weight"]
-    words, zeros = packed(a["q"], 4, 0), packed(a["z"] - 1, 4, 1)
-    arrays[f"{query}.qweight"] = ("I32", words.shape, words.tobytes())
-    arrays[f"{query}.qzeros"] = ("I32", zeros.shape, zeros.tobytes())
-    arrays[f"{query}.scales"] = ("F16", a["s"].shape, a["s"].tobytes())
-    arrays[f"{query}.g_idx"] = ("I32", a["g"].shape, a["g"].tobytes())
-    (folder / "model.safetensors").write_bytes(hf_folder.safetensors_bytes(arrays))
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True}
-    (folder / "config.json").write_text(json.dumps(config))
+    write_layer(folder, query, a, {"group_size": 16, "desc_act": True})
     convert(folder, tmp_path / "out.gguf", Recipe("f32"))
     made = checkpoint.read(folder)
     weight = (a["s"][a["g"]].astype(np.float32) * (a["q"] - a["z"][a["g"]])).T
