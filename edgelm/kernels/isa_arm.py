@@ -50,7 +50,7 @@ class NeonI8mm(NeonDot):
     """ARMv8.6 matrix products: `smmla` adds 32 products of signed bytes, of two rows with two tokens, to 4 lanes."""
 
     needs = (frozenset({"dotprod", "i8mm"}),)
-    pairs = True
+    two_by_two = True
 
     def step_pair(self, b: ir.IRBuilder, sums: Value, w: Value, x: Value) -> Value:
         name, done = "llvm.aarch64.neon.smmla.v4i32.v16i8", []

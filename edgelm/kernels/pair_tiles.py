@@ -1,4 +1,4 @@
-"""Tiles for machines whose instruction multiplies two rows with two tokens (`Isa.pairs`).
+"""Tiles for machines whose instruction multiplies two rows with two tokens (`Isa.two_by_two`).
 
 Of each four rows, accumulator 2 i holds the first two with tokens 2 i and 2 i + 1: (row 0, token 0), (0, 1), (1, 0),
 (1, 1); accumulator 2 i + 1 holds the other two. A slab has its vectors in that order too. For every row and token

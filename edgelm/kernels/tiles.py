@@ -241,8 +241,8 @@ def _unpack(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) ->
     with cgutils.for_range(b, n_blocks, intp=I64) as loop:
         unit, block = _locate(b, blocks, weights, loop.index)
         _prefetch(b, blocks, _ahead(b, blocks, unit, end, after), block)
-        target = b.add(slab, b.mul(loop.index, I64(slab_block_bytes(blocks, isa.pairs))))
-        _unpack_block(context, b, isa, blocks, unit, block, target, blocks.form(isa), isa.pairs)
+        target = b.add(slab, b.mul(loop.index, I64(slab_block_bytes(blocks, isa.two_by_two))))
+        _unpack_block(context, b, isa, blocks, unit, block, target, blocks.form(isa), isa.two_by_two)
 
 
 def _locate(b: ir.IRBuilder, blocks: Blocks, weights: Value, index: Value) -> tuple[Value, Value]:
@@ -278,15 +278,15 @@ def _tile(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_to
 
 def _slab_products(context, b, blocks: Blocks, slabs, n_blocks, records, record_stride, outs) -> None:
     isa = isas.select(context)
-    if isa.pairs and len(records) == 1:  # with itself
+    if isa.two_by_two and len(records) == 1:  # with itself
         records, outs = records * 2, [places * 2 for places in outs]
     tile = _Tile(context, b, blocks, blocks.form(isa), len(slabs), len(records))
-    if isa.pairs:
+    if isa.two_by_two:
         tile = PairTile(tile)
-    n_scales = blocks.halves * (2 if isa.pairs else 1)
+    n_scales = blocks.halves * (2 if isa.two_by_two else 1)
     tile.load(outs)
     with _each_block(b, n_blocks, records, record_stride) as (block, inputs):
-        here = [at(b, slab, 0, block, slab_block_bytes(blocks, isa.pairs)) for slab in slabs]
+        here = [at(b, slab, 0, block, slab_block_bytes(blocks, isa.two_by_two)) for slab in slabs]
         tile.add_block(
             [_loads(b, address) for address in here],
             [_floats(b, address, CHUNKS, n_scales) for address in here],
@@ -379,6 +379,6 @@ def code_fields(context: Any, b: ir.IRBuilder, blocks: Blocks) -> dict[int, Any]
         Code.UNIT_BYTES: blocks.unit_bytes,
         Code.RECORD_BYTES: RECORD,
         Code.SLAB_BLOCKS: SLAB,
-        Code.SLAB_BYTES: SLAB * slab_block_bytes(blocks, isa.pairs),
+        Code.SLAB_BYTES: SLAB * slab_block_bytes(blocks, isa.two_by_two),
         Code.FACTOR: int(np.float32(blocks.factor(blocks.form(isa))).view(np.int32)),
     }
