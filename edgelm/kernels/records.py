@@ -8,7 +8,6 @@ A record holds one row of activations: for each block of 32 inputs 64 bytes, one
     40  float32      sum of d * q over the block, for weights that have a minimum
     44  float32      -MAGIC * d of inputs 0-15, exactly; at 48 of inputs 16-31
     52  int32        bits of MAGIC, less 128 * sum(q) of inputs 0-15, for weights stored with an offset; at 56 of 16-31
-
     60  int32        not 0 if the block has a remainder
 
 The number of blocks is rounded up to even; a block that pads is zero. As many blocks follow for remainders: what q * d
