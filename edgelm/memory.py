@@ -104,7 +104,7 @@ def transcoded(tensors: Iterable[QTensor]) -> dict[str, int]:
 
 
 def workspace_bytes(config: Config, max_tokens: int) -> int:
-    """Activations that live at the same time, about: two rows of the model and the record of one, which is as large, and
+    """Activations that live at the same time, about: two rows of the model, the record of one, as large, and
     what is widest beside them: queries, keys, values and what attention gives, or the feed-forward network, twice."""
     widest = max(config.qkv_dim + config.attn_dim, 2 * config.ffn_dim)
     return max_tokens * 4 * (3 * config.dim + widest)
