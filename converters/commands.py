@@ -40,6 +40,10 @@ NO_FALLBACK = click.option(
 OVERRIDE = click.option(
     "--override-kv", "overrides", multiple=True, metavar="KEY=TYPE:VALUE", help="Change or add metadata."
 )
+IMATRIX = click.option(
+    "--imatrix", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Which columns matter, measured by `edgelm imatrix` or llama-imatrix.",
+)  # fmt: skip
 
 
 @click.command("convert")
@@ -60,6 +64,7 @@ OVERRIDE = click.option(
 @LEAVE_OUTPUT
 @PURE
 @NO_FALLBACK
+@IMATRIX
 @OVERRIDE
 @DRY_RUN
 @click.option("--offline", is_flag=True, help="Never touch the network.")
@@ -74,6 +79,7 @@ def convert_command(
     name: str,
     pre: str,
     no_tokenizer_check: bool,
+    imatrix: Path | None,
     overrides: tuple[str, ...],
     dry_run: bool,
     offline: bool,
@@ -86,7 +92,8 @@ def convert_command(
     SOURCE is a folder with a Hugging Face checkpoint, a GGUF file, or hf:ORG/REPO. Without OUT the file is named after
     the source and the type. Stopped for any reason, the same command goes on where it stopped.
     """
-    settings = {"name": name, "pre": pre, "check_tokenizer": not no_tokenizer_check, "offline": offline}
+    settings: dict[str, Any] = {"name": name, "pre": pre, "check_tokenizer": not no_tokenizer_check, "offline": offline}
+    settings["imatrix"] = imatrix
     out = out if out is not None else outfile
     _convert(source, out, _recipe(type_, choices), settings, overrides, dry_run, as_json, quiet)
 
@@ -103,6 +110,7 @@ def convert_command(
 @LEAVE_OUTPUT
 @PURE
 @NO_FALLBACK
+@IMATRIX
 @OVERRIDE
 @DRY_RUN
 @JSON
@@ -110,6 +118,7 @@ def convert_command(
 def quantize_command(
     arguments: tuple[str, ...],
     tensor_type_file: Any,
+    imatrix: Path | None,
     overrides: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
@@ -132,7 +141,7 @@ def quantize_command(
     out = Path(given[1]) if len(given) == 3 else source.with_name(f"ggml-model-{name}.gguf")
     if tensor_type_file is not None:
         choices["tensor_types"] = (*choices["tensor_types"], *tensor_type_file.read().split())
-    _convert(str(source), out, _recipe(type_, choices), {}, overrides, dry_run, as_json, quiet)
+    _convert(str(source), out, _recipe(type_, choices), {"imatrix": imatrix}, overrides, dry_run, as_json, quiet)
 
 
 def _recipe(type_: str, choices: dict[str, Any]) -> Recipe:

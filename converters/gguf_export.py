@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from edgelm.tokenizer import Tokenizer
 from edgelm.weights import Weights
 
 from . import checkpoint as checkpoints
+from . import imatrix as imatrices
 from . import tokenizer_check, vocab
 from .arrays import Array, Floats
 from .checkpoint import Checkpoint
@@ -46,7 +47,7 @@ class Conversion:
     """A conversion that is planned: everything is known but the bytes of the weights.
 
     keys: metadata of the output; notes: what a user should know; n_compared: texts on which its tokenizer was compared
-    with the source's.
+    with the source's; importance: of the columns of tensors, by GGUF name, float32 (columns,).
     """
 
     checkpoint: Checkpoint
@@ -55,6 +56,7 @@ class Conversion:
     keys: Mapping[str, Any]
     notes: tuple[str, ...]
     n_compared: int
+    importance: Mapping[str, Floats] = field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:
@@ -69,6 +71,7 @@ def prepare(
     pre: str = "",
     check_tokenizer: bool = True,
     overrides: Mapping[str, Any] | None = None,
+    imatrix: str | Path | None = None,
     offline: bool = False,
     progress: Progress = nothing,
 ) -> Conversion:
@@ -78,8 +81,11 @@ def prepare(
         source: a Hugging Face folder, a GGUF file, or hf:ORG/REPO.
         name: `general.name`, instead of the source's. pre: the pre-tokenizer, instead of what tokenizer.json defines.
         check_tokenizer: compare the new tokenizer with the source's. overrides: metadata to add or to change.
+        imatrix: a file that tells which columns of the weights matter, and how much (`edgelm imatrix` makes it).
     """
     checkpoint = checkpoints.read(resolve(source, offline, progress))
+    measured = None if imatrix is None else imatrices.read(imatrix)
+    recipe = replace(recipe, has_imatrix=recipe.has_imatrix or measured is not None)
     if recipe.type.lower() == "auto":
         recipe = replace(recipe, type=_own_type(checkpoint))
     plan = make_plan(checkpoint.config, checkpoint.tensors, recipe)
@@ -102,8 +108,33 @@ def prepare(
             f"{len(requantized)} tensors were quantized already ({requantized[0].kind}) and lose more than from the "
             "original weights"
         )
+    importance: dict[str, Floats] = {}
+    if measured is not None:
+        importance, unmeasured = _importance(plan, measured)
+        keys |= _keys_of_imatrix(Path(str(imatrix)), measured)
+        if unmeasured:
+            notes.append(f"{len(unmeasured)} tensors are not in the imatrix ({unmeasured[0]}): quantized without")
     keys |= dict(overrides or {}) | _keys_of_ours(checkpoint, plan)
-    return Conversion(checkpoint, recipe, plan, keys, tuple(notes), n_compared)
+    return Conversion(checkpoint, recipe, plan, keys, tuple(notes), n_compared, importance)
+
+
+def _importance(plan: Plan, measured: imatrices.Imatrix) -> tuple[dict[str, Floats], list[str]]:
+    """The importance of each tensor that will be quantized, and the names of those that were not measured."""
+    found: dict[str, Floats] = {}
+    missing = []
+    for step in plan.steps:
+        if step.format.block == 1 or step.is_kept:
+            continue
+        values = measured.importance(step.name)
+        if values is None:
+            missing.append(step.name)
+        elif values.shape != step.shape[-1:]:
+            raise UsageError(f"the imatrix is of another model: rows of {step.name} are {step.shape[-1]} weights long")
+        else:
+            found[step.name] = values
+    if not found and missing:
+        raise UsageError("the imatrix is of another model: it knows none of the tensors")
+    return found, missing
 
 
 def convert(
@@ -112,14 +143,12 @@ def convert(
     recipe: Recipe,
     *,
     progress: Progress = nothing,
-    importance: Mapping[str, Floats] | None = None,
     **options: Any,
 ) -> Report:
     """Convert `source` into the GGUF file `out`, prove that it loads, and write a report beside it.
 
     Args:
         out: None names it after the source and the type, in the current folder.
-        importance: for each GGUF tensor name, float32 (columns,): how much an error in a column matters.
         options: of `prepare`.
 
     Raises the errors of `edgelm.errors` for what is wrong with the source or the request, OSError for a disk that is
@@ -127,12 +156,10 @@ def convert(
     """
     conversion = prepare(source, recipe, progress=progress, **options)
     path = Path(out) if out is not None else default_out(conversion)
-    return run(conversion, path, progress=progress, importance=importance)
+    return run(conversion, path, progress=progress)
 
 
-def run(
-    conversion: Conversion, path: Path, *, progress: Progress = nothing, importance: Mapping[str, Floats] | None = None
-) -> Report:
+def run(conversion: Conversion, path: Path, *, progress: Progress = nothing) -> Report:
     """Carry out a conversion that was prepared; see `convert`."""
     checkpoint = conversion.checkpoint
     if path.is_dir():
@@ -140,7 +167,7 @@ def run(
     if any(path.exists() and path.samefile(file) for file in checkpoint.files):
         raise UsageError(f"{path} is the source itself; choose another name")
     steps = {step.name: step for step in conversion.plan.steps}
-    weighed = importance or {}
+    weighed = conversion.importance
 
     def contents(planned: Planned) -> Iterator[NDArray[np.uint8]]:
         yield from tensor_bytes(steps[planned.name], checkpoint.tensors[planned.name], weighed.get(planned.name))
@@ -243,6 +270,15 @@ def _keys_of_gguf(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     if plan.file_type is not None:
         keys["general.file_type"] = plan.file_type
     return keys
+
+
+def _keys_of_imatrix(path: Path, measured: imatrices.Imatrix) -> dict[str, Any]:
+    """As llama-quantize writes them."""
+    keys: dict[str, Any] = {"quantize.imatrix.file": path.name}
+    if measured.datasets:
+        keys["quantize.imatrix.dataset"] = measured.datasets[0]
+    keys["quantize.imatrix.entries_count"] = len(measured.entries)
+    return {**keys, "quantize.imatrix.chunks_count": measured.n_chunks}
 
 
 def _keys_of_ours(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:

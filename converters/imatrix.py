@@ -90,12 +90,10 @@ def save(path: str | Path, imatrix: Imatrix, form: str | None = None) -> None:
     for name in sorted(imatrix.entries):
         entry = imatrix.entries[name]
         arrays[name + _SUMS], arrays[name + _COUNTS] = entry.sums, entry.counts[:, None]
-    metadata = {
-        "general.type": "imatrix",
-        "imatrix.datasets": list(imatrix.datasets),
-        "imatrix.chunk_count": imatrix.n_chunks,
-        "imatrix.chunk_size": imatrix.chunk_size,
-    }
+    metadata: dict[str, Any] = {"general.type": "imatrix"}
+    if imatrix.datasets:
+        metadata["imatrix.datasets"] = list(imatrix.datasets)
+    metadata |= {"imatrix.chunk_count": imatrix.n_chunks, "imatrix.chunk_size": imatrix.chunk_size}
     layout = Layout(metadata, [Planned(name, array.shape, F32) for name, array in arrays.items()])
     write(path, layout, lambda tensor: [np.ascontiguousarray(arrays[tensor.name]).view(np.uint8).reshape(-1)])
 

@@ -35,7 +35,8 @@ from edgelm.terminal import bars, note, print_json, printable, readable, statist
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
-CONVERTERS = ("convert", "quantize")  # commands that live in the package `converters`, which a runtime may lack
+# Commands that live in the package `converters`, which a runtime may lack, and their modules.
+CONVERTERS = {"convert": "commands", "quantize": "commands", "imatrix": "imatrix_cli"}
 
 
 def converters_are_ours() -> bool:
@@ -57,7 +58,8 @@ class Commands(click.Group):
             return super().get_command(ctx, name)
         if not converters_are_ours():
             raise UsageError("the package 'converters' is missing, or another one of that name hides edgelm's own")
-        command: click.Command = getattr(importlib.import_module("converters.commands"), f"{name}_command")
+        home = importlib.import_module(f"converters.{CONVERTERS[name]}")
+        command: click.Command = getattr(home, f"{name}_command")
         return command
 
     def invoke(self, ctx: click.Context) -> Any:

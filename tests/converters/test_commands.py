@@ -17,6 +17,7 @@ import pytest
 import tiny
 from click.testing import CliRunner, Result
 
+from converters import imatrix
 from edgelm import gguf
 from edgelm.cli import main
 
@@ -87,6 +88,35 @@ def test_quantize_as_llama_quantize_does(tmp_path: Path) -> None:
     assert formats["ffn_up.weight"] == "Q5_1" and formats["ffn_gate.weight"] == "Q4_1"
     assert file.tensors["output.weight"].format.name == "F16"
     assert (file.metadata["llama.rope.freq_base"], file.metadata["general.name"]) == (20000.0, "Other")
+
+
+def test_measured_columns_are_quantized_better(tmp_path: Path) -> None:
+    """From a text to an imatrix to a file whose error counts where the text drives it."""
+    folder, text = hf_folder.write(tmp_path, "qwen3"), tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    plain, measured, other = (tmp_path / f"{name}.gguf" for name in ("plain", "measured", "other"))
+    assert edgelm("convert", folder, plain, "--type", "f32", "-q").exit_code == 0
+    done = edgelm("imatrix", plain, "-f", text, "-c", 32, "-o", tmp_path / "imatrix.gguf", "-q")
+    assert done.exit_code == 0, done.output
+    done = edgelm("quantize", "--imatrix", tmp_path / "imatrix.gguf", plain, measured, "q4_0", "-q")
+    assert done.exit_code == 0, done.output
+    assert edgelm("quantize", plain, other, "q4_0", "-q").exit_code == 0
+    source, file, unweighted = gguf.read(plain), gguf.read(measured), gguf.read(other)
+    assert file.metadata["quantize.imatrix.file"] == "imatrix.gguf"
+    assert file.metadata["quantize.imatrix.entries_count"] == len(imatrix.read(tmp_path / "imatrix.gguf").entries)
+    name = "blk.0.ffn_down.weight"
+    weights = imatrix.read(tmp_path / "imatrix.gguf").importance(name)
+    exact = source.tensors[name].dequantize()
+    errors = [(weights * (f.tensors[name].dequantize() - exact) ** 2).sum() for f in (file, unweighted)]
+    assert errors[0] < errors[1]
+
+
+def test_an_imatrix_of_another_model(tmp_path: Path) -> None:
+    entries = {"blk.0.attn_q.weight": imatrix.Entry(np.ones((1, 7), np.float32), np.ones(1, np.float32))}
+    imatrix.save(tmp_path / "imatrix.gguf", imatrix.Imatrix(entries))
+    source = tiny.tiny("llama-gqa", folder=tmp_path)
+    done = edgelm("quantize", "--imatrix", tmp_path / "imatrix.gguf", source, tmp_path / "out.gguf", "q8_0")
+    assert done.exit_code == 2 and "another model" in done.stderr and not (tmp_path / "out.gguf").exists()
 
 
 @pytest.mark.parametrize(
