@@ -6,6 +6,7 @@ compiled, and the table written. Knows the row builders of `edgelm.kernels`, but
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -176,8 +177,14 @@ class Lowering:
         return value
 
     def _limit(self, node: Node) -> float:
-        """How exact records of a value are made, as `kernels.records` says it: those that logits come from, in full."""
-        return 0.0 if self._result.kind == "linear" and self._result in self._users[node] else LIMIT
+        """How exact records of a value are made, as `kernels.records` says it: those that logits come from, in full.
+
+        Products of two values have so many outliers that remainders would cost a third of the time of what follows, and
+        mend little (docs/LOG.md).
+        """
+        if self._result.kind == "linear" and self._result in self._users[node]:
+            return 0.0
+        return math.inf if node.kind == "mul" else LIMIT
 
     def _record_wanted(self, node: Node) -> bool:
         """Whether a record of int8, which norms can write themselves, is needed."""
