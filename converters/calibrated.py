@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.cache import Batch
+from edgelm.disk import Progress
 from edgelm.formats import by_name
 from edgelm.models import model_of
 from edgelm.reference import Operations, Reference
@@ -22,7 +23,7 @@ from edgelm.weights import Layer
 
 from . import block_codes
 from .gptq import DAMPING, can, gptq
-from .imatrix import Progress, Source, run
+from .imatrix import Source, run
 
 Bytes = NDArray[np.uint8]
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgelm.errors import UsageError
+from edgelm.flags import with_flags
 from edgelm.terminal import bars, note, print_json, size
 
 if TYPE_CHECKING:
@@ -44,6 +45,11 @@ IMATRIX = click.option(
     "--imatrix", type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Which columns matter, measured by `edgelm imatrix` or llama-imatrix.",
 )  # fmt: skip
+# How a file is made; `convert` and `quantize` have them all.
+RECIPE_FLAGS = (
+    ALLOW_REQUANTIZE, TENSOR_TYPE, OUTPUT_TYPE, EMBEDDING_TYPE, LEAVE_OUTPUT, PURE, NO_FALLBACK, IMATRIX, OVERRIDE,
+    DRY_RUN, JSON, QUIET,
+)  # fmt: skip
 
 
 @click.command("convert")
@@ -57,19 +63,8 @@ IMATRIX = click.option(
 @click.option("--model-name", "name", default="", help="Name of the model in the file.")
 @click.option("--pre", default="", help="Name of the pre-tokenizer, instead of what tokenizer.json defines.")
 @click.option("--no-tokenizer-check", is_flag=True, help="Do not compare the tokenizer with the source's.")
-@ALLOW_REQUANTIZE
-@TENSOR_TYPE
-@OUTPUT_TYPE
-@EMBEDDING_TYPE
-@LEAVE_OUTPUT
-@PURE
-@NO_FALLBACK
-@IMATRIX
-@OVERRIDE
-@DRY_RUN
 @click.option("--offline", is_flag=True, help="Never touch the network.")
-@JSON
-@QUIET
+@with_flags(RECIPE_FLAGS)
 def convert_command(
     source: str,
     out: Path | None,
@@ -100,21 +95,10 @@ def convert_command(
 
 @click.command("quantize")
 @click.argument("arguments", nargs=-1, required=True, metavar="IN.gguf [OUT.gguf] TYPE [NTHREADS]")
-@ALLOW_REQUANTIZE
-@TENSOR_TYPE
 @click.option(
     "--tensor-type-file", type=click.File(encoding="utf-8"), help="PATTERN=TYPE, separated by spaces or newlines."
 )
-@OUTPUT_TYPE
-@EMBEDDING_TYPE
-@LEAVE_OUTPUT
-@PURE
-@NO_FALLBACK
-@IMATRIX
-@OVERRIDE
-@DRY_RUN
-@JSON
-@QUIET
+@with_flags(RECIPE_FLAGS)
 def quantize_command(
     arguments: tuple[str, ...],
     tensor_type_file: Any,

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from edgelm import gguf
 from edgelm.arch import Config
+from edgelm.disk import Progress, nothing
 from edgelm.errors import FormatError, UsageError
 from edgelm.tokenizer import Tokenizer
 from edgelm.weights import Weights
@@ -31,7 +32,7 @@ from . import imatrix as imatrices
 from . import tokenizer_check, vocab
 from .arrays import Array, Floats
 from .checkpoint import Checkpoint
-from .gguf_writer import Layout, Planned, Progress, nothing, write
+from .gguf_writer import Layout, Planned, write
 from .quantizers import quantize
 from .recipe import Plan, Recipe, Step, make_plan
 from .report import Report

@@ -31,11 +31,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.disk import lock
+from edgelm.disk import Progress, lock, nothing
 from edgelm.errors import FormatError
 from edgelm.formats import Format
 
-Progress = Callable[[str, int, int], None]
 Contents = Callable[["Planned"], Iterable[NDArray[np.uint8]]]
 
 ALIGNMENT = 32
@@ -47,10 +46,6 @@ _KINDS = {
         0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
     }.items()
 }  # fmt: skip
-
-
-def nothing(stage: str, done: int, total: int) -> None:
-    """The callback of those who do not watch."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from edgelm import gguf
 from edgelm.arch import Config
 from edgelm.cache import Batch
+from edgelm.disk import Progress
 from edgelm.errors import FormatError, UsageError
 from edgelm.formats import F32, QTensor
 from edgelm.models import model_of
@@ -32,7 +33,6 @@ from edgelm.weights import Layer, Weights
 from .gguf_writer import Layout, Planned, write
 
 Floats = NDArray[np.float32]
-Progress = Callable[[str, int, int], None]
 RUN_BYTES = 512 << 20  # of the widest activation of one run
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _LIMIT = 1 << 24  # entries, or characters of a name, beyond which an old file is damaged

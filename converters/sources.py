@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 
 from edgelm import hub, huggingface
-
-from .gguf_writer import Progress, nothing
+from edgelm.disk import Progress, nothing
 
 # What a conversion reads of a repository: never code, and no weights in a format that it would not read.
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")

@@ -19,8 +19,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "converters")]
 
@@ -60,15 +58,6 @@ def convert(python: str, sources: Path, folder: Path, out: Path, type: str, pre:
         raise SystemExit(f"{folder.name}: {done.stderr[-2000:]}")
 
 
-def plain(value: Any) -> Any:
-    """A value of metadata as JSON; arrays and long texts as their sha256."""
-    if isinstance(value, np.ndarray):
-        return {"n": value.size, "sha256": hashlib.sha256(value.tobytes()).hexdigest()}
-    if isinstance(value, list):
-        return {"n": len(value), "sha256": hashlib.sha256("\0".join(value).encode()).hexdigest()}
-    return value
-
-
 def main(python: str, sources: str) -> None:
     data = {}
     with tempfile.TemporaryDirectory() as root:
@@ -80,8 +69,8 @@ def main(python: str, sources: str) -> None:
                 convert(python, Path(sources), folder, out, type, pre)
                 file = gguf.read(out)
                 entry[type] = {n: hashlib.sha256(t.data.tobytes()).hexdigest() for n, t in file.tensors.items()}
-            keys = {k: v for k, v in file.metadata.items() if k != "general.name"}
-            data[name] = {"config": CONFIG.get(name, {}), "metadata": {k: plain(v) for k, v in keys.items()}, **entry}
+            keys = {k: hf_folder.plain(v) for k, v in file.metadata.items() if k != "general.name"}
+            data[name] = {"config": CONFIG.get(name, {}), "metadata": keys, **entry}
             print(name, len(entry["f16"]), flush=True)
     path = ROOT / "tests" / "converters" / "conversions.json"
     path.write_text(json.dumps(data, indent=0) + "\n")

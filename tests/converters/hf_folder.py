@@ -7,6 +7,7 @@ The tokenizers are those of `tiny_vocabulary`, written back as the files that a 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from pathlib import Path
@@ -281,3 +282,12 @@ def _wordpiece(keys: dict[str, Any], tokens: list[str], types: list[int]) -> dic
             "vocab": ids,
         },
     }
+
+
+def plain(value: Any) -> Any:
+    """A value of metadata as JSON; arrays and long texts as their sha256."""
+    if isinstance(value, np.ndarray):
+        return {"n": value.size, "sha256": hashlib.sha256(value.tobytes()).hexdigest()}
+    if isinstance(value, list):
+        return {"n": len(value), "sha256": hashlib.sha256("\0".join(value).encode()).hexdigest()}
+    return value
