@@ -123,3 +123,37 @@ class Isa:
         for i, entry in enumerate(table):
             picked = b.select(b.icmp_unsigned("==", index, repeat(I8x64, i)), repeat(I8x64, entry), picked)
         return picked
+
+
+class Narrow(Isa):
+    """Machines that add products in 16 bits, as many steps as fit, and then widen the sums to 32."""
+
+    def most(self, form: Form, bits: int) -> int:
+        """Steps whose products can be added in 16 bits."""
+        raise NotImplementedError
+
+    def products(self, b: ir.IRBuilder, w: Value, x: Value, form: Form) -> list[Value]:
+        """The products of a step, or sums of neighbouring ones, in vectors of int16."""
+        raise NotImplementedError
+
+    def widened(self, b: ir.IRBuilder, acc: list[Value], narrow: list[Value]) -> list[Value]:
+        """acc plus sums of what `products` gave, in vectors of int32."""
+        raise NotImplementedError
+
+    def empty(self, b: ir.IRBuilder, first: Value) -> Any:
+        return parts(b, first, self.n_parts), None, 0
+
+    def step(self, b: ir.IRBuilder, sums: Any, w: Value, x: Value, form: Form, bits: int) -> Any:
+        acc, narrow, n = sums
+        products = self.products(b, w, x, form)
+        if narrow is not None:
+            products = [b.add(old, product) for old, product in zip(narrow, products, strict=True)]
+        sums = acc, products, n + 1
+        return self._widen(b, sums) if n + 1 == self.most(form, bits) else sums
+
+    def _widen(self, b: ir.IRBuilder, sums: Any) -> Any:
+        acc, narrow, _ = sums
+        return sums if narrow is None else (self.widened(b, acc, narrow), None, 0)
+
+    def end(self, b: ir.IRBuilder, sums: Any) -> Value:
+        return joined(b, self._widen(b, sums)[0])

@@ -7,7 +7,7 @@ from typing import Any
 from llvmlite import ir
 
 from edgelm.kernels.emit import I8, I16, I32, I32x16, call, load_at, repeat, undefined
-from edgelm.kernels.isa import X_MAX, Form, Isa, Value, joined, parts
+from edgelm.kernels.isa import X_MAX, Form, Isa, Narrow, Value, joined, parts
 
 
 class _Neon(Isa):
@@ -59,37 +59,26 @@ class NeonI8mm(NeonDot):
         return joined(b, done)
 
 
-class Neon(_Neon):
+class Neon(Narrow, _Neon):
     """ARMv8.0: products in 16 bits, neighbours added."""
 
     needs = (frozenset(),)
     tokens = (1,)
 
-    def empty(self, b: ir.IRBuilder, first: Value) -> Any:
-        return parts(b, first, 4), None, 0
+    def most(self, form: Form, bits: int) -> int:
+        return 32767 // (2 * X_MAX * (1 << bits if form is Form.LOW else 1 << (bits - 1)))
 
-    def step(self, b: ir.IRBuilder, sums: Any, w: Value, x: Value, form: Form, bits: int) -> Any:
-        acc, narrow, n = sums
-        limit = 32767 // (2 * X_MAX * (1 << bits if form is Form.LOW else 1 << (bits - 1)))
+    def products(self, b: ir.IRBuilder, w: Value, x: Value, form: Form) -> list[Value]:
+        """The forms are LOW of at most 6 bits and SIGNED: both are good signed bytes."""
         i16x8 = ir.VectorType(I16, 8)
-        products = [  # the forms are LOW of at most 6 bits and SIGNED: both are good signed bytes
+        return [
             b.mul(b.sext(u, i16x8), b.sext(s, i16x8))
             for u, s in zip(parts(b, w, 8), parts(b, b.bitcast(x, w.type), 8), strict=True)
         ]
-        if narrow is not None:
-            products = [b.add(old, product) for old, product in zip(narrow, products, strict=True)]
-        sums = acc, products, n + 1
-        return self._widen(b, sums) if n + 1 == limit else sums
 
-    def _widen(self, b: ir.IRBuilder, sums: Any) -> Any:
-        acc, narrow, _ = sums
-        if narrow is None:
-            return sums
+    def widened(self, b: ir.IRBuilder, acc: list[Value], narrow: list[Value]) -> list[Value]:
         done = []
         for a, low, high in zip(acc, narrow[::2], narrow[1::2], strict=True):
             pairs = call(b, "llvm.aarch64.neon.addp.v8i16", low.type, low, high)
             done.append(b.add(a, call(b, "llvm.aarch64.neon.saddlp.v4i32.v8i16", a.type, pairs)))
-        return done, None, 0
-
-    def end(self, b: ir.IRBuilder, sums: Any) -> Value:
-        return joined(b, self._widen(b, sums)[0])
+        return done

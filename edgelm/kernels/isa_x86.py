@@ -12,7 +12,7 @@ from llvmlite import ir
 from llvmlite.binding import llvm_version_info
 
 from edgelm.kernels.emit import I8, I16, I8x64, call, repeat
-from edgelm.kernels.isa import X_MAX, Form, Isa, Value, joined, parts
+from edgelm.kernels.isa import X_MAX, Form, Isa, Narrow, Value, joined, parts
 
 
 class _Bytes(Isa):
@@ -64,7 +64,7 @@ class Vnni256(Vnni512):
     dot = "llvm.x86.avx512.vpdpbusd.256"
 
 
-class _Maddubs(_Bytes):
+class _Maddubs(Narrow, _Bytes):
     """`pmaddubsw` adds pairs of products of unsigned and signed bytes in 16 bits, with saturation.
 
     Up to 6 bits nothing can saturate, and with fewer bits several steps fit into 16 bits before they are widened. For 8
@@ -78,33 +78,22 @@ class _Maddubs(_Bytes):
     def form(self, bits: int, zero: bool) -> Form:
         return Form.LOW if bits <= 6 else Form.SIGNED
 
-    def empty(self, b: ir.IRBuilder, first: Value) -> Any:
-        return parts(b, first, self.n_parts), None, 0
+    def most(self, form: Form, bits: int) -> int:
+        return 1 if form is Form.SIGNED else 32767 // (2 * X_MAX * ((1 << bits) - 1))
 
-    def step(self, b: ir.IRBuilder, sums: Any, w: Value, x: Value, form: Form, bits: int) -> Any:
-        acc, narrow, n = sums
-        limit = 1 if form is Form.SIGNED else 32767 // (2 * X_MAX * ((1 << bits) - 1))
+    def products(self, b: ir.IRBuilder, w: Value, x: Value, form: Form) -> list[Value]:
         terms = []
         for u, s in zip(parts(b, w, self.n_parts), parts(b, b.bitcast(x, w.type), self.n_parts), strict=True):
             if form is Form.SIGNED:
                 s = self.signed_like(b, s, u)
                 u = call(b, f"llvm.abs.v{u.type.count}i8", u.type, u, ir.IntType(1)(0))
             terms.append(call(b, self.pairs, ir.VectorType(I16, u.type.count // 2), u, s))
-        if narrow is not None:
-            terms = [b.add(old, term) for old, term in zip(narrow, terms, strict=True)]
-        sums = acc, terms, n + 1
-        return self._widen(b, sums) if n + 1 == limit else sums
+        return terms
 
-    def _widen(self, b: ir.IRBuilder, sums: Any) -> Any:
-        acc, narrow, _ = sums
-        if narrow is None:
-            return sums
+    def widened(self, b: ir.IRBuilder, acc: list[Value], narrow: list[Value]) -> list[Value]:
         ones = repeat(narrow[0].type, 1)
         wide = [call(b, self.quads, a.type, term, ones) for a, term in zip(acc, narrow, strict=True)]
-        return [b.add(a, quad) for a, quad in zip(acc, wide, strict=True)], None, 0
-
-    def end(self, b: ir.IRBuilder, sums: Any) -> Value:
-        return joined(b, self._widen(b, sums)[0])
+        return [b.add(a, quad) for a, quad in zip(acc, wide, strict=True)]
 
     def signed_like(self, b: ir.IRBuilder, s: Value, w: Value) -> Value:
         """s where w > 0, -s where w < 0; anything where w is 0."""
