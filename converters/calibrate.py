@@ -1,0 +1,120 @@
+"""Any checkpoint as a model that runs: what calibration watches, and what the loss of a conversion is measured against.
+
+    source = opened(checkpoints.read(path))       # config, weights, tokenizer
+    imatrix.collect(source, text)
+
+A checkpoint that was transformed (adapters merged, pruned, scales folded) opens as one that was just read: weights are
+read from it when an operation of the reference interpreter needs them, and forgotten after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm import gguf
+from edgelm.cache import KVCache
+from edgelm.errors import UsageError
+from edgelm.formats import F32, QTensor
+from edgelm.models import model_of
+from edgelm.reference import Reference
+from edgelm.tokenizer import Tokenizer
+from edgelm.weights import Weights
+
+from . import vocab
+from .arrays import Array, Floats
+from .checkpoint import Checkpoint
+from .gguf_writer import Typed
+from .imatrix import Opened, Source
+from .special_tokens import Folder
+
+KEPT_BYTES = 512 << 20  # of float32 weights that an evaluated model does not dequantize again
+
+
+@dataclass(frozen=True, eq=False)
+class Unread(QTensor):
+    """A weight that is read from its checkpoint, as float32, at each use; nothing of it stays in memory."""
+
+    array: Array
+    forget: Callable[[], None]
+
+    @property
+    def n_bytes(self) -> int:
+        """That it would take as float32."""
+        return 4 * self.n_weights
+
+    def dequantize(self) -> Floats:
+        values = self.array.read().reshape(self.shape)
+        self.forget()
+        return values
+
+    def rows(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> Floats:
+        unique, places = np.unique(np.asarray(indices, np.int64), return_inverse=True)
+        if len(unique) and not 0 <= unique[0] <= unique[-1] < self.shape[0]:
+            raise IndexError(f"{self.name} has {self.shape[0]} rows")
+        found = np.empty((len(unique), self.shape[-1]), np.float32)
+        for at, row in enumerate(unique.tolist()):
+            found[at] = self.array.rows(row, row + 1)[0]
+        self.forget()
+        return found[places]
+
+
+def opened(checkpoint: Checkpoint) -> Source:
+    """A checkpoint as something that the reference interpreter can run.
+
+    Weights of a GGUF file that no transformation touched are taken as they lie in it; all others are `Unread`.
+
+    Raises FormatError for tensors or a tokenizer that are no model's, SourceError if there is no tokenizer,
+    UnsupportedError for what no runtime of ours can run.
+    """
+    weights = {name: _weight(name, array, checkpoint.forget) for name, array in checkpoint.tensors.items()}
+    config = checkpoint.config
+    return Opened(config, Weights.from_gguf(config, weights), Tokenizer.from_gguf(vocabulary(checkpoint)))
+
+
+def _weight(name: str, array: Array, forget: Callable[[], None]) -> QTensor:
+    if array.as_is is not None and array.as_is.name == name and array.as_is.shape == array.shape:
+        return array.as_is
+    return Unread(name, F32, array.shape or (1,), np.empty((0, 0), np.uint8), array, forget)
+
+
+def vocabulary(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The keys `tokenizer.*` of a checkpoint, as Python values; values that a transformation put there are taken."""
+    if not checkpoint.is_gguf:
+        return vocab.read(Folder.read(checkpoint.path, checkpoint.hf), checkpoint.config.vocab_size)
+    changed = {key: value for key, value in checkpoint.metadata.items() if not isinstance(value, Typed)}
+    return {**gguf.read(checkpoint.path).metadata, **changed}
+
+
+@dataclass(frozen=True)
+class Interpreted:
+    """A source as `edgelm.evaluate` takes one: its logits by the reference interpreter, in float32."""
+
+    source: Source
+    runner: Reference
+
+    @classmethod
+    def of(cls, source: Source, n_ctx: int, kept_bytes: int = KEPT_BYTES) -> Interpreted:
+        """For sequences of up to n_ctx tokens; kept_bytes: of weights that are not dequantized again at each use."""
+        c = source.config
+        return cls(source, Reference(model_of(c), c, source.weights, n_ctx=n_ctx, max_weight_bytes=kept_bytes))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.source.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        return self.source.config.vocab_size
+
+    def require_logits(self) -> None:
+        """Raises UsageError for an encoder."""
+        if self.source.config.spec.family == "encoder":
+            raise UsageError(f"a {self.source.config.arch} model is an encoder, which predicts no tokens")
+
+    def new_cache(self) -> KVCache:
+        return self.runner.new_cache()
