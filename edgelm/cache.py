@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,34 @@ from .pages import PAGE, CacheFull, GroupLayout, Pool
 if TYPE_CHECKING:
     from .arch import CacheGroup
 
-__all__ = ["PAGE", "Batch", "CacheFull", "GroupLayout", "KVCache", "Sequence"]
+__all__ = [
+    "PAGE", "Batch", "CacheFull", "CachedSequence", "GroupLayout", "KVCache", "Sequence", "SequenceCache", "paged",
+]  # fmt: skip
+
+
+class CachedSequence(Protocol):
+    """What sessions ask of the cached positions of one text, whoever computes and keeps them; see `Sequence`."""
+
+    length: int
+
+    @property
+    def floor(self) -> int: ...
+
+    def truncate(self, n: int) -> None: ...
+
+    def fork(self) -> CachedSequence: ...
+
+    def release(self) -> None: ...
+
+    def save(self, file: BinaryIO) -> None: ...
+
+
+class SequenceCache(Protocol):
+    """What makes such sequences; see `KVCache`."""
+
+    def new_sequence(self) -> CachedSequence: ...
+
+    def load(self, file: BinaryIO, max_length: int | None = None) -> CachedSequence: ...
 
 
 class KVCache:
@@ -339,14 +366,14 @@ class Batch:
     tokens: NDArray[np.int32]
     positions: NDArray[np.int32]
     rows: NDArray[np.int32]
-    sequences: tuple[Sequence, ...]
+    sequences: tuple[CachedSequence, ...]
     outputs: NDArray[np.int32]
 
     @classmethod
-    def of(cls, parts: Iterable[tuple[Sequence, Tokens[int] | NDArray[np.integer], str]]) -> Batch:
+    def of(cls, parts: Iterable[tuple[CachedSequence, Tokens[int] | NDArray[np.integer], str]]) -> Batch:
         """A batch that appends tokens to sequences; of each part "last", "all" or "none" of the outputs are wanted."""
         columns: list[tuple[NDArray[np.int32], ...]] = []  # tokens, positions, rows, outputs
-        sequences: list[Sequence] = []
+        sequences: list[CachedSequence] = []
         n_tokens = 0
         for sequence, part, wanted in parts:
             if wanted not in _WANTED:
@@ -376,3 +403,15 @@ class Batch:
             columns = [tuple(np.concatenate(column) for column in zip(*columns, strict=True))]
         tokens, positions, rows, outputs = columns[0]
         return cls(tokens, positions, rows, tuple(sequences), outputs)
+
+
+def paged(sequences: tuple[CachedSequence, ...]) -> tuple[Sequence, ...]:
+    """The sequences of a batch, for an interpreter that keeps keys and values in pages.
+
+    Raises:
+        UsageError: one of them is kept by something else.
+    """
+    for sequence in sequences:
+        if not isinstance(sequence, Sequence):
+            raise UsageError("the cache of a sequence was made for another interpreter; use this model's new_cache()")
+    return cast("tuple[Sequence, ...]", sequences)

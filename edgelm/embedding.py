@@ -32,14 +32,14 @@ def embed(
 ) -> Floats:
     """See `Model.embed`."""
     if pooling is None:
-        pooling = model.config.pooling if model.config.pooling != "none" else "mean"
+        pooling = model.pooling if model.pooling != "none" else "mean"
     if pooling not in POOLINGS:
         raise UsageError(f"pooling is {pooling!r}; it must be one of {', '.join(POOLINGS)}")
     if pooling == "none" and len(texts) != 1:
         raise UsageError("pooling none gives a vector for each token; embed one text at a time")
     parts = [_tokens(model, text, truncate) for text in texts]
     if not parts:
-        return np.empty((0, model.config.dim), np.float32)
+        return np.empty((0, model.dim), np.float32)
     rows: list[Floats] = [np.empty(0, np.float32)] * len(parts)
     done = 0
     for batch in _batches(parts, model.hidden_runner.max_tokens):

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import Batch, KVCache
+from .cache import Batch, SequenceCache
 from .errors import FormatError, UsageError
 from .tokenizer import Tokenizer
 
@@ -48,7 +48,7 @@ class Evaluated(Protocol):
     def require_logits(self) -> None:
         """Raises UsageError for an encoder."""
 
-    def new_cache(self) -> KVCache: ...
+    def new_cache(self) -> SequenceCache: ...
 
 
 @dataclass(frozen=True, kw_only=True)

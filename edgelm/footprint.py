@@ -51,7 +51,6 @@ def measure(path: str, n_ctx: int, n_prompt: int, settings: dict[str, Any]) -> d
 
 def main(path: str, n_ctx: int, n_prompt: int, settings: dict[str, Any]) -> dict[str, Any]:
     from .cache import Batch
-    from .memory import estimate
     from .model import load
 
     with load(path, ctx_size=n_ctx, **settings) as model:
@@ -60,7 +59,8 @@ def main(path: str, n_ctx: int, n_prompt: int, settings: dict[str, Any]) -> dict
         model.runner.forward(Batch.of([(sequence, [0] * min(n_prompt, model.n_ctx - STEPS), "last")]))
         for _ in range(STEPS):
             model.runner.forward(Batch.of([(sequence, [0], "last")]))
-        need = estimate(model.config, model.weights, sequence.length, model.kv_type)
+        need = model.memory(sequence.length)
+        packed = getattr(model, "packed_file", None)
         return {
             "n_ctx": model.n_ctx,
             "n_tokens": sequence.length,
@@ -69,7 +69,7 @@ def main(path: str, n_ctx: int, n_prompt: int, settings: dict[str, Any]) -> dict
             "estimate": {
                 "weights": need.weights, "kv_cache": need.kv_cache, "workspace": need.workspace, "total": need.total,
             },
-            "packed_file": None if model.packed_file is None else str(model.packed_file),
+            "packed_file": None if packed is None else str(packed),
         }  # fmt: skip
 
 

@@ -1,14 +1,13 @@
 """A model in memory: what `load` gives. Text to text, text to vectors, text to logits, and sessions.
 
-Puts the parts together: a source becomes a file (`hub`), the file weights (`gguf`, `weights`), the weights a runner
-(`program`, or `reference` where there is no Numba). Frozen after loading and shared by any number of sessions.
+What holds for every model, whatever its file and whatever computes it; `gguf_model` is one from a GGUF file,
+`onnx_model` one from a folder with an ONNX graph. Frozen after loading and shared by any number of sessions.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,34 +16,26 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from . import gguf, hub
-from .arch import Config
-from .cache import Batch, KVCache
-from .describe import describe, describe_file
-from .errors import ContextFull, UnsupportedError, UsageError
-from .formats import QTensor
-from .gguf import GGUF
-from .memory import bytes_per_token, context_window, estimate
-from .models import model_of
+from . import hub
+from .cache import Batch, SequenceCache
+from .describe import describe
+from .errors import ContextFull, UsageError
+from .memory import Memory
 from .session import Message, Progress, Response, Session
-from .threads import default_threads
 from .tokenizer import Tokenizer
-from .weights import Weights
 
 if TYPE_CHECKING:
     from .chat import ChatTemplate
 
 __all__ = ["Model", "Runner", "describe", "generate", "load", "stream_generate"]
 
-INTERPRETERS = ("auto", "program", "reference")
-
 
 class Runner(Protocol):
-    """What computes a model: `program.Program` or `reference.Reference`."""
+    """What computes a model: `program.Program`, `reference.Reference` or `onnx_runner.OnnxRunner`."""
 
     max_tokens: int  # of one batch
 
-    def new_cache(self, kv_type: str) -> KVCache: ...
+    def new_cache(self, kv_type: str) -> SequenceCache: ...
 
     def forward(self, batch: Batch) -> NDArray[np.float32]: ...
 
@@ -66,13 +57,14 @@ def load(
     """Loads a model.
 
     Args:
-        source: a GGUF file, a known name, hf:…, pypi:… (see `edgelm.hub`); None for the default model.
+        source: a GGUF file, a folder with an ONNX model, a known name, hf:…, pypi:… (see `edgelm.hub`); None for the
+            default model.
         ctx_size: context window in tokens; 0 for that of the model.
         threads, threads_batch: for single tokens and for prompts; None for the physical cores.
         kv_type: what keys and values are stored as: "f16", "f32", "q8_0" or "q4_0", or two of them as "q8_0/f16", first
-            that of keys. None for "f16", for the reference "f32".
+            that of keys. None for "f16", for the reference "f32". An ONNX graph has a type of its own.
         interpreter: "program" (compiled kernels), "reference" (NumPy, slow and exact), "auto" for the first of them
-            that can run here.
+            that can run here; ONNX models have "onnxruntime".
         chat_template: source or built-in name of a template to use instead of the file's own.
         max_tokens_per_run: tokens of a prompt that are computed at a time.
         packed: where the weights are, in the order that kernels read: "memory", "file" (mapped; made if there is
@@ -88,18 +80,21 @@ def load(
         UsageError: an argument that cannot be meant.
     """
     path = hub.resolve(source, offline=offline, progress=progress)
-    return Model(
-        gguf.read(path),
-        ctx_size=ctx_size,
-        threads=threads,
-        threads_batch=threads_batch,
-        kv_type=kv_type,
-        interpreter=interpreter,
-        chat_template=chat_template,
-        max_tokens_per_run=max_tokens_per_run,
-        packed=packed,
-        progress=progress,
-    )
+    settings: dict[str, Any] = {
+        "ctx_size": ctx_size,
+        "threads": threads,
+        "threads_batch": threads_batch,
+        "kv_type": kv_type,
+        "interpreter": interpreter,
+        "chat_template": chat_template,
+        "max_tokens_per_run": max_tokens_per_run,
+        "packed": packed,
+        "progress": progress,
+    }
+    from . import gguf
+    from .gguf_model import GGUFModel
+
+    return GGUFModel(gguf.read(path), **settings)
 
 
 def generate(model: Model | str, prompt: str | Sequence[int], **settings: Any) -> str:
@@ -114,71 +109,85 @@ def stream_generate(
     return (model if isinstance(model, Model) else load(model)).stream_generate(prompt, **settings)
 
 
-class Model:
+class Model(ABC):
     """A loaded model; safe to use from several threads (one computation at a time runs).
 
     Attributes:
-        gguf, config, weights, tokenizer: its file and what was read from it.
-        template: its chat template, or None if the file has none and none was given.
+        path: its file; of a split model, the first part.
+        tokenizer: text <-> tokens.
         runner: what computes it.
-        interpreter: "program" or "reference", which one that is.
+        interpreter: "program", "reference" or "onnxruntime", which one that is.
         n_ctx: size of the context window, in tokens.
         kv_type: type of cached keys and values.
-        packed_file: the file that the packed weights are in; None: they are in memory.
     """
 
-    def __init__(
-        self,
-        file: GGUF,
-        *,
-        ctx_size: int = 0,
-        threads: int | None = None,
-        threads_batch: int | None = None,
-        kv_type: str | None = None,
-        interpreter: str = "auto",
-        chat_template: str | None = None,
-        max_tokens_per_run: int | None = None,
-        packed: str = "auto",
-        progress: Progress | None = None,
-    ) -> None:
-        self.gguf = file
-        self.packed_file: Path | None = None
-        self.config = Config.from_gguf(file.metadata)
-        self.weights = Weights.from_gguf(self.config, file.tensors)
-        self.tokenizer = Tokenizer.from_gguf(file.metadata)
-        self.n_ctx = context_window(self.config, ctx_size)
-        self.interpreter = _choose(interpreter)
-        self.kv_type = kv_type or ("f32" if self.interpreter == "reference" else "f16")
-        self._chat_template = chat_template
-        self._threads, self._max_tokens, self._place = (threads, threads_batch), max_tokens_per_run, packed
-        if chat_template is not None:
-            _ = self.template  # a wrong one is said now
-        self.runner = self._new_runner("hidden" if self.is_encoder else "logits", progress)
-        if self.interpreter == "program":
-            file.forget()  # everything was read
-        self._cache = self.runner.new_cache(self.kv_type)
+    path: Path
+    tokenizer: Tokenizer
+    runner: Runner
+    interpreter: str
+    n_ctx: int
+    kv_type: str
+    _cache: SequenceCache
+    _chat_template: str | None  # given instead of the file's own
 
     # ------------------------------------------------------------------------------------------------------- what it is
 
     @property
-    def path(self) -> Path:
-        """The file; of a split model, its first part."""
-        return self.gguf.paths[0]
-
-    @property
+    @abstractmethod
     def name(self) -> str:
         """The name that the file gives its model, else that of the file."""
-        named = self.gguf.metadata.get("general.name")
-        return named if isinstance(named, str) and named else self.path.stem
 
     @property
+    @abstractmethod
+    def architecture(self) -> str:
+        """What kind of model it is, as its file says."""
+
+    @property
+    @abstractmethod
+    def licence(self) -> str:
+        """The licence, or where to read it; "" if the file does not say."""
+
+    @property
+    @abstractmethod
     def vocab_size(self) -> int:
-        return self.config.vocab_size
+        """Tokens that it predicts."""
 
     @property
+    @abstractmethod
+    def dim(self) -> int:
+        """Length of its hidden states."""
+
+    @property
+    @abstractmethod
     def is_encoder(self) -> bool:
         """Whether it gives vectors and no logits."""
-        return self.config.spec.family == "encoder"
+
+    @property
+    @abstractmethod
+    def pooling(self) -> str:
+        """How the vectors of tokens become that of a text: "mean", "cls", "last", "none" if the file does not say, or
+        "graph" if what computes the model does it itself."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Tells this model from others: saved sessions are checked by it."""
+
+    @abstractmethod
+    def info(self) -> dict[str, Any]:
+        """Facts about the model and how it runs here; see `edgelm.describe.describe`."""
+
+    @abstractmethod
+    def bytes_per_token(self, n_cached: float) -> float:
+        """Bytes that one token reads, after `n_cached` others: see `edgelm.memory`."""
+
+    @abstractmethod
+    def memory(self, n_tokens: int) -> Memory:
+        """The memory that it takes with a text of `n_tokens` in its context window."""
+
+    @abstractmethod
+    def _own_template(self) -> ChatTemplate | None:
+        """The chat template of the file."""
 
     @property
     def n_threads(self) -> int:
@@ -187,10 +196,9 @@ class Model:
 
     @cached_property
     def template(self) -> ChatTemplate | None:
-        from .chat import ChatTemplate
-
+        """Its chat template, or None if the file has none and none was given."""
         if self._chat_template is None:
-            return ChatTemplate.from_gguf(self.gguf.metadata, self.tokenizer)
+            return self._own_template()
         return _given_template(self._chat_template, self.tokenizer)
 
     @cached_property
@@ -199,31 +207,6 @@ class Model:
         it. None for models that `hub.KNOWN` does not name. A file that may be one of them is read to be sure."""
         known = hub.recognise(self.path)
         return None if known is None else known.system
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Tells this model from others, by its shape and a sample of each tensor: saved sessions are checked by it."""
-        digest = hashlib.sha256(repr(self.config).encode())
-        for tensor in self.weights:
-            digest.update(f"{tensor.name} {tensor.format.name} {tensor.shape}".encode())
-            digest.update(tensor.data.reshape(-1)[:64].tobytes())
-        if self.interpreter == "program":
-            self.gguf.forget()
-        return digest.hexdigest()
-
-    def info(self) -> dict[str, Any]:
-        """Facts about the model and how it runs here; see `edgelm.describe.describe`."""
-        facts = describe_file(self.gguf, ctx_size=self.n_ctx, kv_type=self.kv_type)
-        facts |= {"interpreter": self.interpreter, "threads": self.n_threads, "context_window": self.n_ctx}
-        if self.interpreter == "program":
-            facts["packed_weights"] = "memory" if self.packed_file is None else str(self.packed_file)
-        if self.template is not None:
-            facts["chat_template"] = self.template.origin
-        return facts
-
-    def bytes_per_token(self, n_cached: float) -> float:
-        """Bytes that one token reads, after `n_cached` others: see `edgelm.memory`."""
-        return bytes_per_token(self.config, self.weights, n_cached, self.kv_type)
 
     # ------------------------------------------------------------------------------------------------------------- text
 
@@ -279,11 +262,11 @@ class Model:
     def require_logits(self) -> None:
         """Raises UsageError if this model cannot generate text."""
         if self.is_encoder:
-            raise UsageError(f"{self.name} is an encoder ({self.config.arch}): it gives embeddings, and no text")
+            raise UsageError(f"{self.name} is an encoder ({self.architecture}): it gives embeddings, and no text")
 
     # ---------------------------------------------------------------------------------------------------------- numbers
 
-    def new_cache(self) -> KVCache:
+    def new_cache(self) -> SequenceCache:
         """The cache that all sessions of this model share: pages that one of them gives back serve the others."""
         return self._cache
 
@@ -328,44 +311,9 @@ class Model:
         return embed(self, [texts] if isinstance(texts, str) else list(texts), pooling, normalize, truncate, progress)
 
     @cached_property
+    @abstractmethod
     def hidden_runner(self) -> Runner:
         """What computes the last hidden states. A decoder gets a second runner of the same weights when first asked."""
-        return self.runner if self.is_encoder else self._new_runner("hidden", None, self.runner)
-
-    def _new_runner(self, head: str, progress: Progress | None, shared: Any = None) -> Runner:
-        function = model_of(self.config)
-        if self.interpreter == "reference":
-            from .reference import Reference
-
-            return Reference(function, self.config, self.weights, head=head, n_ctx=self.n_ctx)
-        from .program import Program
-
-        batch = {} if self._max_tokens is None else {"max_tokens": self._max_tokens}
-        return Program(
-            function,
-            self.config,
-            self.weights,
-            head=head,
-            n_ctx=self.n_ctx,
-            n_threads=self._threads[0],
-            n_threads_batch=self._threads[1],
-            kv_type=self.kv_type,
-            shared=shared,
-            pack=lambda tensors: self._pack(tensors, progress),
-            progress=progress,
-            **batch,
-        )
-
-    def _pack(self, tensors: list[QTensor], progress: Progress | None) -> list[Any]:
-        """The weights that a program asks for."""
-        from . import packed
-
-        # The window may be large and never be filled: room for a conversation is what has to be there.
-        need = estimate(self.config, (), min(self.n_ctx, 4096), self.kv_type)
-        result, self.packed_file = packed.load(
-            self.gguf, tensors, self._place, need.total, default_threads(), progress
-        )
-        return result
 
     def close(self) -> None:
         """Ends the threads; the memory goes when the model is collected. Using it again starts new threads."""
@@ -379,18 +327,6 @@ class Model:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _choose(interpreter: str) -> str:
-    """ "program" or "reference"."""
-    if interpreter not in INTERPRETERS:
-        raise UsageError(f"interpreter is {interpreter!r}; it must be one of {', '.join(INTERPRETERS)}")
-    has_numba = importlib.util.find_spec("numba") is not None
-    if interpreter == "program" and not has_numba:
-        raise UnsupportedError("compiled kernels need the package numba: pip install numba; or interpreter reference")
-    if interpreter == "auto":
-        return "program" if has_numba else "reference"
-    return interpreter
 
 
 def _given_template(text: str, tokenizer: Tokenizer) -> ChatTemplate:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arch import Config
-from .cache import Batch, KVCache, Sequence
+from .cache import Batch, KVCache, Sequence, paged
 from .errors import ContextFull, UsageError
 from .formats import QTensor
 from .graph import Matrix, Node, Recorder, in_order, matrices
@@ -130,7 +130,7 @@ class Program:
         tokens = batch.tokens
         self._check(tokens, batch.positions)
         with self._lock:
-            sequences = batch.sequences
+            sequences = paged(batch.sequences)
             plan = self._plan(self._kv_type(sequences))
             if len(tokens) == len(sequences):
                 counts = [1] * len(sequences)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .arch import Config, Rope
-from .cache import Batch, KVCache
+from .cache import Batch, KVCache, paged
 from .errors import ContextFull, UsageError
 from .formats import QTensor
 from .rope import RopeTable, rotate
@@ -77,14 +77,15 @@ class Reference:
         limit = min(self.n_ctx, c.max_position or self.n_ctx)
         if longest > limit:
             raise ContextFull(longest, limit)
-        if any(sequence.cache.groups != c.cache_groups() for sequence in batch.sequences):
+        sequences = paged(batch.sequences)
+        if any(sequence.cache.groups != c.cache_groups() for sequence in sequences):
             raise UsageError("the cache of a sequence was made for another model; use this model's new_cache()")
         with self._lock, np.errstate(all="ignore"):  # weights may be anything, and infinity is a value
-            counts = np.bincount(batch.rows, minlength=len(batch.sequences))
-            for sequence, n in zip(batch.sequences, counts, strict=True):
+            counts = np.bincount(batch.rows, minlength=len(sequences))
+            for sequence, n in zip(sequences, counts, strict=True):
                 sequence.reserve(int(n))
             out = self.model(self.operations(self, batch), c, self.weights)
-            for sequence, n in zip(batch.sequences, counts, strict=True):
+            for sequence, n in zip(sequences, counts, strict=True):
                 sequence.advance(int(n))
             return np.asarray(out, np.float32)
 
@@ -175,7 +176,7 @@ class Operations:
         c, batch = self._runner.config, self._batch
         q, k, v = (a.reshape(len(a), -1, d) for a, d in ((q, c.head_dim), (k, c.head_dim), (v, c.v_head_dim)))
         out = np.empty((len(q), c.n_heads, c.v_head_dim), q.dtype)
-        for i, sequence in enumerate(batch.sequences):
+        for i, sequence in enumerate(paged(batch.sequences)):
             mine = np.flatnonzero(batch.rows == i)
             positions = batch.positions[mine]
             sequence.write(layer, int(positions[0]), k[mine], v[mine])

@@ -265,12 +265,7 @@ class Repl:
             for message in self.messages:
                 note(f"[{message['role']}] {message['content']}")
         elif what == "license":
-            metadata = self.model.gguf.metadata
-            note(
-                str(
-                    metadata.get("general.license.link") or metadata.get("general.license") or "(the file does not say)"
-                )
-            )
+            note(self.model.licence or "(the file does not say)")
         else:
             raise UsageError(f"/show {what or '…'}: info, parameters, system, template, messages or license")
 

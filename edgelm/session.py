@@ -356,7 +356,7 @@ class Session:
         """
         from . import session_file
 
-        tokens, sequence = session_file.load(Path(path), self.model, self._sequence.cache)
+        tokens, sequence = session_file.load(Path(path), self.model, self.model.new_cache())
         self._answer += 1
         with self._alone(self._answer):
             self._sequence.release()

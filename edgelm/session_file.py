@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 import numpy as np
 
-from .cache import KVCache, Sequence
+from .cache import CachedSequence, SequenceCache
 from .errors import FormatError, SourceError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ MAGIC = b"edgelm session 1\n"
 MAX_HEADER_BYTES = 4096
 
 
-def save(path: Path, model: Model, tokens: list[int], sequence: Sequence) -> None:
+def save(path: Path, model: Model, tokens: list[int], sequence: CachedSequence) -> None:
     """Writes a session, in place of an older file only when it is complete."""
     header = json.dumps({"model": model.fingerprint, "n_tokens": len(tokens)}).encode()
     head = MAGIC + struct.pack("<I", len(header)) + header + np.asarray(tokens, "<i4").tobytes()
@@ -45,7 +45,7 @@ def save(path: Path, model: Model, tokens: list[int], sequence: Sequence) -> Non
         raise SourceError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def load(path: Path, model: Model, cache: KVCache) -> tuple[list[int], Sequence]:
+def load(path: Path, model: Model, cache: SequenceCache) -> tuple[list[int], CachedSequence]:
     """The tokens of a saved session, and a new sequence of `cache` that holds them."""
     try:
         with open(path, "rb") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -116,8 +117,8 @@ def test_a_table_of_positions_bounds_the_context(folder: Path) -> None:
 
 
 def test_without_numba(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = edgelm.model.importlib.util.find_spec
-    monkeypatch.setattr(edgelm.model.importlib.util, "find_spec", lambda name: None if name == "numba" else find(name))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "numba" else find(name))
     assert edgelm.load(decoder).interpreter == "reference"
     with pytest.raises(UnsupportedError, match="pip install numba"):
         edgelm.load(decoder, interpreter="program")

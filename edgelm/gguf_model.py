@@ -1,0 +1,179 @@
+"""A model from a GGUF file, computed by `program`, or by `reference` where there is no Numba."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import memory
+from .arch import Config
+from .describe import describe_file
+from .errors import UnsupportedError, UsageError
+from .formats import QTensor
+from .gguf import GGUF
+from .model import Model, Runner
+from .models import model_of
+from .session import Progress
+from .threads import default_threads
+from .tokenizer import Tokenizer
+from .weights import Weights
+
+if TYPE_CHECKING:
+    from .chat import ChatTemplate
+
+INTERPRETERS = ("auto", "program", "reference")
+
+
+class GGUFModel(Model):
+    """See `Model`.
+
+    Attributes:
+        gguf, config, weights: the file and what was read from it.
+        packed_file: the file that the packed weights are in; None: they are in memory.
+    """
+
+    def __init__(
+        self,
+        file: GGUF,
+        *,
+        ctx_size: int = 0,
+        threads: int | None = None,
+        threads_batch: int | None = None,
+        kv_type: str | None = None,
+        interpreter: str = "auto",
+        chat_template: str | None = None,
+        max_tokens_per_run: int | None = None,
+        packed: str = "auto",
+        progress: Progress | None = None,
+    ) -> None:
+        self.gguf, self.path = file, file.paths[0]
+        self.packed_file: Path | None = None
+        self.config = Config.from_gguf(file.metadata)
+        self.weights = Weights.from_gguf(self.config, file.tensors)
+        self.tokenizer = Tokenizer.from_gguf(file.metadata)
+        self.n_ctx = memory.context_window(self.config, ctx_size)
+        self.interpreter = _choose(interpreter)
+        self.kv_type = kv_type or ("f32" if self.interpreter == "reference" else "f16")
+        self._chat_template = chat_template
+        self._threads, self._max_tokens, self._place = (threads, threads_batch), max_tokens_per_run, packed
+        if chat_template is not None:
+            _ = self.template  # a wrong one is said now
+        self.runner = self._new_runner("hidden" if self.is_encoder else "logits", progress)
+        if self.interpreter == "program":
+            file.forget()  # everything was read
+        self._cache = self.runner.new_cache(self.kv_type)
+
+    @property
+    def name(self) -> str:
+        named = self.gguf.metadata.get("general.name")
+        return named if isinstance(named, str) and named else self.path.stem
+
+    @property
+    def architecture(self) -> str:
+        return self.config.arch
+
+    @property
+    def licence(self) -> str:
+        keys = self.gguf.metadata
+        return str(keys.get("general.license.link") or keys.get("general.license") or "")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def dim(self) -> int:
+        return self.config.dim
+
+    @property
+    def is_encoder(self) -> bool:
+        return self.config.spec.family == "encoder"
+
+    @property
+    def pooling(self) -> str:
+        return self.config.pooling
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """By the model's shape and a sample of each tensor."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for tensor in self.weights:
+            digest.update(f"{tensor.name} {tensor.format.name} {tensor.shape}".encode())
+            digest.update(tensor.data.reshape(-1)[:64].tobytes())
+        if self.interpreter == "program":
+            self.gguf.forget()
+        return digest.hexdigest()
+
+    def info(self) -> dict[str, Any]:
+        facts = describe_file(self.gguf, ctx_size=self.n_ctx, kv_type=self.kv_type)
+        facts |= {"interpreter": self.interpreter, "threads": self.n_threads, "context_window": self.n_ctx}
+        if self.interpreter == "program":
+            facts["packed_weights"] = "memory" if self.packed_file is None else str(self.packed_file)
+        if self.template is not None:
+            facts["chat_template"] = self.template.origin
+        return facts
+
+    def bytes_per_token(self, n_cached: float) -> float:
+        return memory.bytes_per_token(self.config, self.weights, n_cached, self.kv_type)
+
+    def memory(self, n_tokens: int) -> memory.Memory:
+        return memory.estimate(self.config, self.weights, n_tokens, self.kv_type)
+
+    def _own_template(self) -> ChatTemplate | None:
+        from .chat import ChatTemplate
+
+        return ChatTemplate.from_gguf(self.gguf.metadata, self.tokenizer)
+
+    @cached_property
+    def hidden_runner(self) -> Runner:
+        return self.runner if self.is_encoder else self._new_runner("hidden", None, self.runner)
+
+    def _new_runner(self, head: str, progress: Progress | None, shared: Any = None) -> Runner:
+        function = model_of(self.config)
+        if self.interpreter == "reference":
+            from .reference import Reference
+
+            return Reference(function, self.config, self.weights, head=head, n_ctx=self.n_ctx)
+        from .program import Program
+
+        batch = {} if self._max_tokens is None else {"max_tokens": self._max_tokens}
+        return Program(
+            function,
+            self.config,
+            self.weights,
+            head=head,
+            n_ctx=self.n_ctx,
+            n_threads=self._threads[0],
+            n_threads_batch=self._threads[1],
+            kv_type=self.kv_type,
+            shared=shared,
+            pack=lambda tensors: self._pack(tensors, progress),
+            progress=progress,
+            **batch,
+        )
+
+    def _pack(self, tensors: list[QTensor], progress: Progress | None) -> list[Any]:
+        """The weights that a program asks for."""
+        from . import packed
+
+        # The window may be large and never be filled: room for a conversation is what has to be there.
+        need = memory.estimate(self.config, (), min(self.n_ctx, 4096), self.kv_type)
+        result, self.packed_file = packed.load(
+            self.gguf, tensors, self._place, need.total, default_threads(), progress
+        )
+        return result
+
+
+def _choose(interpreter: str) -> str:
+    """ "program" or "reference"."""
+    if interpreter not in INTERPRETERS:
+        raise UsageError(f"interpreter is {interpreter!r}; it must be one of {', '.join(INTERPRETERS)}")
+    has_numba = importlib.util.find_spec("numba") is not None
+    if interpreter == "program" and not has_numba:
+        raise UnsupportedError("compiled kernels need the package numba: pip install numba; or interpreter reference")
+    if interpreter == "auto":
+        return "program" if has_numba else "reference"
+    return interpreter
