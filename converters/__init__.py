@@ -1,16 +1,20 @@
-"""The workshop: a trained checkpoint becomes GGUF or ONNX. The runtime never needs it.
+"""The workshop: a trained checkpoint becomes GGUF or ONNX, quantized and pruned. The runtime never needs it.
 
-from converters import Recipe, convert
+from converters import Options, Recipe, convert
 
-report = convert("path/of/a/checkpoint", "model.gguf", Recipe("q4_k_m"), progress=print)
+options = Options(calibrate=Path("text.txt"), prune=("depth=25%",), max_kld=0.1)
+report = convert("path/of/a/checkpoint", "model.gguf", Recipe("q4_k_m"), options, progress=print)
 """
 
 from typing import Any
 
 EDGELM_CONVERTERS = True  # the command line looks for this mark: another package of the same name exists
 
-__all__ = ["EDGELM_CONVERTERS", "Recipe", "convert", "prepare"]
-_HOMES = {"Recipe": "recipe", "convert": "gguf_export", "prepare": "gguf_export"}
+_HOMES = {
+    "Options": "conversion", "Recipe": "recipe", "Report": "report",
+    "convert": "pipeline", "prepare": "pipeline", "run": "pipeline",
+}  # fmt: skip
+__all__ = ["EDGELM_CONVERTERS", "Options", "Recipe", "Report", "convert", "prepare", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -39,7 +39,8 @@ class Checkpoint:
     """A model to convert.
 
     path: its folder or file; config: its shape; tensors: by GGUF name, in the order of the source, values as GGUF has
-    them; hf: config.json, for folders; metadata: every key of a GGUF file, in its own bytes; notes: what was left out.
+    them; hf: config.json, for folders; metadata: every key of a GGUF file, in its own bytes; notes: what was left out;
+    facts: what was done to it since, for the report, by transformation ("lora", "pruned", …): values of JSON.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Checkpoint:
     hf: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, Typed] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
     forget: Callable[[], None] = lambda: None
 
@@ -111,7 +113,7 @@ def _folder(path: Path) -> Checkpoint:
     arrays, files, forget = _arrays(path)
     arrays = quantized_checkpoint.as_floats(hf.get("quantization_config") or {}, arrays)
     found, notes = _arranged(config, _renamed(config, arrays), tied=hf.get("tie_word_embeddings"))
-    return Checkpoint(path, config, {**_factors(config, hf), **found}, hf, {}, notes, files, forget)
+    return Checkpoint(path, config, {**_factors(config, hf), **found}, hf, notes=notes, files=files, forget=forget)
 
 
 def _object(path: Path) -> dict[str, Any]:

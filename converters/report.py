@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .gguf_export import Conversion
+    from .conversion import Conversion
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Report:
             source=str(conversion.checkpoint.path),
             out=str(path),
             type=plan.type,
-            n_bytes=path.stat().st_size,
+            n_bytes=sum(p.stat().st_size for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file()),
             n_weights=plan.n_weights,
             bits_per_weight=round(plan.bits_per_weight, 4),
             types=types,

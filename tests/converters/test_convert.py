@@ -13,7 +13,8 @@ import tiny
 import tiny_vocabulary
 
 from converters import gguf_export
-from converters.gguf_export import convert, prepare
+from converters.conversion import Options
+from converters.pipeline import convert, prepare
 from converters.recipe import Recipe
 from edgelm import gguf
 from edgelm.arch import Config
@@ -177,9 +178,8 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     (folder / "generation_config.json").write_text(
         json.dumps({"top_k": 20, "top_p": 0.8, "temperature": 0.7, "repetition_penalty": 1.05, "eos_token_id": [1, 2]})
     )
-    report = convert(
-        folder, tmp_path / "out.gguf", Recipe("q4_k_m"), name="A Name", overrides={"general.license": "mit"}
-    )
+    options = Options(name="A Name", overrides={"general.license": "mit"})
+    report = convert(folder, tmp_path / "out.gguf", Recipe("q4_k_m"), options)
     metadata = gguf.read(tmp_path / "out.gguf").metadata
     assert metadata["general.name"] == "A Name" and metadata["general.license"] == "mit"
     assert (metadata["general.file_type"], metadata["general.quantization_version"]) == (15, 2)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from converters import checkpoint, quantized_checkpoint
 from converters.arrays import Array, stored
-from converters.gguf_export import convert
+from converters.pipeline import convert
 from converters.recipe import Recipe
 from edgelm import gguf
 from edgelm.errors import FormatError, UnsupportedError, UsageError

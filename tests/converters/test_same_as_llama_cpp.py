@@ -10,7 +10,7 @@ import hf_folder
 import pytest
 import tiny
 
-from converters.gguf_export import convert
+from converters.pipeline import convert
 from converters.recipe import Recipe
 from edgelm import gguf
 from edgelm.arch import Config

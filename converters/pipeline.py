@@ -1,0 +1,180 @@
+"""A conversion from end to end: `convert` takes a source and leaves a model that loads, with a report beside it.
+
+    report = convert("models/SmolLM2", "smollm2.gguf", Recipe("q4_k_m"), Options(calibrate=Path("text.txt")))
+
+Each stage takes a checkpoint and gives another one, whose tensors are still read only when they are needed:
+
+    read ► merge adapters ► prune ► plan the types ► round by the chosen method ► write ► measure the loss
+
+`prepare` goes as far as the plan, `run` does the rest. Give the same call again after any failure: it goes on where it
+stopped. What is written down on the way lies in OUT.part, OUT.part.journal and the folder OUT.work.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgelm.disk import Progress, nothing
+from edgelm.errors import UsageError
+
+from . import checkpoint as checkpoints
+from . import gguf_export
+from . import imatrix as imatrices
+from .arrays import Floats
+from .checkpoint import Checkpoint
+from .conversion import Conversion, Options, texts
+from .recipe import Plan, Recipe, make_plan
+from .report import Report
+from .sources import resolve
+
+# What writes a format: `export(conversion, out, measure, progress)` gives the sha256 of each tensor.
+WRITERS = {"gguf": "gguf_export", "hf": "hf_export", "onnx": "onnx_export"}
+Measure = Callable[[Path], Mapping[str, Any]]
+
+
+def convert(
+    source: str | Path,
+    out: str | Path | None,
+    recipe: Recipe,
+    options: Options | None = None,
+    *,
+    progress: Progress = nothing,
+) -> Report:
+    """Convert `source` into `out`, prove that it loads, measure what was lost, and write a report beside it.
+
+    Args:
+        source: a Hugging Face folder, a GGUF file, or hf:ORG/REPO.
+        out: a file, or a folder for formats that are folders. None names it after the source and the type, in the
+            current folder.
+
+    Raises the errors of `edgelm.errors` for what is wrong with the source or the request, OSError for a disk that is
+    full or broken. What was there before is replaced at the very end, or not at all.
+    """
+    conversion = prepare(source, recipe, options, progress=progress)
+    return run(conversion, default_out(conversion) if out is None else Path(out), progress=progress)
+
+
+def prepare(
+    source: str | Path, recipe: Recipe, options: Options | None = None, *, progress: Progress = nothing
+) -> Conversion:
+    """The plan of a conversion and all metadata of its output; writes nothing.
+
+    Reads weights only if a text has to tell what is to be pruned, or which types cost least.
+    """
+    options = options or Options()
+    calibration, evaluation = texts(options)
+    original = checkpoints.read(resolve(source, options.offline, progress))
+    for folder, scale in options.lora:
+        from . import lora
+
+        original = lora.merged(original, folder, scale)
+    checkpoint = original
+    if options.prune or options.target_params:
+        raise UsageError("--prune cannot be had yet")
+    if recipe.type.lower() == "auto":
+        recipe = replace(recipe, type=_own_type(checkpoint))
+    weighed = options.imatrix is not None or (options.calibrate is not None and options.method != "rtn")
+    recipe = replace(recipe, has_imatrix=recipe.has_imatrix or weighed)
+    plan = make_plan(checkpoint.config, checkpoint.tensors, recipe)
+    keys, notes, n_compared = gguf_export.metadata(checkpoint, plan, options)
+    if requantized := [step for step in plan.steps if step.is_requantized]:
+        notes.append(
+            f"{len(requantized)} tensors were quantized already ({requantized[0].kind}) and lose more than from the "
+            "original weights"
+        )
+    return Conversion(
+        checkpoint, original, recipe, options, plan, keys, tuple(notes), n_compared, calibration, evaluation
+    )
+
+
+def run(conversion: Conversion, path: Path, *, progress: Progress = nothing) -> Report:
+    """Carry out a conversion that was prepared; see `convert`."""
+    _need_other_place(conversion, path)
+    work = path.with_name(path.name + ".work")
+    conversion = rounded(conversion, work, progress)
+    writer = importlib.import_module(f".{WRITERS[conversion.options.format]}", __package__)
+    hashes = writer.export(conversion, path, lambda draft: {}, progress=progress)
+    report = Report.of(conversion, path, hashes)
+    report.write()
+    shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def default_out(conversion: Conversion) -> Path:
+    """NAME-TYPE.gguf, or the folder NAME-TYPE, in the current folder."""
+    path, is_file = conversion.checkpoint.path, conversion.options.format == "gguf"
+    name = path.stem if conversion.checkpoint.is_gguf else path.resolve().name
+    return Path(f"{name}-{conversion.plan.type}{'.gguf' if is_file else ''}")
+
+
+def _need_other_place(conversion: Conversion, path: Path) -> None:
+    if path.is_dir() and conversion.options.format == "gguf":
+        raise UsageError(f"{path} is a folder; name the file to write")
+    if any(path.exists() and path.samefile(file) for file in conversion.checkpoint.files):
+        raise UsageError(f"{path} is the source itself; choose another name")
+
+
+def _own_type(checkpoint: Checkpoint) -> str:
+    """The type that loses nothing or little: what most of the weights are in; a GGUF file stays what it is."""
+    if checkpoint.is_gguf:
+        return "copy"
+    sizes: dict[str, int] = {}
+    for array in checkpoint.tensors.values():
+        sizes[array.kind] = sizes.get(array.kind, 0) + int(np.prod(array.shape, dtype=object))
+    kind = max(sizes, key=lambda kind: sizes[kind])
+    return "bf16" if kind == "BF16" else "f16"
+
+
+# ---------------------------------------------------------------------------------------------------- how to round
+
+
+def rounded(conversion: Conversion, work: Path, progress: Progress = nothing) -> Conversion:
+    """The conversion with everything that its method measures: importances, bytes that are chosen already."""
+    options = conversion.options
+    if options.imatrix is not None:
+        measured = imatrices.read(options.imatrix)
+    elif conversion.calibration is not None:
+        raise UsageError("--calibrate cannot be had yet")
+    else:
+        return conversion
+    importance, missing = _importance(conversion.plan, measured)
+    notes = list(conversion.notes)
+    if missing:
+        notes.append(f"{len(missing)} tensors are not in the imatrix ({missing[0]}): quantized without")
+    keys = {**conversion.keys, **_keys_of_imatrix(Path(str(options.imatrix)), measured)}
+    return replace(conversion, importance=importance, keys=keys, notes=tuple(notes))
+
+
+def _importance(plan: Plan, measured: imatrices.Imatrix) -> tuple[dict[str, Floats], list[str]]:
+    """The importance of each tensor that will be quantized, and the names of those that were not measured."""
+    found: dict[str, Floats] = {}
+    missing = []
+    for step in plan.steps:
+        if step.format.block == 1 or step.is_kept:
+            continue
+        values = measured.importance(step.name)
+        if values is None:
+            missing.append(step.name)
+        elif values.shape != step.shape[-1:]:
+            raise UsageError(f"the imatrix is of another model: rows of {step.name} are {step.shape[-1]} weights long")
+        else:
+            found[step.name] = values
+    if not found and missing:
+        raise UsageError("the imatrix is of another model: it knows none of the tensors")
+    return found, missing
+
+
+def _keys_of_imatrix(path: Path, measured: imatrices.Imatrix) -> dict[str, Any]:
+    """As llama-quantize writes them."""
+    keys: dict[str, Any] = {"quantize.imatrix.file": path.name}
+    if measured.datasets:
+        keys["quantize.imatrix.dataset"] = measured.datasets[0]
+    keys["quantize.imatrix.entries_count"] = len(measured.entries)
+    return {**keys, "quantize.imatrix.chunks_count": measured.n_chunks}
