@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,13 +49,32 @@ def copy_stream(source: IO[bytes], target: IO[bytes], limit: int, step: Callable
     return digest.hexdigest()
 
 
-def need_disk(folder: Path, n_bytes: int) -> None:
-    """Raises SourceError unless `n_bytes` more fit on the disk that holds `folder`."""
+@contextlib.contextmanager
+def replacing(path: Path, sync: bool = False) -> Iterator[IO[bytes]]:
+    """A new file that takes the place of `path` when the block ends without an error; until then `path` stays.
+
+    sync: it is on the disk by then, so that even a machine that loses its power has the old one or the new one.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        with draft.open("wb") as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+
+
+def need_disk(folder: Path, n_bytes: int, else_: str = "choose another disk with EDGELM_CACHE") -> None:
+    """Raises SourceError unless `n_bytes` more fit on the disk that holds `folder`; else_: what else helps."""
     free = shutil.disk_usage(folder).free
     if n_bytes > 0 and free - SPARE_DISK < n_bytes:
         raise SourceError(
             f"{n_bytes / 1e6:.0f} MB are needed in {folder}, {free / 1e6:.0f} MB are free; "
-            "make room, or choose another disk with EDGELM_CACHE"
+            f"make room, or {else_}"
         )
 
 

@@ -180,9 +180,8 @@ def _is_whole(file: Path, pin: str, progress: Progress) -> bool:
 def _record(file: Path, sha256: str, source: str) -> None:
     status = file.stat()
     facts = {"source": source, "sha256": sha256, "n_bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-    draft = file.with_name(file.name + ".json.part")
-    draft.write_text(json.dumps(facts, indent=1))
-    os.replace(draft, file.with_name(file.name + ".json"))
+    with disk.replacing(file.with_name(file.name + ".json")) as record:
+        record.write(json.dumps(facts, indent=1).encode())
 
 
 def canonical(name: str) -> str:

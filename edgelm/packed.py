@@ -17,8 +17,7 @@ import os
 import struct
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -27,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arch import Config
-from .disk import Progress, need_disk
+from .disk import Progress, need_disk, replacing
 from .errors import EdgelmError, FormatError, SourceError
 from .formats import QTensor
 from .free_memory import free_memory
@@ -129,8 +128,8 @@ class PackedFile:
         report = None if progress is None else lambda done, total: progress("packing weights", done, total)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            need_disk(path.parent, DATA + self.n_bytes)
-            with _replacing(path) as file:
+            need_disk(path.parent, DATA + self.n_bytes, "name another place")
+            with replacing(path, sync=True) as file:
                 file.truncate(DATA + self.n_bytes)
                 packing.pack_into(_Writer(file), self.tensors, self.forms, n_threads, report, self.file.lend)
                 file.seek(0)
@@ -212,21 +211,6 @@ class _Writer:
         with self._lock:
             self._file.seek(DATA + start)
             self._file.write(piece.data)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A new file that takes the place of `path` when it is whole and on the disk."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
-    try:
-        with draft.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        with suppress(OSError):
-            draft.unlink()
 
 
 def load(

@@ -7,9 +7,7 @@ uint32 CRC-32 of all that; the sequence as `cache_file` writes it. What is read 
 from __future__ import annotations
 
 import json
-import os
 import struct
-import tempfile
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 import numpy as np
 
 from .cache import CachedSequence, SequenceCache
+from .disk import replacing
 from .errors import FormatError, SourceError
 
 if TYPE_CHECKING:
@@ -31,16 +30,9 @@ def save(path: Path, model: Model, tokens: list[int], sequence: CachedSequence) 
     header = json.dumps({"model": model.fingerprint, "n_tokens": len(tokens)}).encode()
     head = MAGIC + struct.pack("<I", len(header)) + header + np.asarray(tokens, "<i4").tobytes()
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
-            try:
-                file.write(head + struct.pack("<I", zlib.crc32(head)))
-                sequence.save(cast(BinaryIO, file))
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                file.close()
-                os.unlink(file.name)
-                raise
+        with replacing(path) as file:
+            file.write(head + struct.pack("<I", zlib.crc32(head)))
+            sequence.save(cast(BinaryIO, file))
     except OSError as error:
         raise SourceError(f"cannot write {path}: {error.strerror or error}") from error
 
