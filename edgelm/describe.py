@@ -9,11 +9,12 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import gguf
+from . import gguf, hub
 from .arch import Config
 from .errors import EdgelmError, UsageError
 from .gguf import GGUF
@@ -39,7 +40,7 @@ def describe(
     metadata: bool = False,
     tensors: bool = False,
 ) -> dict[str, Any]:
-    """Facts about a model file, as plain values that JSON can hold.
+    """Facts about a model file, or a folder with an ONNX model, as plain values that JSON can hold.
 
     Args:
         ctx_size: context window that the memory is for; 0 for that of the model.
@@ -49,6 +50,11 @@ def describe(
     Raises:
         SourceError, FormatError: the file cannot be opened, or is broken.
     """
+    if hub.is_onnx(Path(path)):
+        from . import onnx_folder, onnx_model
+
+        folder = onnx_folder.read(Path(path))
+        return onnx_model.describe(folder, ctx_size, metadata=metadata, tensors=tensors)
     return describe_file(gguf.read(path), ctx_size=ctx_size, kv_type=kv_type, metadata=metadata, tensors=tensors)
 
 

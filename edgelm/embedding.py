@@ -31,9 +31,11 @@ def embed(
     progress: Progress | None,
 ) -> Floats:
     """See `Model.embed`."""
+    if model.pooling == "graph" and pooling is not None:
+        raise UsageError(f"pooling is {pooling!r}, but the graph of {model.name} gives the vector of a whole text")
     if pooling is None:
         pooling = model.pooling if model.pooling != "none" else "mean"
-    if pooling not in POOLINGS:
+    if pooling not in (*POOLINGS, "graph"):
         raise UsageError(f"pooling is {pooling!r}; it must be one of {', '.join(POOLINGS)}")
     if pooling == "none" and len(texts) != 1:
         raise UsageError("pooling none gives a vector for each token; embed one text at a time")
@@ -82,6 +84,9 @@ def _states(model: Model, parts: Sequence[Sequence[int]]) -> list[Floats]:
     runner, cache = model.hidden_runner, model.new_cache()
     sequences = [cache.new_sequence() for _ in parts]
     try:
+        if model.pooling == "graph":
+            out = runner.forward(Batch.of((s, tokens, "last") for s, tokens in zip(sequences, parts, strict=True)))
+            return np.split(out, len(parts))
         if len(parts) == 1:
             [sequence], [tokens] = sequences, parts
             step = runner.max_tokens

@@ -48,8 +48,8 @@ MODEL_FLAGS = (
     _flag("-ctv", "--cache-type-v", type=click.Choice(CACHE_TYPES), help="Type of cached values."),
     _flag(
         "--interpreter",
-        type=click.Choice(["auto", "program", "reference"]),
-        help="What computes: compiled kernels, or plain NumPy (slow, exact).",
+        type=click.Choice(["auto", "program", "reference", "onnxruntime"]),
+        help="What computes: compiled kernels, or plain NumPy (slow, exact); of ONNX models, onnxruntime.",
     ),
     _flag(
         "--packed",

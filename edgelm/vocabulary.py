@@ -217,7 +217,7 @@ def read(metadata: Mapping[str, Any]) -> Vocabulary:
     for key, old in _OLD_FIM_KEYS.items():
         if special[key] is None:
             special[key] = reader.id(old, None, n)
-    eog = _end_of_generation(pieces, ids, kinds, special)
+    eog = end_of_generation(pieces, ids, kinds, special)
     strip_left, strip_right = _strippers(reader, pre_name, ids, kinds)
 
     lowercase = reader.flag("normalizer.lowercase", True)
@@ -316,16 +316,19 @@ def _adds(reader: _Reader, name: str, default: bool, token: int | None, always: 
     return asked
 
 
-def _end_of_generation(
+def end_of_generation(
     pieces: Sequence[str], ids: Mapping[str, int], kinds: np.ndarray[Any, Any], special: Mapping[str, int | None]
 ) -> frozenset[int]:
-    """Tokens that end an answer. Corrects `kinds` of well-known tokens whose type in the file is wrong."""
+    """Tokens that end an answer, by their texts and by names in `special`.
+
+    Corrects `kinds` of well-known tokens whose type in the file is wrong.
+    """
     eog: set[int] = {ids[text] for text in _END_TEXTS if text in ids}
     if "</s>" in ids and kinds[ids["</s>"]] == Kind.USER_DEFINED:
         eog.discard(ids["</s>"])  # the end of an HTML element, not of the answer (Gemma)
     kinds[sorted(eog)] = Kind.CONTROL
     for name, texts in _FIM_TEXTS.items():
-        token = special[name]
+        token = special.get(name)
         if token is None:
             token = next((ids[text] for text in texts if text in ids), None)
             if token is not None:
@@ -334,7 +337,7 @@ def _end_of_generation(
             eog.add(token)
     visible = [ids[text] for text in _VISIBLE_TEXTS if text in ids]
     kinds[visible] = Kind.USER_DEFINED
-    eog.update(token for name in ("eos", "eot", "eom") if (token := special[name]) is not None)
+    eog.update(token for name in ("eos", "eot", "eom") if (token := special.get(name)) is not None)
 
     texts_of_ends = {pieces[token] for token in eog}
     harmony = {"<|return|>", "<|call|>"} <= texts_of_ends or {"<|calls|>", "<|flush|>"} <= texts_of_ends

@@ -1,0 +1,237 @@
+"""Text <-> token ids, after a tokenizer.json: cut by the `tokenizers` library itself, behind `tokenizer.Tokenizer`.
+
+What a GGUF file says in its own keys is gathered here from tokenizer.json and the files around it: which tokens steer,
+which end an answer, what is put around a text, and how a token is spelled in bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from .errors import FormatError, SourceError, UnsupportedError
+from .onnx_folder import OnnxFolder, read_text
+from .pretokenizers import PreTokenizer
+from .subwords import SPACE
+from .tokenizer import Tokenizer, _well_formed
+from .vocabulary import MAX_PIECE_CHARS, Kind, Vocabulary, end_of_generation
+
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_PROBE = "a"  # what is put around any text is seen around this one
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer whose text is cut by the library; `Tokenizer` has the rest."""
+
+    def __init__(self, v: Vocabulary, text: str, around: tuple[list[int], list[int]]) -> None:
+        super().__init__(v)
+        self._text, self._around = text, around
+
+    @cached_property
+    def _parsing(self) -> Any:
+        return _library(self._text)
+
+    @cached_property
+    def _plain(self) -> Any:
+        """The same, for which names of control tokens are ordinary text."""
+        cutter = _library(self._text)
+        cutter.encode_special_tokens = True
+        return cutter
+
+    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        cutter = self._parsing if parse_special else self._plain
+        ids: list[int] = cutter.encode(_well_formed(text), add_special_tokens=False).ids
+        before, after = self._around if add_special else ([], [])
+        return [*before, *ids, *after]
+
+
+def read(folder: OnnxFolder) -> JsonTokenizer:
+    """The tokenizer of a folder.
+
+    Raises:
+        SourceError: there is none.
+        FormatError: it is broken, or that of another model.
+        UnsupportedError: a kind of tokenizer that has no tokenizer.json.
+    """
+    text = read_text(folder.path, "tokenizer.json")
+    if text is None:
+        raise SourceError(f"{folder.path} has no tokenizer.json; take it from the model that the graph was made of")
+    parsed = _parsed(text, folder)
+    n = folder.vocab_size
+    if beyond := [entry for entry in _added(parsed) if entry["id"] >= n]:  # such as an image's mark
+        parsed["added_tokens"] = [entry for entry in parsed["added_tokens"] if entry not in beyond]
+        text = json.dumps(parsed)
+    cutter = _library(text, folder)
+    pieces, kinds = _tokens(parsed, cutter.get_vocab(with_added_tokens=True), n, folder)
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    around = _around(cutter)
+    special, ends = _special(folder, ids, around, n)
+    if not around[0] and parsed.get("post_processor") is None and folder.tokenizer_config.get("add_bos_token") is True:
+        around = [token for token in (special["bos"],) if token is not None], around[1]
+    steps = list(_steps(parsed.get("normalizer"))) + list(_steps(parsed.get("pre_tokenizer")))
+    model = _family(parsed, folder)
+    v = Vocabulary(
+        model=model,
+        pre_name="tokenizer.json",
+        pre=PreTokenizer((), byte_level=model == "gpt2"),
+        pieces=pieces,
+        kinds=kinds,
+        scores=np.zeros(0, np.float32),
+        merges=(),
+        charsmap=b"",
+        bos_id=special["bos"],
+        eos_id=special["eos"],
+        unk_id=special["unk"],
+        sep_id=special["sep"],
+        pad_id=special["pad"],
+        eog_ids=end_of_generation(pieces, ids, kinds, special) | ends,
+        add_bos=bool(around[0]) and around[0][-1] == special.get("bos"),
+        add_eos=bool(around[1]) and model != "bert" and around[1][0] == special.get("eos"),
+        add_sep=bool(around[1]) and model == "bert",
+        add_space_prefix=model != "gpt2" and _prefixes(steps),
+        remove_extra_whitespaces=False,
+        lowercase=False,
+        strip_accents=False,
+        ids=ids,
+    )
+    return JsonTokenizer(v, text, around)
+
+
+def _parsed(text: str, folder: OnnxFolder) -> dict[str, Any]:
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{folder.path / 'tokenizer.json'} is not valid JSON: {error!s:.200}") from None
+    if not isinstance(parsed, dict) or not isinstance(parsed.get("model"), dict):
+        raise FormatError(f"{folder.path / 'tokenizer.json'} has no tokenizer model")
+    return parsed
+
+
+def _library(text: str, folder: OnnxFolder | None = None) -> Any:
+    import tokenizers
+
+    try:
+        cutter = tokenizers.Tokenizer.from_str(text)
+        cutter.no_truncation()
+        cutter.no_padding()
+        cutter.encode(_PROBE)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the library panics over some broken files, which is no Exception
+        where = "" if folder is None else f"{folder.path / 'tokenizer.json'}: "
+        reason = " ".join(str(error).split())
+        raise FormatError(f"{where}the tokenizers library cannot read it: {reason:.200}") from None
+    return cutter
+
+
+def _added(parsed: Mapping[str, Any]) -> list[dict[str, Any]]:
+    added = parsed.get("added_tokens") or []
+    entries = [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
+    return [entry for entry in entries if type(entry.get("id")) is int and isinstance(entry.get("content"), str)]
+
+
+def _family(parsed: Mapping[str, Any], folder: OnnxFolder) -> str:
+    """How pieces are spelled, by the name that GGUF has for it."""
+    kind = parsed["model"].get("type") or ("BPE" if "merges" in parsed["model"] else None)
+    if kind == "BPE":
+        steps = [*_steps(parsed.get("decoder")), *_steps(parsed.get("pre_tokenizer"))]
+        return "gpt2" if any(step.get("type") == "ByteLevel" for step in steps) else "llama"
+    if kind in ("Unigram", "WordPiece"):
+        return "t5" if kind == "Unigram" else "bert"
+    raise UnsupportedError(f"{folder.path / 'tokenizer.json'}: a tokenizer of the kind {kind!r:.40}")
+
+
+def _tokens(
+    parsed: Mapping[str, Any], ids: Mapping[str, int], n: int, folder: OnnxFolder
+) -> tuple[list[str], np.ndarray[Any, np.dtype[np.uint8]]]:
+    """Piece and kind of each of the n tokens of the model; those that the tokenizer does not have are unused."""
+    where = folder.path / "tokenizer.json"
+    if max(ids.values(), default=n) >= n:
+        text = max(ids, key=ids.__getitem__, default="")
+        raise FormatError(f"{where}: the token {text[:50]!r} is {ids.get(text)}, the model has {n}; it is another's")
+    if len(ids) < n // 4:
+        raise FormatError(f"{where} has {len(ids)} tokens, the model {n}; it is another's")
+    pieces = [f"[PAD{i}]" for i in range(n)]
+    kinds = np.full(n, Kind.UNUSED, np.uint8)
+    is_words = parsed["model"].get("type") == "WordPiece"
+    special = {entry["id"]: entry for entry in _added(parsed)}
+    unknown = parsed["model"].get("unk_token")
+    for text, token in ids.items():
+        if len(text) > MAX_PIECE_CHARS:
+            raise FormatError(f"{where}: a token of {len(text)} characters; {MAX_PIECE_CHARS} are allowed")
+        if token in special:
+            kinds[token] = Kind.CONTROL if special[token].get("special") else Kind.USER_DEFINED
+        else:
+            kinds[token] = Kind.UNKNOWN if text == unknown else Kind.BYTE if _BYTE.fullmatch(text) else Kind.NORMAL
+            if is_words:  # as GGUF has it: the beginning of a word is marked, not what continues one
+                text = text[2:] if text.startswith("##") else SPACE + text
+        pieces[token] = text
+    return pieces, kinds
+
+
+def _around(cutter: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text."""
+    bare: list[int] = cutter.encode(_PROBE, add_special_tokens=False).ids
+    full: list[int] = cutter.encode(_PROBE, add_special_tokens=True).ids
+    for at in range(len(full) - len(bare) + 1):
+        if full[at : at + len(bare)] == bare:
+            return full[:at], full[at + len(bare) :]
+    raise FormatError("tokenizer.json changes a text when it puts special tokens around it")
+
+
+def _special(
+    folder: OnnxFolder, ids: Mapping[str, int], around: tuple[list[int], list[int]], n: int
+) -> tuple[dict[str, int | None], frozenset[int]]:
+    """The special tokens by name, and all that are said to end an answer."""
+    sources = (folder.genai, folder.generation, folder.config)
+    found: dict[str, int | None] = {}
+    ends: set[int] = set()
+    for name in ("bos", "eos", "unk", "sep", "pad"):
+        entry = folder.tokenizer_config.get(f"{name}_token")
+        text = entry.get("content") if isinstance(entry, dict) else entry
+        token = ids.get(text) if isinstance(text, str) else None
+        said = [token for source in sources for token in _ids(source, f"{name}_token_id", n)]
+        if name == "eos":
+            ends.update(said)
+        found[name] = token if token is not None else said[0] if said else None
+    if found["bos"] is None and around[0]:
+        found["bos"] = around[0][-1]
+    if found["sep"] is None and around[1]:
+        found["sep"] = around[1][0]
+    if found["eos"] is None and "[SEP]" in ids:  # BERT's texts end with it
+        found["eos"] = ids["[SEP]"]
+    return found, frozenset(ends)
+
+
+def _ids(source: Mapping[str, Any], key: str, n: int) -> list[int]:
+    """The ids, one or several, that a configuration gives for a special token."""
+    value = source.get(key)
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int and -1 <= token < 1 << 31 for token in values):
+        raise FormatError(f"{key} is {value!r:.60}, which is no token")
+    return [token for token in values if 0 <= token < n]
+
+
+def _steps(step: Any) -> Iterator[dict[str, Any]]:
+    """The steps of a normalizer, pre-tokenizer or decoder, one after the other."""
+    if isinstance(step, dict):
+        yield step
+        for key in ("normalizers", "pretokenizers", "decoders"):
+            for inner in step[key] if isinstance(step.get(key), list) else ():
+                yield from _steps(inner)
+
+
+def _prefixes(steps: list[dict[str, Any]]) -> bool:
+    """Whether a space is put before the text."""
+    for step in steps:
+        if step.get("type") == "Prepend":
+            return True
+        if step.get("type") == "Metaspace":
+            always = "always" if step.get("add_prefix_space", True) else "never"
+            return bool(step.get("prepend_scheme", always) != "never")
+    return False
