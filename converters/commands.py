@@ -143,3 +143,13 @@ def _print_report(report: Report) -> None:
     for change, names in groups.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         print(f"fallback: {change} for {names[0]}{more}")
+    if report.loss is not None:
+        print(_loss(report.loss))
+
+
+def _loss(loss: dict[str, Any]) -> str:
+    """The loss as a line."""
+    whole = f"perplexity {loss['perplexity']:.3f}, {loss['ppl_ratio'] - 1:+.2%} of the source's"
+    kl = f"mean KL divergence {loss['mean_kl']:.4f} (99 %: {loss['kl_99']:.3f})"
+    same = f"same top token {loss['same_top']:.1%}, RMS Δp {loss['rms_dp']:.2%}"
+    return f"loss on {loss['n_tokens']} tokens of {loss['text']}: {whole}, {kl}, {same}"

@@ -7,6 +7,7 @@ stays in proportion to a block. What is finished is never done again (`gguf_writ
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +28,7 @@ from .arrays import Array, Floats
 from .checkpoint import Checkpoint
 from .conversion import Conversion, Options
 from .gguf_writer import Layout, Planned, write
+from .loss import Told
 from .quantizers import quantize
 from .recipe import Plan, Step
 from .special_tokens import Folder, sampling_keys
@@ -177,16 +179,23 @@ def _keys_of_gguf(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
 
 
 def _keys_of_ours(conversion: Conversion) -> dict[str, Any]:
+    """How the file was made, under "edgelm."; what only the finished file tells has its room already."""
     try:
         ours = version("edgelm")
     except PackageNotFoundError:
         ours = "unknown"
-    plan = conversion.plan
+    plan, calibration = conversion.plan, conversion.calibration
     keys: dict[str, Any] = {"edgelm.version": ours, "edgelm.source": conversion.checkpoint.path.resolve().name}
     keys["edgelm.bits_per_weight"] = float(plan.bits_per_weight)
     if plan.fallbacks:
         keys["edgelm.fallbacks"] = [f"{s.name}: {s.wanted.name} -> {s.format.name}" for s in plan.fallbacks]
-    return {**keys, _SEAL: "0" * 64}
+    keys |= {f"edgelm.{name}": json.dumps(facts) for name, facts in conversion.checkpoint.facts.items()}
+    if calibration is not None:
+        keys["edgelm.calibration.text"] = calibration.text.name
+        keys["edgelm.calibration.text_sha256"] = calibration.text.sha256
+    if conversion.methods:
+        keys["edgelm.methods"] = sorted(set(conversion.methods.values()))
+    return {**keys, **Told().keys(conversion), _SEAL: "0" * 64}
 
 
 def _size_label(n_weights: int) -> str:

@@ -12,9 +12,10 @@ stopped. What is written down on the way lies in OUT.part, OUT.part.journal and 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ import numpy as np
 from edgelm.disk import Progress, nothing
 from edgelm.errors import UsageError
 
+from . import calibrate, gguf_export, loss
 from . import checkpoint as checkpoints
-from . import gguf_export
 from . import imatrix as imatrices
 from .arrays import Floats
 from .checkpoint import Checkpoint
@@ -36,7 +37,6 @@ from .sources import resolve
 
 # What writes a format: `export(conversion, out, measure, progress)` gives the sha256 of each tensor.
 WRITERS = {"gguf": "gguf_export", "hf": "hf_export", "onnx": "onnx_export"}
-Measure = Callable[[Path], Mapping[str, Any]]
 
 
 def convert(
@@ -89,6 +89,11 @@ def prepare(
             f"{len(requantized)} tensors were quantized already ({requantized[0].kind}) and lose more than from the "
             "original weights"
         )
+    if evaluation is not None and (why := loss.why_not(checkpoint, evaluation)):
+        if not evaluation.is_held_out or options.max_kld is not None:
+            raise UsageError(f"the loss cannot be measured: {why}")
+        notes.append(f"the loss was not measured: {why}")
+        evaluation = None
     return Conversion(
         checkpoint, original, recipe, options, plan, keys, tuple(notes), n_compared, calibration, evaluation
     )
@@ -100,8 +105,15 @@ def run(conversion: Conversion, path: Path, *, progress: Progress = nothing) -> 
     work = path.with_name(path.name + ".work")
     conversion = rounded(conversion, work, progress)
     writer = importlib.import_module(f".{WRITERS[conversion.options.format]}", __package__)
-    hashes = writer.export(conversion, path, lambda draft: {}, progress=progress)
-    report = Report.of(conversion, path, hashes)
+    told = loss.Told()
+
+    def measure(draft: Path) -> Mapping[str, Any]:
+        nonlocal told
+        told = loss.measured(conversion, draft, progress)
+        return told.keys(conversion)
+
+    hashes = writer.export(conversion, path, measure, progress=progress)
+    report = Report.of(conversion, path, hashes, told)
     report.write()
     shutil.rmtree(work, ignore_errors=True)
     return report
@@ -139,17 +151,35 @@ def rounded(conversion: Conversion, work: Path, progress: Progress = nothing) ->
     """The conversion with everything that its method measures: importances, bytes that are chosen already."""
     options = conversion.options
     if options.imatrix is not None:
-        measured = imatrices.read(options.imatrix)
-    elif conversion.calibration is not None:
-        raise UsageError("--calibrate cannot be had yet")
+        measured, name = imatrices.read(options.imatrix), Path(options.imatrix).name
+    elif conversion.calibration is not None and options.method != "rtn":
+        measured, name = _imatrix(conversion, work, progress), conversion.calibration.text.name
     else:
         return conversion
     importance, missing = _importance(conversion.plan, measured)
     notes = list(conversion.notes)
     if missing:
         notes.append(f"{len(missing)} tensors are not in the imatrix ({missing[0]}): quantized without")
-    keys = {**conversion.keys, **_keys_of_imatrix(Path(str(options.imatrix)), measured)}
-    return replace(conversion, importance=importance, keys=keys, notes=tuple(notes))
+    keys = {**conversion.keys, **_keys_of_imatrix(name, measured)}
+    methods = dict.fromkeys(importance, "imatrix")
+    return replace(conversion, importance=importance, keys=keys, notes=tuple(notes), methods=methods)
+
+
+def _imatrix(conversion: Conversion, work: Path, progress: Progress) -> imatrices.Imatrix:
+    """The imatrix of the calibration text; of an earlier run, if that measured the same."""
+    calibration, checkpoint = conversion.calibration, conversion.checkpoint
+    assert calibration is not None
+    facts = (checkpoint.fingerprint(), dict(checkpoint.facts), calibration)
+    path = work / f"imatrix-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.gguf"
+    if path.exists():
+        return imatrices.read(path)
+    measured = imatrices.collect(
+        calibrate.opened(checkpoint), calibration.text.text, calibration.n_ctx, calibration.chunks, progress,
+        dataset=calibration.text.name,
+    )  # fmt: skip
+    work.mkdir(parents=True, exist_ok=True)
+    imatrices.save(path, measured)
+    return imatrices.read(path)  # the same numbers, whether this run measured them or an earlier one
 
 
 def _importance(plan: Plan, measured: imatrices.Imatrix) -> tuple[dict[str, Floats], list[str]]:
@@ -171,9 +201,9 @@ def _importance(plan: Plan, measured: imatrices.Imatrix) -> tuple[dict[str, Floa
     return found, missing
 
 
-def _keys_of_imatrix(path: Path, measured: imatrices.Imatrix) -> dict[str, Any]:
+def _keys_of_imatrix(name: str, measured: imatrices.Imatrix) -> dict[str, Any]:
     """As llama-quantize writes them."""
-    keys: dict[str, Any] = {"quantize.imatrix.file": path.name}
+    keys: dict[str, Any] = {"quantize.imatrix.file": name}
     if measured.datasets:
         keys["quantize.imatrix.dataset"] = measured.datasets[0]
     keys["quantize.imatrix.entries_count"] = len(measured.entries)

@@ -11,19 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .conversion import Conversion
+    from .loss import Told
 
 
 @dataclass(frozen=True)
 class Report:
     """Facts of a finished conversion.
 
-    bits_per_weight: of all weights, without the header; types: bytes by format; fallbacks: tensors that got another
-    format than the recipe says; notes: what a user should know; tokenizer_texts: texts on which the tokenizer was
-    compared with its source (0: not at all); tensors: every step with its sha256.
+    format: "gguf", "hf" or "onnx"; bits_per_weight: of all weights, without the header; types: bytes by format;
+    fallbacks: tensors that got another format than the recipe says; notes: what a user should know; tokenizer_texts:
+    texts on which the tokenizer was compared with its source (0: not at all); transformations: what was done to the
+    model itself ("lora", "pruned", …); calibration: the text, its sha256 and how much of it was read; loss: see
+    `loss.Loss`; tensors: every step with its sha256, its relative error, and the method by which it was rounded.
     """
 
     source: str
     out: str
+    format: str
     type: str
     n_bytes: int
     n_weights: int
@@ -32,10 +36,13 @@ class Report:
     fallbacks: list[str]
     notes: list[str]
     tokenizer_texts: int
+    transformations: dict[str, Any]
+    calibration: dict[str, Any] | None
+    loss: dict[str, Any] | None
     tensors: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, conversion: Conversion, path: Path, hashes: Mapping[str, str]) -> Report:
+    def of(cls, conversion: Conversion, path: Path, hashes: Mapping[str, str], told: Told) -> Report:
         """The report of a conversion whose output lies at `path`."""
         plan, types = conversion.plan, dict[str, int]()
         for step in plan.steps:
@@ -43,6 +50,7 @@ class Report:
         return cls(
             source=str(conversion.checkpoint.path),
             out=str(path),
+            format=conversion.options.format,
             type=plan.type,
             n_bytes=sum(p.stat().st_size for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file()),
             n_weights=plan.n_weights,
@@ -51,7 +59,18 @@ class Report:
             fallbacks=[f"{s.name}: {s.wanted.name} -> {s.format.name}" for s in plan.fallbacks],
             notes=list(conversion.notes),
             tokenizer_texts=conversion.n_compared,
-            tensors=[{**step.facts(), "sha256": hashes[step.name]} for step in plan.steps],
+            transformations=dict(conversion.checkpoint.facts),
+            calibration=_calibration(conversion),
+            loss=None if told.loss is None else told.loss.to_dict(),
+            tensors=[
+                {
+                    **step.facts(),
+                    "error": told.errors.get(step.name),
+                    "method": conversion.methods.get(step.name),
+                    "sha256": hashes.get(step.name),
+                }
+                for step in plan.steps
+            ],
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,3 +85,10 @@ class Report:
         draft = self.path.with_name(self.path.name + ".part")
         draft.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(draft, self.path)
+
+
+def _calibration(conversion: Conversion) -> dict[str, Any] | None:
+    c = conversion.calibration
+    if c is None:
+        return None
+    return {"text": c.text.name, "text_sha256": c.text.sha256, "n_ctx": c.n_ctx, "chunks": c.chunks}

@@ -1,0 +1,147 @@
+"""The whole way from a checkpoint to a file with its loss told: texts, measurements, limits, what is left behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import hf_folder
+import numpy as np
+import pytest
+
+from converters.conversion import HELD_OUT, Options, texts
+from converters.loss import TooMuchLost
+from converters.pipeline import convert, prepare
+from converters.recipe import Recipe
+from edgelm import gguf, load
+from edgelm.errors import FormatError, UsageError
+from edgelm.evaluate import perplexity
+
+LINES = [f"Line {i}: the quick brown fox jumps over {i * 7919 % 1000} lazy dogs.\n" for i in range(120)]
+
+
+def text(folder: Path, lines: list[str] = LINES, name: str = "text.txt") -> Path:
+    path = folder / name
+    path.write_text("".join(lines))
+    return path
+
+
+def asked(folder: Path, **more: Any) -> Options:
+    settings: dict[str, Any] = {"calibrate": text(folder), "n_ctx": 32, "calibrate_chunks": 8, "evaluate_chunks": 4}
+    return Options(**{**settings, **more})
+
+
+def test_the_loss_is_that_of_evaluating_the_file(tmp_path: Path) -> None:
+    """What the report and the file tell is what `edgelm eval --against` says of them, with the same text."""
+    folder = hf_folder.write(tmp_path, "llama-gqa", hidden_size=128, num_attention_heads=4)
+    source, out = tmp_path / "f32.gguf", tmp_path / "out.gguf"
+    convert(folder, source, Recipe("f32"))
+    report = convert(folder, out, Recipe("q4_0"), asked(tmp_path))
+    assert report.loss is not None and report.loss["is_held_out"]
+    held_out = (tmp_path / "text.txt").read_text()[-len("".join(LINES[-12:])) :]
+    assert hashlib.sha256(held_out.encode()).hexdigest() == report.loss["text_sha256"]
+    with load(str(out), ctx_size=32) as model, load(str(source), ctx_size=32, interpreter="reference") as exact:
+        figures = perplexity(model, held_out, 32, 4, exact).to_dict()
+    assert {name: report.loss[name] for name in figures} == pytest.approx(figures, rel=1e-5)
+    assert 0 < figures["mean_kl"] < 1 and figures["ppl_ratio"] != 1
+    told = gguf.read(out).metadata
+    for name in ("mean_kl", "ppl_ratio", "kl_99", "same_top", "rms_dp"):
+        assert told[f"edgelm.loss.{name}"] == pytest.approx(figures[name], rel=1e-5)
+    assert told["edgelm.loss.text_sha256"] == report.loss["text_sha256"]
+    assert told["edgelm.calibration.text_sha256"] == report.calibration["text_sha256"] != report.loss["text_sha256"]
+    assert json.loads((tmp_path / "out.report.json").read_text()) == report.to_dict()
+    assert not list(tmp_path.glob("out.gguf.*")), "nothing is left behind"
+
+
+def test_errors_of_tensors(tmp_path: Path) -> None:
+    """The relative error of each tensor, columns weighed as the text drives them."""
+    folder = hf_folder.write(tmp_path, "gpt2")
+    convert(folder, tmp_path / "f32.gguf", Recipe("f32"))
+    report = convert(folder, tmp_path / "out.gguf", Recipe("q4_0"), asked(tmp_path))
+    exact, out = gguf.read(tmp_path / "f32.gguf").tensors, gguf.read(tmp_path / "out.gguf")
+    importance = prepare_importance(folder, asked(tmp_path))
+    for i, facts in enumerate(report.tensors):
+        name = facts["tensor"]
+        w, q = exact[name].dequantize(), out.tensors[name].dequantize()
+        weights = importance.get(name, np.ones(w.shape[-1])) if facts["to"] == "Q4_0" else np.ones(w.shape[-1])
+        expected = np.sqrt(np.sum(weights * (q - w) ** 2) / max(np.sum(weights * w**2), 1e-30))
+        assert facts["error"] == pytest.approx(expected, rel=1e-4, abs=1e-9), name
+        assert out.metadata["edgelm.tensors.error"][i] == pytest.approx(facts["error"], rel=1e-6)
+        assert (facts["error"] > 0.01) == (facts["to"] == "Q4_0")
+        assert facts["method"] == ("imatrix" if name in importance and facts["to"] == "Q4_0" else None)
+
+
+def prepare_importance(folder: Path, options: Options) -> dict[str, Any]:
+    from converters import calibrate, imatrix
+
+    calibration, _ = texts(options)
+    assert calibration is not None
+    source = calibrate.opened(prepare(folder, Recipe("f32"), options).checkpoint)
+    found = imatrix.collect(source, calibration.text.text, calibration.n_ctx, calibration.chunks)
+    return {name: found.importance(name) for name in found.entries}
+
+
+def test_more_is_lost_than_allowed(tmp_path: Path) -> None:
+    folder, out = hf_folder.write(tmp_path, "qwen3"), tmp_path / "out.gguf"
+    with pytest.raises(TooMuchLost, match=r"more than the 1e-09 of --max-kld; .*out\.gguf\.part"):
+        convert(folder, out, Recipe("q4_0"), asked(tmp_path, max_kld=1e-9))
+    assert not out.exists() and Path(f"{out}.part").exists(), "the work is kept"
+    stages: set[str] = set()
+    again = asked(tmp_path, max_kld=10.0)
+    report = convert(folder, out, Recipe("q4_0"), again, progress=lambda stage, done, total: stages.add(stage))
+    assert "check what is there" in stages and "write" not in stages and "imatrix" not in stages
+    assert report.loss is not None and report.loss["mean_kl"] < 10
+    convert(folder, tmp_path / "whole.gguf", Recipe("q4_0"), again)
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_texts_never_overlap(tmp_path: Path) -> None:
+    whole = "".join(LINES)
+    calibration, evaluation = texts(asked(tmp_path))
+    assert calibration is not None and evaluation is not None and evaluation.is_held_out
+    assert calibration.text.text + evaluation.text.text == whole and calibration.text.text.endswith("\n")
+    assert len(evaluation.text.text) == pytest.approx(HELD_OUT * len(whole), rel=0.1)
+    calibration, evaluation = texts(asked(tmp_path, evaluate=text(tmp_path, LINES[:5], "other.txt")))
+    assert calibration is not None and evaluation is not None and not evaluation.is_held_out
+    assert calibration.text.text == whole and evaluation.text.text == "".join(LINES[:5])
+
+
+def test_a_text_that_is_too_short(tmp_path: Path) -> None:
+    folder = hf_folder.write(tmp_path, "qwen3")
+    short = text(tmp_path, LINES[:10], "short.txt")
+    report = convert(folder, tmp_path / "out.gguf", Recipe("q4_0"), asked(tmp_path, calibrate=short))
+    assert report.loss is None and any("loss was not measured" in note for note in report.notes)
+    for options in (asked(tmp_path, calibrate=short, max_kld=1.0), asked(tmp_path, evaluate=short, n_ctx=128)):
+        with pytest.raises(UsageError, match="less than two chunks"):
+            prepare(folder, Recipe("q4_0"), options)
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(FormatError, match="UTF-8"):
+        prepare(folder, Recipe("q4_0"), asked(tmp_path, calibrate=tmp_path / "bytes.txt"))
+
+
+def test_an_encoder_has_no_loss(tmp_path: Path) -> None:
+    folder = hf_folder.write(tmp_path, "bert-mean")
+    report = convert(folder, tmp_path / "out.gguf", Recipe("q4_0"), asked(tmp_path))
+    assert report.loss is None and any("predicts no tokens" in note for note in report.notes)
+    assert max(facts["error"] for facts in report.tensors) > 0.01
+    with pytest.raises(UsageError, match="predicts no tokens"):
+        prepare(folder, Recipe("q4_0"), asked(tmp_path, max_kld=1.0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "magic"}, "there are auto"),
+        ({"method": "gptq"}, "--calibrate"),
+        ({"method": "imatrix"}, "--imatrix"),
+        ({"target_bpw": 4.5}, "--calibrate"),
+        ({"target_bytes": 10**8}, "--calibrate"),
+        ({"max_kld": 0.1}, "--eval"),
+        ({"target_bpw": 4.5, "target_bytes": 10**8, "calibrate": Path("x")}, "twice"),
+    ],
+)
+def test_options_that_cannot_be_meant(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Options(**settings)
