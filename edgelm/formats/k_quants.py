@@ -32,7 +32,7 @@ class Q3_K(Format, id=11, block=256, n_bytes=110, layout="32u1 hmask, 64u1 qs, 1
 class Q4_K(Format, id=12, block=256, n_bytes=144, layout="<f2 d, <f2 dmin, 12u1 scales, 128u1 qs"):
     @staticmethod
     def dequantize(blocks: Blocks) -> Floats:
-        scale, minimum = _scales_and_minima(blocks)
+        scale, minimum = scales_and_minima(blocks)
         q = f32(planes(blocks["qs"], 32, 4)).reshape(-1, 8, 32)
         return (scale * q - minimum).reshape(-1, 256)
 
@@ -46,7 +46,7 @@ class Q5_K(
 ):
     @staticmethod
     def dequantize(blocks: Blocks) -> Floats:
-        scale, minimum = _scales_and_minima(blocks)
+        scale, minimum = scales_and_minima(blocks)
         q = planes(blocks["qs"], 32, 4) | planes(blocks["qh"], 32, 1) << 4
         return (scale * f32(q).reshape(-1, 8, 32) - minimum).reshape(-1, 256)
 
@@ -67,7 +67,7 @@ class Q8_K(Format, id=15, block=256, n_bytes=292, layout="<f4 d, 256i1 qs, 16<i2
         return f32(blocks["d"]) * f32(blocks["qs"])
 
 
-def _scales_and_minima(blocks: Blocks) -> tuple[Floats, Floats]:
+def scales_and_minima(blocks: Blocks) -> tuple[Floats, Floats]:
     """The eight 6-bit scales and minima of Q4_K and Q5_K, times d and dmin: (n, 8, 1) each.
 
     Bytes 0-3 hold scales 0-3, bytes 4-7 minima 0-3, bytes 8-11 the low nibbles of both 4-7, whose upper two bits lie

@@ -1,0 +1,130 @@
+"""A planned conversion becomes a folder with an ONNX model: `export`, the third interpreter of the one model function.
+
+    export(conversion, folder, ops="ort")
+
+In the folder: model.onnx and model.onnx.data, genai_config.json, the tokenizer's files. The dialects are `onnx_ort`
+(operators of onnxruntime, the default) and `onnx_standard` (operators of ai.onnx alone).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from edgelm import gguf
+from edgelm.arch import Config
+from edgelm.disk import Progress, nothing
+from edgelm.errors import UnsupportedError, UsageError
+from edgelm.formats import QTensor
+from edgelm.models import model_of
+from edgelm.weights import Weights
+
+from . import tokenizer_files
+from .genai_config import genai_config
+from .gguf_writer import Layout
+from .onnx_graph import FLOAT, FLOAT16, Graph
+from .onnx_ort import OnnxRuntime
+from .onnx_standard import B, OUTPUTS, S, Settings, Standard
+from .onnx_weights import Tensor
+
+if TYPE_CHECKING:
+    from .gguf_export import Conversion
+
+DIALECTS: dict[str, type[Standard]] = {"ort": OnnxRuntime, "standard": Standard}
+
+
+def export(
+    conversion: Conversion,
+    folder: Path,
+    *,
+    ops: str = "ort",
+    settings: Settings | None = None,
+    block: int = 0,
+    progress: Progress = nothing,
+) -> None:
+    """Write the model of `conversion` into `folder`, which may not exist yet.
+
+    Args:
+        ops: "ort" or "standard".
+        settings: None: float16 where the plan is F16, else float32; the whole context window.
+        block: weights that share a scale in Q4_0 and Q8_0: 16, 32, 64, 128 or 256, 0 for the format's own 32.
+
+    Raises UnsupportedError for an operation that the operators cannot express, UsageError for a folder that exists.
+    """
+    if ops not in DIALECTS:
+        raise UsageError(f"--onnx-ops {ops!r:.40}: there are {', '.join(DIALECTS)}")
+    if block not in (0, 16, 32, 64, 128, 256):
+        raise UsageError(f"a block of {block} weights: there are 16, 32, 64, 128 and 256")
+    if folder.exists():
+        raise UsageError(f"{folder} exists; name a folder that does not")
+    config, plan = conversion.checkpoint.config, conversion.plan
+    settings = settings or Settings(dtype=FLOAT16 if plan.type == "F16" else FLOAT)
+    settings = replace(settings, n_ctx=settings.n_ctx or config.context_length)
+    draft = folder.with_name(folder.name + ".part")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        with closing(Graph(config.arch, draft, _metadata(conversion))) as graph:
+            build(graph, config, weights_of(conversion, block), DIALECTS[ops], settings)
+            graph.save()
+        _neighbours(conversion, draft, settings, ops)
+        os.replace(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _neighbours(conversion: Conversion, folder: Path, settings: Settings, ops: str) -> None:
+    """The files beside the model."""
+    checkpoint = conversion.checkpoint
+    if "tokenizer.ggml.model" not in conversion.keys:
+        return
+    keys = _plain(conversion.keys, folder)
+    tokenizer_files.write(folder, keys, None if checkpoint.is_gguf else checkpoint.path)
+    config = checkpoint.config
+    if config.spec.family == "decoder" and config.causal and settings.head == "logits":
+        facts = genai_config(config, keys, settings.n_ctx, share_buffer=ops == "ort")
+        (folder / "genai_config.json").write_text(json.dumps(facts, indent=4) + "\n", encoding="utf-8")
+
+
+def _plain(keys: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """Metadata as the reader of GGUF files gives it: some of it may be bytes of another file."""
+    path = folder / "metadata.gguf"
+    path.write_bytes(Layout(keys, []).header)
+    try:
+        return gguf.read(path).metadata
+    finally:
+        path.unlink()
+
+
+def weights_of(conversion: Conversion, block: int = 0) -> Weights:
+    """The weights as the plan has them, none of them read yet."""
+    found = {}
+    for step in conversion.plan.steps:
+        array = conversion.checkpoint.tensors[step.name]
+        ready = getattr(conversion, "ready", {}).get(step.name)
+        found[step.name] = Tensor(step, array, conversion.importance.get(step.name), ready, block)
+    return Weights(conversion.checkpoint.config, cast("Mapping[str, QTensor]", found))
+
+
+def build(graph: Graph, config: Config, weights: Weights, dialect: type[Standard], settings: Settings) -> None:
+    """Fill `graph` with a model: its function, run once, with a dialect as interpreter."""
+    op = dialect(graph, config, weights, settings)
+    out = model_of(config)(op, config, weights)
+    if op.has_cache:
+        name = "hidden_states" if settings.head == "hidden" else "logits"
+        out = op.cast(out, FLOAT)
+        graph.output(out.name, name, FLOAT, (B, OUTPUTS, out.n_cols))
+    else:
+        out = op.cast(out, FLOAT)
+        graph.output(out.name, "last_hidden_state", FLOAT, (B, S, out.n_cols))
+
+
+def _metadata(conversion: Conversion) -> dict[str, str]:
+    """What edgelm knows of the model beside the graph: the hyperparameters that GGUF has keys for."""
+    return {"edgelm.config": json.dumps(conversion.checkpoint.config.to_gguf())}

@@ -1,0 +1,187 @@
+"""The operations of a model in onnxruntime's own operators: attention with its cache and rotation inside, matrices of
+4 and 8 bits that stay so in memory, sums and normalisations in one.
+
+Where there is none for an operation, the node is that of `onnx_standard`.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from edgelm.errors import UnsupportedError
+
+from .onnx_graph import FLOAT, INT32, MICROSOFT, UINT8
+from .onnx_standard import NUMPY, TOTAL, B, S, Standard, stem
+from .onnx_values import Rotated, Shape, Sum, Value
+from .onnx_weights import Blocked, Tensor, packed
+
+
+class OnnxRuntime(Standard):
+    """See the module."""
+
+    def own(self, op_type: str, *inputs: Value | str, shape: Shape, dtype: int, label: str = "", **attributes: object) -> Value:
+        """A node of onnxruntime's with one output, whose shape nobody else can infer."""
+        y = self.value(op_type, *inputs, shape=shape, dtype=dtype, label=label, domain=MICROSOFT, **attributes)
+        self.graph.describe(y.name, dtype, shape)
+        return y
+
+    # ------------------------------------------------------------------------------------- residuals and their norms
+
+    def rms_norm(self, x: Value, weight: Tensor | None, eps: float, heads: int = 0) -> Value:
+        if heads or weight is None or not _is_plain_sum(x):
+            return super().rms_norm(x, weight, eps, heads)
+        return self._skip("SkipSimplifiedLayerNormalization", x, [self.vector(weight, x.dtype)], stem(weight.name), eps)
+
+    def layer_norm(self, x: Value, weight: Tensor, bias: Tensor | None, eps: float) -> Value:
+        if not _is_plain_sum(x):
+            return super().layer_norm(x, weight, bias, eps)
+        inputs = [self.vector(weight, x.dtype), *([self.vector(bias, x.dtype)] if bias is not None else [])]
+        return self._skip("SkipLayerNormalization", x, inputs, stem(weight.name), eps)
+
+    def _skip(self, op_type: str, x: Value, weights: list[str], label: str, eps: float) -> Value:
+        """The norm of a sum, and the sum itself."""
+        assert isinstance(x, Sum)
+        a, b = x.parts
+        y, total = self.graph.emit(
+            op_type, a.name, b.name, *weights, label=label, domain=MICROSOFT, outputs=("", "-", "-", ""), epsilon=eps
+        )[::3]
+        for name in (y, total):
+            self.graph.describe(name, x.dtype, x.shape)
+        x.given(total)
+        normed = Value(self, y, x.dtype, x.shape)
+        return normed if self.config.spec.family == "encoder" else self.cast(normed, self.dtype)
+
+    # ---------------------------------------------------------------------------------------------------- matrices
+
+    def product(self, x: Value, weight: Tensor) -> Value:
+        label, shape = stem(weight.name), (*x.shape[:-1], weight.shape[0])
+        if weight.is_blocked and not self.settings.dynamic:
+            blocked, names = self.blocks(weight)
+            return self.own(
+                "MatMulNBits",
+                x,
+                *names,
+                shape=shape,
+                dtype=x.dtype,
+                label=label,
+                K=weight.shape[1],
+                N=weight.shape[0],
+                bits=blocked.bits,
+                block_size=blocked.block,
+                accuracy_level=self.settings.accuracy_level or None,
+            )
+        if not weight.is_blocked and self.is_table(weight):
+            table = self.casted_floats(weight)
+            return self.own("FusedMatMul", x, table, shape=shape, dtype=x.dtype, label=label, transB=1)
+        return super().product(x, weight)
+
+    def blocks(self, weight: Tensor) -> tuple[Blocked, list[str]]:
+        """A matrix as MatMulNBits takes it: codes (out, blocks, bytes), scales (out, blocks), zero points if any."""
+        if weight.name not in self._blocks:
+            blocked = weight.blocked()
+            codes = packed(blocked.codes, blocked.bits)
+            names = [
+                self.graph.store(f"{weight.name}.codes", UINT8, codes.shape, [codes]),
+                self.array(f"{weight.name}.scales", blocked.scales.astype(NUMPY[self.dtype])),
+            ]
+            if blocked.zeros is not None and blocked.zeros.dtype == np.uint8:
+                zeros = packed(blocked.zeros, blocked.bits)
+                names.append(self.graph.store(f"{weight.name}.zeros", UINT8, zeros.shape, [zeros]))
+            elif blocked.zeros is not None:
+                names.append(self.array(f"{weight.name}.zeros", blocked.zeros.astype(NUMPY[self.dtype])))
+            empty = Blocked(blocked.bits, blocked.codes[:0], blocked.scales[:0], blocked.zeros)
+            self._blocks[weight.name] = empty, names
+        return self._blocks[weight.name]
+
+    @cached_property
+    def _blocks(self) -> dict[str, tuple[Blocked, list[str]]]:
+        return {}
+
+    def dynamic_product(self, x: Value, weight: Tensor) -> Value:
+        codes, scales = self.columns(weight)
+        shape = (*x.shape[:-1], weight.shape[0])
+        return self.own(
+            "DynamicQuantizeMatMul", x, codes, scales, shape=shape, dtype=FLOAT, label=stem(weight.name)
+        )
+
+    def looked_up(self, table: Tensor, at: str) -> Value:
+        if not table.is_blocked:
+            return super().looked_up(table, at)
+        blocked, (codes, scales, *zeros) = self.blocks(table)
+        n_rows, n_blocks, n_bytes = self.graph.stored[codes].shape
+        flat = self.graph.view(f"{table.name}.rows", codes, (n_rows, n_blocks * n_bytes))
+        if zeros and self.graph.stored[zeros[0]].dtype != UINT8:
+            raise UnsupportedError(
+                f"GatherBlockQuantized: zero points of {table.name} are no integers ({table.format.name}); choose another "
+                "--token-embedding-type, such as Q8_0 or Q4_0"
+            )
+        return self.own(
+            "GatherBlockQuantized",
+            flat,
+            at,
+            scales,
+            *zeros,
+            shape=(B, S, table.shape[1]),
+            dtype=self.dtype,
+            label=stem(table.name),
+            bits=blocked.bits,
+            block_size=blocked.block,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    # --------------------------------------------------------------------------------------------------- attention
+
+    @cached_property
+    def lengths(self) -> tuple[str, str]:
+        """What GroupQueryAttention is told: keys of each text less one, int32 (batch,), and of the longest, int32 ()."""
+        n_keys = self.node("ReduceSum", self.mask, self.graph.constant([1]), keepdims=0)
+        last = self.node("Cast", self.node("Sub", n_keys, self.graph.constant(1)), to=INT32)
+        longest = self.node("Squeeze", self.node("Shape", self.mask, start=1, end=2))
+        return last, self.node("Cast", longest, to=INT32)
+
+    def attention(
+        self, q: Value, k: Value, v: Value, layer: int, scale: float, softcap: float = 0.0, causal: bool = True
+    ) -> Value:
+        c = self.config
+        if not causal:
+            return super().attention(q, k, v, layer, scale, softcap, causal)
+        if c.head_dim != c.v_head_dim:
+            raise UnsupportedError(
+                f"GroupQueryAttention: keys have {c.head_dim} dimensions and values {c.v_head_dim}; they must be alike"
+            )
+        rope, tables = None, ("", "")
+        if isinstance(q, Rotated) and isinstance(k, Rotated) and q.rope.dim % 16 == 0:  # it wants whole vectors
+            rope = q.rope
+            q, k, tables = q.parts[0], k.parts[0], self.rope_tables(rope)
+        q, k, v = (self.cast(a, self.dtype) for a in (q, k, v))
+        names = ("", f"present.{layer}.key", f"present.{layer}.value")
+        [y, *_] = self.graph.emit(
+            "GroupQueryAttention",
+            *(q.name, k.name, v.name, *self.past(layer), *self.lengths),
+            *(tables if rope is not None else ()),
+            label=f"blk.{layer}",
+            domain=MICROSOFT,
+            outputs=names,
+            num_heads=c.n_heads,
+            kv_num_heads=c.n_kv_heads,
+            scale=scale,
+            softcap=softcap or None,
+            local_window_size=c.window(layer) or None,
+            do_rotary=1 if rope is not None else None,
+            rotary_interleaved=1 if rope is not None and rope.pairing.value == "interleaved" else None,
+        )
+        self.present(layer, names[1], names[2])
+        shape = (B, S, c.attn_dim)
+        self.graph.describe(y, self.dtype, shape)
+        return Value(self, y, self.dtype, shape)
+
+    def silu(self, x: Value) -> Value:
+        return self.own("QuickGelu", x, shape=x.shape, dtype=x.dtype, alpha=1.0)
+
+
+def _is_plain_sum(x: Value) -> bool:
+    """A sum that is not computed yet, of two values of the same shape."""
+    return isinstance(x, Sum) and not x.is_made and x.parts[0].shape == x.parts[1].shape

@@ -1,0 +1,414 @@
+"""The operations of a model as nodes of ONNX, with operators of ai.onnx alone: an interpreter for `edgelm.models`.
+
+`edgelm.reference` says what each operation means. Values are (batch, sequence, columns); a text of the batch may be
+padded on either side, which `attention_mask` says: its 1s count the positions. Keys and values of earlier tokens come
+in as `past_key_values.{i}.key|value` (batch, kv_heads, past, head) and leave as `present.{i}.key|value`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.arch import Config, Rope
+from edgelm.errors import UnsupportedError
+from edgelm.formats import BF16
+from edgelm.rope import RopeTable
+from edgelm.weights import Layer, Weights
+
+from .onnx_graph import BFLOAT16, BOOL, FLOAT, FLOAT16, INT4, INT8, INT32, INT64, Graph
+from .onnx_values import Rotated, Shape, Sum, Value
+from .onnx_weights import Tensor, by_rows, packed
+
+B, S, TOTAL, PAST = "batch_size", "sequence_length", "total_sequence_length", "past_sequence_length"
+END = np.iinfo(np.int64).max
+OUTPUTS = "output_length"
+NUMPY = {FLOAT: "float32", FLOAT16: "float16"}
+TYPES = {name: dtype for dtype, name in NUMPY.items()}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose beside the plan.
+
+    dtype: of activations, FLOAT or FLOAT16; n_ctx: positions that rotations have tables for; accuracy_level: of
+    MatMulNBits, 4 = activations are rounded to int8; head: "logits" or "hidden"; dynamic: matrices of Q8_0 become int8
+    with one scale for each output, and activations are rounded when they come.
+    """
+
+    dtype: int = FLOAT
+    n_ctx: int = 0
+    accuracy_level: int = 4
+    head: str = "logits"
+    dynamic: bool = False
+
+
+class Standard:
+    """The interpreter `op` that a model function is handed."""
+
+    def __init__(self, graph: Graph, config: Config, weights: Weights, settings: Settings) -> None:
+        self.graph, self.config, self.weights, self.settings = graph, config, weights, settings
+        self.head, self.dtype = settings.head, settings.dtype
+        self.has_cache = config.spec.family == "decoder" and config.causal
+        self._ropes: dict[Rope, tuple[str, str]] = {}
+        self._visible: dict[tuple[int, bool], str] = {}
+        self._floats: dict[str, str] = {}
+        self.ids = graph.input("input_ids", INT64, (B, S))
+        self.mask = graph.input("attention_mask", INT64, (B, TOTAL if self.has_cache else S))
+
+    # ------------------------------------------------------------------------------------------------- small things
+
+    def value(self, op_type: str, *inputs: Value | str, shape: Shape, dtype: int = 0, **rest: Any) -> Value:
+        """Append a node with one output."""
+        names = [i if isinstance(i, str) else i.name for i in inputs]
+        [name] = self.graph.emit(op_type, *names, **rest)
+        return Value(self, name, dtype or self.dtype, shape)
+
+    def node(self, op_type: str, *inputs: str, **rest: Any) -> str:
+        """Append a node with one output; its name."""
+        [name] = self.graph.emit(op_type, *inputs, **rest)
+        return name
+
+    def number(self, x: float, dtype: int) -> str:
+        return self.graph.constant(x, NUMPY[dtype])
+
+    def cast(self, x: Value, dtype: int) -> Value:
+        if x.dtype == dtype:
+            return x
+        return self.value("Cast", x, shape=x.shape, dtype=dtype, to=dtype)
+
+    def alike(self, a: Value, b: Value) -> tuple[Value, Value]:
+        """Both in the wider of their types."""
+        dtype = FLOAT if FLOAT in (a.dtype, b.dtype) else a.dtype
+        return self.cast(a, dtype), self.cast(b, dtype)
+
+    def add(self, a: Value, b: Value) -> Value:
+        a, b = self.alike(a, b)
+        shape = a.shape if len(a.shape) >= len(b.shape) else b.shape
+        return Sum(self, a.dtype, shape, (a, b), lambda: self.node("Add", a.name, b.name))
+
+    def multiply(self, a: Value, b: Value) -> Value:
+        a, b = self.alike(a, b)
+        return self.value("Mul", a, b, shape=a.shape, dtype=a.dtype)
+
+    # -------------------------------------------------------------------------------------------------- vocabulary
+
+    def embed(self, table: Tensor) -> Value:
+        # The stream of residuals stays float32, whatever the rest is: it outgrows float16 in large models.
+        return self.cast(self.looked_up(table, self.ids), FLOAT)
+
+    def embed_positions(self, table: Tensor, offset: int = 0) -> Value:
+        at = self.positions
+        if offset:
+            at = self.node("Add", at, self.graph.constant(offset))
+        return self.cast(self.looked_up(table, at), FLOAT)
+
+    def looked_up(self, table: Tensor, at: str) -> Value:
+        shape = (B, S, table.shape[1])
+        if table.is_blocked:
+            return self.value("Gather", self.dequantized(table), at, shape=shape, label=stem(table.name))
+        name, dtype = self.stored_floats(table)
+        return self.cast(self.value("Gather", name, at, shape=shape, dtype=dtype, label=stem(table.name)), self.dtype)
+
+    def row(self, table: Tensor, index: int) -> Value:
+        [row] = table.array.rows(index, index + 1)
+        return Value(self, self.array(f"{table.name}[{index}]", row.astype(np.float32)), FLOAT, row.shape)
+
+    # ------------------------------------------------------------------------------------------------------- norms
+
+    def rms_norm(self, x: Value, weight: Tensor | None, eps: float, heads: int = 0) -> Value:
+        n = x.n_cols // (heads or 1)
+        scale = self.vector(weight, x.dtype) if weight is not None else self.ones(n, x.dtype)
+        label = stem(weight.name) if weight is not None else ""
+        if not heads:
+            y = self.value(
+                "RMSNormalization", x, scale, shape=x.shape, dtype=x.dtype, label=label, axis=-1, epsilon=eps
+            )
+            return self.cast(y, self.dtype)
+        apart = self.reshaped(x, (0, 0, heads, n))
+        y = self.value(
+            "RMSNormalization", apart, scale, shape=apart.shape, dtype=x.dtype, label=label, axis=-1, epsilon=eps
+        )
+        return self.reshaped(y, (0, 0, heads * n))
+
+    def layer_norm(self, x: Value, weight: Tensor, bias: Tensor | None, eps: float) -> Value:
+        inputs = [self.vector(weight, x.dtype), *([self.vector(bias, x.dtype)] if bias is not None else [])]
+        y = self.value(
+            "LayerNormalization", x, *inputs, shape=x.shape, dtype=x.dtype, label=stem(weight.name), axis=-1, epsilon=eps
+        )
+        return y if self.config.spec.family == "encoder" else self.cast(y, self.dtype)
+
+    def reshaped(self, x: Value, sizes: tuple[int, ...]) -> Value:
+        """0: as it was."""
+        shape = tuple(x.shape[i] if size == 0 else size for i, size in enumerate(sizes))
+        return self.value("Reshape", x, self.graph.constant(sizes), shape=shape, dtype=x.dtype)
+
+    def vector(self, tensor: Tensor, dtype: int) -> str:
+        """A norm or a bias, in the type of what it meets."""
+        name = tensor.name if dtype == FLOAT else f"{tensor.name}.{NUMPY[dtype]}"
+        return self.graph.store(name, dtype, tensor.shape, (part.astype(NUMPY[dtype]) for part in tensor.floats()))
+
+    def array(self, name: str, values: NDArray[Any]) -> str:
+        return self.graph.store(name, TYPES[values.dtype.name], values.shape, [values])
+
+    def ones(self, n: int, dtype: int) -> str:
+        return self.array(f"ones.{n}.{NUMPY[dtype]}", np.ones(n, NUMPY[dtype]))
+
+    # ---------------------------------------------------------------------------------------------------- matrices
+
+    def linear(self, x: Value, layer: Layer) -> Value:
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        x = self.cast(x, self.dtype)
+        y = self.product(x, weight)
+        if layer.bias is None:
+            return y
+        bias = self.vector(layer.bias, self.dtype)  # type: ignore[arg-type]
+        return self.value("Add", y, bias, shape=y.shape, label=stem(weight.name))
+
+    def product(self, x: Value, weight: Tensor) -> Value:
+        """x times weight transposed."""
+        shape = (*x.shape[:-1], weight.shape[0])
+        label = stem(weight.name)
+        if weight.is_blocked and self.settings.dynamic:
+            return self.dynamic_product(x, weight)
+        if weight.is_blocked or self.is_table(weight):
+            table = self.dequantized(weight) if weight.is_blocked else self.casted_floats(weight)
+            turned = self.node("Transpose", table, label=label, perm=[1, 0])
+            return self.value("MatMul", x, turned, shape=shape, label=label)
+        return self.value("MatMul", x, self.casted_floats(weight, turned=True), shape=shape, label=label)
+
+    def is_table(self, weight: Tensor) -> bool:
+        """Whether rows of this matrix are looked up, too: it is stored row by row."""
+        return weight is self.weights.token_embd.weight
+
+    def stored_floats(self, tensor: Tensor, turned: bool = False) -> tuple[str, int]:
+        """A matrix of floats as the plan has it, and its type; turned: (in, out)."""
+        dtype = {"F16": FLOAT16, "BF16": BFLOAT16}.get(tensor.format.name, FLOAT)
+        rows: Iterable[NDArray[Any]] = (_as_type(part, dtype) for part in tensor.floats())
+        if not turned:
+            return self.graph.store(tensor.name, dtype, tensor.shape, rows), dtype
+        whole = (np.ascontiguousarray(np.concatenate(list(rows)).T) for _ in range(1))
+        return self.graph.store(f"{tensor.name}.T", dtype, tensor.shape[::-1], whole), dtype
+
+    def casted_floats(self, tensor: Tensor, turned: bool = False) -> str:
+        name, dtype = self.stored_floats(tensor, turned)
+        return name if dtype == self.dtype else self.node("Cast", name, label=stem(tensor.name), to=self.dtype)
+
+    def dequantized(self, tensor: Tensor) -> str:
+        """A matrix (out, in) from its integers: INT4 or INT8, a scale for each block along the rows."""
+        if tensor.name not in self._floats:
+            self._floats[tensor.name] = self._dequantized(tensor)
+        return self._floats[tensor.name]
+
+    def _dequantized(self, tensor: Tensor) -> str:
+        blocked, label = tensor.blocked(), stem(tensor.name)
+        if blocked.codes[0].size != tensor.shape[1]:
+            raise UnsupportedError(
+                f"DequantizeLinear: rows of {tensor.shape[1]} weights are no whole number of blocks of {blocked.block} "
+                f"({tensor.name})"
+            )
+        dtype = INT4 if blocked.bits == 4 else INT8
+        by_block = blocked.scales.shape
+        inputs = [
+            self.graph.store(f"{tensor.name}.codes", dtype, tensor.shape, [_signed(blocked.codes, blocked.bits)]),
+            self.array(f"{tensor.name}.scales", blocked.scales.astype(NUMPY[self.dtype])),
+        ]
+        if blocked.zeros is not None and blocked.zeros.dtype == np.uint8:
+            inputs.append(self.graph.store(f"{tensor.name}.zeros", dtype, by_block, [_signed(blocked.zeros, blocked.bits)]))
+        y = self.node("DequantizeLinear", *inputs, label=label, axis=1, block_size=blocked.block)
+        if blocked.zeros is None or blocked.zeros.dtype == np.uint8:
+            return y
+        # Zero points that are no integers: scale * (code - zero) = scale * (code - middle) + scale * (middle - zero).
+        shift = blocked.scales * (np.float32(blocked.middle) - blocked.zeros)
+        offset = self.array(f"{tensor.name}.offsets", shift[..., None].astype(NUMPY[self.dtype]))
+        apart = self.node("Reshape", y, self.graph.constant((*by_block, blocked.block)), label=label)
+        moved = self.node("Add", apart, offset, label=label)
+        return self.node("Reshape", moved, self.graph.constant(tensor.shape), label=label)
+
+    def dynamic_product(self, x: Value, weight: Tensor) -> Value:
+        """x rounded to uint8 when it comes, times int8 with one scale for each output; sums are exact."""
+        label, shape = stem(weight.name), (*x.shape[:-1], weight.shape[0])
+        codes, scales = self.columns(weight)
+        x8, scale, zero = self.graph.emit("DynamicQuantizeLinear", self.cast(x, FLOAT).name, label=label, outputs=("",) * 3)
+        sums = self.value("MatMulInteger", x8, codes, zero, shape=shape, dtype=INT32, label=label)
+        both = self.node("Mul", scale, scales, label=label)
+        y = self.value("Mul", self.cast(sums, FLOAT), both, shape=shape, dtype=FLOAT, label=label)
+        return self.cast(y, self.dtype)
+
+    def columns(self, weight: Tensor) -> tuple[str, str]:
+        """A matrix as int8 (in, out) with a float32 scale for each output."""
+        name = f"{weight.name}.int8"
+        if name not in self.graph.stored:
+            codes, scales = by_rows(np.concatenate(list(weight.trained())))
+            self.graph.store(name, INT8, codes.shape[::-1], [np.ascontiguousarray(codes.T)])
+            self.array(f"{weight.name}.scales", scales)
+        return name, f"{weight.name}.scales"
+
+    # --------------------------------------------------------------------------------------------------- attention
+
+    @cached_property
+    def counts(self) -> str:
+        """For each key, cached ones included, how many of its text there are up to it: int64 (batch, total)."""
+        return self.node("CumSum", self.mask, self.graph.constant(1))
+
+    @cached_property
+    def all_positions(self) -> str:
+        """Positions of all keys; those of padding are those of a neighbour."""
+        return self.node("Max", self.node("Sub", self.counts, self.graph.constant(1)), self.graph.constant(0))
+
+    @cached_property
+    def positions(self) -> str:
+        """Positions of the tokens that are new: int64 (batch, sequence)."""
+        if not self.has_cache:
+            return self.all_positions
+        n_new = self.node("Shape", self.ids, start=1, end=2)
+        end = self.graph.constant([END])
+        return self.node("Slice", self.all_positions, self.node("Neg", n_new), end, self.graph.constant([1]))
+
+    def rope_tables(self, rope: Rope) -> tuple[str, str]:
+        """Cosines and sines (positions, pairs) of every position there can be."""
+        if rope not in self._ropes:
+            table = RopeTable(rope, self.weights.factors(), self.settings.n_ctx)
+            number = len(self._ropes)
+            cos, sin = (
+                self.array(f"rope.{number}.{name}", values.astype(NUMPY[self.dtype]))
+                for name, values in zip(("cos", "sin"), table.tables(self.settings.n_ctx), strict=True)
+            )
+            self._ropes[rope] = cos, sin
+        return self._ropes[rope]
+
+    def rope(self, x: Value, rope: Rope, heads: int) -> Value:
+        cos, sin = self.rope_tables(rope)
+        x = self.cast(x, self.dtype)
+
+        def make() -> str:
+            return self.node(
+                "RotaryEmbedding",
+                x.name,
+                cos,
+                sin,
+                self.positions,
+                num_heads=heads,
+                rotary_embedding_dim=rope.dim if rope.dim < self.config.head_dim else None,
+                interleaved=int(rope.pairing.value == "interleaved"),
+            )
+
+        return Rotated(x, rope, make)
+
+    def visible(self, window: int, causal: bool) -> str:
+        """Which keys a query sees: bool (batch, 1, sequence, total)."""
+        key = (window, causal)
+        if key not in self._visible:
+            keys = self.node("Unsqueeze", self.all_positions, self.graph.constant([1, 2]))
+            real = self.node("Cast", self.node("Unsqueeze", self.mask, self.graph.constant([1, 2])), to=BOOL)
+            queries = self.node("Unsqueeze", self.positions, self.graph.constant([1, 3]))
+            back = self.node("Sub", queries, keys)
+            if causal:
+                seen = self.node("And", real, self.node("GreaterOrEqual", back, self.graph.constant(0)))
+            else:  # an Add of zeros gives the mask a row for each query
+                seen = self.node("And", real, self.node("Equal", back, back))
+            if window:
+                near = self.node("Less", self.node("Abs", back), self.graph.constant(window))
+                seen = self.node("And", seen, near)
+            self._visible[key] = seen
+        return self._visible[key]
+
+    def past(self, layer: int) -> tuple[str, str]:
+        """The inputs with the keys and values of earlier tokens."""
+        c = self.config
+        key, value = (
+            self.graph.input(f"past_key_values.{layer}.{kind}", self.dtype, (B, c.n_kv_heads, PAST, size))
+            for kind, size in (("key", c.head_dim), ("value", c.v_head_dim))
+        )
+        return key, value
+
+    def present(self, layer: int, key: str, value: str) -> None:
+        c = self.config
+        for kind, name, size in (("key", key, c.head_dim), ("value", value, c.v_head_dim)):
+            self.graph.output(name, f"present.{layer}.{kind}", self.dtype, (B, c.n_kv_heads, TOTAL, size))
+
+    def attention(
+        self, q: Value, k: Value, v: Value, layer: int, scale: float, softcap: float = 0.0, causal: bool = True
+    ) -> Value:
+        c = self.config
+        q, k, v = (self.cast(a, self.dtype) for a in (q, k, v))
+        past = self.past(layer) if self.has_cache else ("", "")
+        names = ("", f"present.{layer}.key", f"present.{layer}.value") if self.has_cache else ("",)
+        mask = self.visible(c.window(layer), causal)
+        inputs = [q.name, k.name, v.name, mask, *(past if self.has_cache else ())]
+        y, *_ = self.graph.emit(
+            "Attention",
+            *inputs,
+            label=f"blk.{layer}",
+            outputs=names,
+            q_num_heads=c.n_heads,
+            kv_num_heads=c.n_kv_heads,
+            scale=scale,
+            softcap=softcap or None,
+        )
+        if self.has_cache:
+            self.present(layer, names[1], names[2])
+        return Value(self, y, self.dtype, (B, S, c.attn_dim))
+
+    # ------------------------------------------------------------------------------------------------- elementwise
+
+    def split(self, x: Value, sizes: tuple[int, ...]) -> tuple[Value, ...]:
+        names = self.graph.emit("Split", x.name, self.graph.constant(sizes), axis=-1, outputs=("",) * len(sizes))
+        return tuple(
+            Value(self, name, x.dtype, (*x.shape[:-1], size)) for name, size in zip(names, sizes, strict=True)
+        )
+
+    def scale(self, x: Value, s: float) -> Value:
+        return self.value("Mul", x, self.number(s, x.dtype), shape=x.shape, dtype=x.dtype)
+
+    def softcap(self, x: Value, cap: float) -> Value:
+        small = self.value("Div", x, self.number(cap, x.dtype), shape=x.shape, dtype=x.dtype)
+        bent = self.value("Tanh", small, shape=x.shape, dtype=x.dtype)
+        return self.scale(bent, cap)
+
+    def silu(self, x: Value) -> Value:
+        return self.multiply(x, self.value("Sigmoid", x, shape=x.shape, dtype=x.dtype))
+
+    def gelu(self, x: Value) -> Value:
+        return self.value("Gelu", x, shape=x.shape, dtype=x.dtype, approximate="tanh")
+
+    def gelu_erf(self, x: Value) -> Value:
+        return self.value("Gelu", x, shape=x.shape, dtype=x.dtype)
+
+    def relu(self, x: Value) -> Value:
+        return self.value("Relu", x, shape=x.shape, dtype=x.dtype)
+
+    def outputs(self, x: Value) -> Value:
+        """All rows; of a decoder those from `outputs_from` on, an input that may be left out."""
+        if not self.has_cache:
+            return x
+        ends, axes = self.graph.constant([END]), self.graph.constant([1])
+        shape = (B, OUTPUTS, x.n_cols)
+        return self.value("Slice", x, self.outputs_from, ends, axes, shape=shape, dtype=x.dtype)
+
+    @cached_property
+    def outputs_from(self) -> str:
+        """The first row whose output is wanted; negative ones count from the end, -1 is the last row alone."""
+        return self.graph.input("outputs_from", INT64, (1,), default=np.zeros(1, np.int64))
+
+
+def stem(name: str) -> str:
+    """A tensor's name without what kind of tensor it is."""
+    return name.rpartition(".")[0]
+
+
+def _as_type(values: NDArray[Any], dtype: int) -> NDArray[Any]:
+    if dtype == BFLOAT16:
+        return BF16.quantize(values.reshape(-1, 1))["x"].reshape(values.shape)
+    return values.astype(NUMPY[dtype], copy=False)
+
+
+def _signed(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Codes around zero, in two's complement, as INT4 (two to a byte) or INT8."""
+    around = codes ^ np.uint8(1 << (bits - 1))  # less the middle: its bit is the sign
+    return packed(around.reshape(-1) if bits == 4 else around, bits)
