@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 from edgelm import gguf
 from edgelm.arch import Config
 from edgelm.disk import Progress, nothing
-from edgelm.errors import UnsupportedError, UsageError
+from edgelm.errors import UsageError
 from edgelm.formats import QTensor
 from edgelm.models import model_of
 from edgelm.weights import Weights
@@ -30,7 +30,7 @@ from .genai_config import genai_config
 from .gguf_writer import Layout
 from .onnx_graph import FLOAT, FLOAT16, Graph
 from .onnx_ort import OnnxRuntime
-from .onnx_standard import B, OUTPUTS, S, Settings, Standard
+from .onnx_standard import OUTPUTS, B, S, Settings, Standard
 from .onnx_weights import Tensor
 
 if TYPE_CHECKING:

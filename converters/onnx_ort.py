@@ -7,13 +7,14 @@ Where there is none for an operation, the node is that of `onnx_standard`.
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from edgelm.errors import UnsupportedError
 
 from .onnx_graph import FLOAT, INT32, MICROSOFT, UINT8
-from .onnx_standard import NUMPY, TOTAL, B, S, Standard, stem
+from .onnx_standard import NUMPY, B, S, Standard, stem
 from .onnx_values import Rotated, Shape, Sum, Value
 from .onnx_weights import Blocked, Tensor, packed
 
@@ -21,9 +22,9 @@ from .onnx_weights import Blocked, Tensor, packed
 class OnnxRuntime(Standard):
     """See the module."""
 
-    def own(self, op_type: str, *inputs: Value | str, shape: Shape, dtype: int, label: str = "", **attributes: object) -> Value:
+    def own(self, op_type: str, *inputs: Value | str, shape: Shape, dtype: int, label: str = "", **rest: Any) -> Value:
         """A node of onnxruntime's with one output, whose shape nobody else can infer."""
-        y = self.value(op_type, *inputs, shape=shape, dtype=dtype, label=label, domain=MICROSOFT, **attributes)
+        y = self.value(op_type, *inputs, shape=shape, dtype=dtype, label=label, domain=MICROSOFT, **rest)
         self.graph.describe(y.name, dtype, shape)
         return y
 
@@ -102,9 +103,7 @@ class OnnxRuntime(Standard):
     def dynamic_product(self, x: Value, weight: Tensor) -> Value:
         codes, scales = self.columns(weight)
         shape = (*x.shape[:-1], weight.shape[0])
-        return self.own(
-            "DynamicQuantizeMatMul", x, codes, scales, shape=shape, dtype=FLOAT, label=stem(weight.name)
-        )
+        return self.own("DynamicQuantizeMatMul", x, codes, scales, shape=shape, dtype=FLOAT, label=stem(weight.name))
 
     def looked_up(self, table: Tensor, at: str) -> Value:
         if not table.is_blocked:
@@ -114,8 +113,8 @@ class OnnxRuntime(Standard):
         flat = self.graph.view(f"{table.name}.rows", codes, (n_rows, n_blocks * n_bytes))
         if zeros and self.graph.stored[zeros[0]].dtype != UINT8:
             raise UnsupportedError(
-                f"GatherBlockQuantized: zero points of {table.name} are no integers ({table.format.name}); choose another "
-                "--token-embedding-type, such as Q8_0 or Q4_0"
+                f"GatherBlockQuantized: zero points of {table.name} are no integers ({table.format.name}); choose "
+                "another --token-embedding-type, such as Q8_0 or Q4_0"
             )
         return self.own(
             "GatherBlockQuantized",
@@ -136,7 +135,7 @@ class OnnxRuntime(Standard):
 
     @cached_property
     def lengths(self) -> tuple[str, str]:
-        """What GroupQueryAttention is told: keys of each text less one, int32 (batch,), and of the longest, int32 ()."""
+        """For GroupQueryAttention: keys of each text less one, int32 (batch,), and of the longest text, int32 ()."""
         n_keys = self.node("ReduceSum", self.mask, self.graph.constant([1]), keepdims=0)
         last = self.node("Cast", self.node("Sub", n_keys, self.graph.constant(1)), to=INT32)
         longest = self.node("Squeeze", self.node("Shape", self.mask, start=1, end=2))

@@ -138,9 +138,8 @@ class Standard:
 
     def layer_norm(self, x: Value, weight: Tensor, bias: Tensor | None, eps: float) -> Value:
         inputs = [self.vector(weight, x.dtype), *([self.vector(bias, x.dtype)] if bias is not None else [])]
-        y = self.value(
-            "LayerNormalization", x, *inputs, shape=x.shape, dtype=x.dtype, label=stem(weight.name), axis=-1, epsilon=eps
-        )
+        label, rest = stem(weight.name), {"axis": -1, "epsilon": eps}
+        y = self.value("LayerNormalization", x, *inputs, shape=x.shape, dtype=x.dtype, label=label, **rest)
         return y if self.config.spec.family == "encoder" else self.cast(y, self.dtype)
 
     def reshaped(self, x: Value, sizes: tuple[int, ...]) -> Value:
@@ -219,7 +218,8 @@ class Standard:
             self.array(f"{tensor.name}.scales", blocked.scales.astype(NUMPY[self.dtype])),
         ]
         if blocked.zeros is not None and blocked.zeros.dtype == np.uint8:
-            inputs.append(self.graph.store(f"{tensor.name}.zeros", dtype, by_block, [_signed(blocked.zeros, blocked.bits)]))
+            zeros = _signed(blocked.zeros, blocked.bits)
+            inputs.append(self.graph.store(f"{tensor.name}.zeros", dtype, by_block, [zeros]))
         y = self.node("DequantizeLinear", *inputs, label=label, axis=1, block_size=blocked.block)
         if blocked.zeros is None or blocked.zeros.dtype == np.uint8:
             return y
@@ -234,7 +234,8 @@ class Standard:
         """x rounded to uint8 when it comes, times int8 with one scale for each output; sums are exact."""
         label, shape = stem(weight.name), (*x.shape[:-1], weight.shape[0])
         codes, scales = self.columns(weight)
-        x8, scale, zero = self.graph.emit("DynamicQuantizeLinear", self.cast(x, FLOAT).name, label=label, outputs=("",) * 3)
+        x = self.cast(x, FLOAT)
+        x8, scale, zero = self.graph.emit("DynamicQuantizeLinear", x.name, label=label, outputs=("",) * 3)
         sums = self.value("MatMulInteger", x8, codes, zero, shape=shape, dtype=INT32, label=label)
         both = self.node("Mul", scale, scales, label=label)
         y = self.value("Mul", self.cast(sums, FLOAT), both, shape=shape, dtype=FLOAT, label=label)
@@ -338,7 +339,7 @@ class Standard:
         c = self.config
         q, k, v = (self.cast(a, self.dtype) for a in (q, k, v))
         past = self.past(layer) if self.has_cache else ("", "")
-        names = ("", f"present.{layer}.key", f"present.{layer}.value") if self.has_cache else ("",)
+        names = ["", *(f"present.{layer}.{kind}" for kind in ("key", "value") if self.has_cache)]
         mask = self.visible(c.window(layer), causal)
         inputs = [q.name, k.name, v.name, mask, *(past if self.has_cache else ())]
         y, *_ = self.graph.emit(
@@ -352,16 +353,14 @@ class Standard:
             softcap=softcap or None,
         )
         if self.has_cache:
-            self.present(layer, names[1], names[2])
+            self.present(layer, *names[1:])
         return Value(self, y, self.dtype, (B, S, c.attn_dim))
 
     # ------------------------------------------------------------------------------------------------- elementwise
 
     def split(self, x: Value, sizes: tuple[int, ...]) -> tuple[Value, ...]:
         names = self.graph.emit("Split", x.name, self.graph.constant(sizes), axis=-1, outputs=("",) * len(sizes))
-        return tuple(
-            Value(self, name, x.dtype, (*x.shape[:-1], size)) for name, size in zip(names, sizes, strict=True)
-        )
+        return tuple(Value(self, name, x.dtype, (*x.shape[:-1], size)) for name, size in zip(names, sizes, strict=True))
 
     def scale(self, x: Value, s: float) -> Value:
         return self.value("Mul", x, self.number(s, x.dtype), shape=x.shape, dtype=x.dtype)

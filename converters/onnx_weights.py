@@ -246,11 +246,11 @@ def by_rows(values: Floats) -> tuple[NDArray[np.int8], Floats]:
     return np.rint(values / scales[:, None]).astype(np.int8), scales.astype(np.float32)
 
 
-def packed(codes: NDArray[np.uint8], bits: int) -> Bytes:
+def packed(codes: Bytes, bits: int) -> Bytes:
     """Codes of 4 bits, two to a byte along the last axis, the first in the low half; of 8 bits as they are."""
     if bits == 8:
         return codes
     if codes.shape[-1] % 2:
-        codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], 1), np.uint8)], axis=-1)
+        codes = np.append(codes, np.zeros_like(codes[..., :1]), axis=-1)
     nibbles: Bytes = codes[..., ::2] | codes[..., 1::2] << 4
     return nibbles

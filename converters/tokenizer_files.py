@@ -114,14 +114,17 @@ def _around(v: Vocabulary) -> dict[str, Any] | None:
     """What is put before and after a text."""
     first = v.bos_id if v.add_bos else None
     last = v.sep_id if v.model == "bert" else v.eos_id if v.add_eos else None
-    special = [v.pieces[token] for token in (first, last) if token is not None]
-    if not special:
+    ids = {v.pieces[token]: token for token in (first, last) if token is not None}
+
+    if not ids:
         return None
-    ids = {text: token for text, token in zip(special, [t for t in (first, last) if t is not None], strict=True)}
+
+    def special(token: int | None, kind: int) -> list[dict[str, Any]]:
+        return [] if token is None else [{"SpecialToken": {"id": v.pieces[token], "type_id": kind}}]
 
     def parts(letter: str, kind: int, begins: bool) -> list[dict[str, Any]]:
-        around = [[{"SpecialToken": {"id": v.pieces[t], "type_id": kind}}] if t is not None else [] for t in (first, last)]
-        return [*(around[0] if begins else []), {"Sequence": {"id": letter, "type_id": kind}}, *around[1]]
+        before = special(first, kind) if begins else []
+        return [*before, {"Sequence": {"id": letter, "type_id": kind}}, *special(last, kind)]
 
     return {
         "type": "TemplateProcessing",
@@ -138,9 +141,8 @@ def _used(v: Vocabulary) -> dict[str, int]:
 def _byte_pairs(v: Vocabulary) -> dict[str, Any]:
     if not v.pre.byte_level or v.pre.escape_spaces or v.pre.drop_space:
         raise UnsupportedError(f"tokenizer.json cannot say how the pre-tokenizer {v.pre_name!r} treats spaces")
-    splits = [
-        {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False} for regex in v.pre.splits
-    ]
+    each = {"type": "Split", "behavior": "Isolated", "invert": False}
+    splits = [{**each, "pattern": {"Regex": regex}} for regex in v.pre.splits]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     around = _around(v)
     after = {**level, "trim_offsets": False}
@@ -164,7 +166,7 @@ def _byte_pairs(v: Vocabulary) -> dict[str, Any]:
 
 
 def _sentencepiece(v: Vocabulary) -> dict[str, Any]:
-    """SentencePiece as byte pairs with byte fallback: a merge for each way to make a piece of two others, best first."""
+    """SentencePiece as byte pairs with byte fallback: a merge for each way to make a piece of two, best first."""
     used = _used(v)
     merges = []
     for piece, token in used.items():
