@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,49 +35,56 @@ from .onnx_standard import OUTPUTS, B, S, Settings, Standard
 from .onnx_weights import Tensor
 
 if TYPE_CHECKING:
-    from .gguf_export import Conversion
+    from .conversion import Conversion
 
 DIALECTS: dict[str, type[Standard]] = {"ort": OnnxRuntime, "standard": Standard}
 
 
 def export(
     conversion: Conversion,
-    folder: Path,
+    path: Path,
+    measure: Callable[[Path], Mapping[str, Any]] | None = None,
     *,
     ops: str = "ort",
     settings: Settings | None = None,
     block: int = 0,
     progress: Progress = nothing,
-) -> None:
-    """Write the model of `conversion` into `folder`, which may not exist yet.
+) -> dict[str, str]:
+    """Write the model of `conversion` into the folder `path`, which may not exist yet.
 
     Args:
+        measure: is shown the folder when all files are in it, before it has its name.
         ops: "ort" or "standard".
         settings: None: float16 where the plan is F16, else float32; the whole context window.
         block: weights that share a scale in Q4_0 and Q8_0: 16, 32, 64, 128 or 256, 0 for the format's own 32.
 
-    Raises UnsupportedError for an operation that the operators cannot express, UsageError for a folder that exists.
+    Returns the sha256 of each weight in the graph, by its name there. Raises UnsupportedError for an operation that the
+    operators cannot express, UsageError for a folder that exists.
     """
     if ops not in DIALECTS:
         raise UsageError(f"--onnx-ops {ops!r:.40}: there are {', '.join(DIALECTS)}")
     if block not in (0, 16, 32, 64, 128, 256):
         raise UsageError(f"a block of {block} weights: there are 16, 32, 64, 128 and 256")
-    if folder.exists():
-        raise UsageError(f"{folder} exists; name a folder that does not")
+    if path.exists():
+        raise UsageError(f"{path} exists; name a folder that does not")
     config, plan = conversion.checkpoint.config, conversion.plan
     settings = settings or Settings(dtype=FLOAT16 if plan.type == "F16" else FLOAT)
     settings = replace(settings, n_ctx=settings.n_ctx or config.context_length)
-    draft = folder.with_name(folder.name + ".part")
+    draft = path.with_name(path.name + ".part")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
-        with closing(Graph(config.arch, draft, _metadata(conversion))) as graph:
+        told = partial(progress, "write")
+        with closing(Graph(config.arch, draft, _metadata(conversion), lambda done: told(done, plan.n_bytes))) as graph:
             build(graph, config, weights_of(conversion, block), DIALECTS[ops], settings)
             graph.save()
         _neighbours(conversion, draft, settings, ops)
-        os.replace(draft, folder)
+        if measure is not None:
+            measure(draft)
+        os.replace(draft, path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+    return graph.hashes
 
 
 def _neighbours(conversion: Conversion, folder: Path, settings: Settings, ops: str) -> None:
@@ -107,7 +115,7 @@ def weights_of(conversion: Conversion, block: int = 0) -> Weights:
     found = {}
     for step in conversion.plan.steps:
         array = conversion.checkpoint.tensors[step.name]
-        ready = getattr(conversion, "ready", {}).get(step.name)
+        ready = conversion.ready.get(step.name)
         found[step.name] = Tensor(step, array, conversion.importance.get(step.name), ready, block)
     return Weights(conversion.checkpoint.config, cast("Mapping[str, QTensor]", found))
 

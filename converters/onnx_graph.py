@@ -12,10 +12,11 @@ It knows no model and no dialect.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -51,11 +52,19 @@ class Stored:
 class Graph:
     """See the module.
 
-    name: of the graph; folder: where the files are written; metadata: what the file says about itself, texts by name.
+    name: of the graph; folder: where the files are written; metadata: what the file says about itself, texts by name;
+    progress: told how many bytes of weights are written. hashes: the sha256 of each weight, by name.
     """
 
-    def __init__(self, name: str, folder: Path, metadata: Mapping[str, str] | None = None) -> None:
-        self.name, self.folder, self.metadata = name, folder, dict(metadata or {})
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        metadata: Mapping[str, str] | None = None,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        self.name, self.folder, self.metadata, self._progress = name, folder, dict(metadata or {}), progress
+        self.hashes: dict[str, str] = {}
         self.stored: dict[str, Stored] = {}
         self._data = (folder / DATA).open("wb")
         self._nodes: list[Any] = []
@@ -140,13 +149,17 @@ class Graph:
         n_bits = BITS[dtype] * math.prod(shape)
         step = _LARGE_ALIGNMENT if n_bits >= 8 * _LARGE else _ALIGNMENT
         self._data.write(bytes(-self._data.tell() % step))
-        start = self._data.tell()
+        start, digest = self._data.tell(), hashlib.sha256()
         for part in parts:
-            self._data.write(np.ascontiguousarray(part).view(np.uint8).data if part.size else b"")
+            data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+            self._data.write(data)
+            digest.update(data)
+            self._progress(self._data.tell())
         n_bytes = self._data.tell() - start
         if n_bytes != -(-n_bits // 8):
             raise AssertionError(f"{name}: {n_bytes} bytes written for {shape} of type {dtype}")
         self.stored[name] = Stored(dtype, shape, start, n_bytes)
+        self.hashes[name] = digest.hexdigest()
         return name
 
     def view(self, name: str, of: str, shape: tuple[int, ...]) -> str:

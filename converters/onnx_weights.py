@@ -250,7 +250,7 @@ def packed(codes: Bytes, bits: int) -> Bytes:
     """Codes of 4 bits, two to a byte along the last axis, the first in the low half; of 8 bits as they are."""
     if bits == 8:
         return codes
-    if codes.shape[-1] % 2:
-        codes = np.append(codes, np.zeros_like(codes[..., :1]), axis=-1)
-    nibbles: Bytes = codes[..., ::2] | codes[..., 1::2] << 4
+    even = np.zeros((*codes.shape[:-1], codes.shape[-1] + codes.shape[-1] % 2), np.uint8)
+    even[..., : codes.shape[-1]] = codes
+    nibbles: Bytes = even[..., ::2] | even[..., 1::2] << 4
     return nibbles
