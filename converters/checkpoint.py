@@ -40,7 +40,9 @@ class Checkpoint:
 
     path: its folder or file; config: its shape; tensors: by GGUF name, in the order of the source, values as GGUF has
     them; hf: config.json, for folders; metadata: every key of a GGUF file, in its own bytes; notes: what was left out;
-    facts: what was done to it since, for the report, by transformation ("lora", "pruned", …): values of JSON.
+    facts: what was done to it since, for the report, by transformation ("lora", "pruned", …): values of JSON;
+    kept_tokens: if tokens were cut, the old ids of those that are left (the keys of a GGUF file say so already, a
+    folder's tokenizer does not).
     """
 
     path: Path
@@ -52,6 +54,7 @@ class Checkpoint:
     facts: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
     forget: Callable[[], None] = lambda: None
+    kept_tokens: NDArray[np.intp] | None = None
 
     @property
     def is_gguf(self) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 from .architectures import ARCHS, Arch, Pairing, arch_of_hf
 from .errors import FormatError, UnsupportedError
 from .hf_config import normalised, refuse_unknown
-from .tensors import Role, TensorSpec
+from .tensors import Role, TensorSpec, composed
 
 __all__ = ["ARCHS", "Arch", "CacheGroup", "Config", "Pairing", "Role", "Rope", "TensorSpec", "tensors"]
 
@@ -230,32 +230,32 @@ class Config:
         if self.pooling == "rank":
             raise UnsupportedError(f"{self.arch}: reranking models (pooling_type rank) are not supported")
 
-    # Sizes that shapes are made of, beside the fields.
+    # Sizes that shapes are made of, beside the fields (`tensors.COMPOSED`).
 
     @property
     def q_dim(self) -> int:
-        return self.n_heads * self.head_dim
+        return composed(self, "q_dim")
 
     @property
     def k_dim(self) -> int:
-        return self.n_kv_heads * self.head_dim
+        return composed(self, "k_dim")
 
     @property
     def v_dim(self) -> int:
-        return self.n_kv_heads * self.v_head_dim
+        return composed(self, "v_dim")
 
     @property
     def qkv_dim(self) -> int:
-        return self.q_dim + self.k_dim + self.v_dim
+        return composed(self, "qkv_dim")
 
     @property
     def attn_dim(self) -> int:
         """Columns of what attention gives."""
-        return self.n_heads * self.v_head_dim
+        return composed(self, "attn_dim")
 
     @property
     def gate_up_dim(self) -> int:
-        return 2 * self.ffn_dim
+        return composed(self, "gate_up_dim")
 
     @property
     def n_rope_pairs(self) -> int:

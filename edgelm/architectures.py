@@ -101,6 +101,12 @@ GEMMA_POST_NORMS = (
     *FFN,
 )
 
+# What normalises the output of a layer before it is added to the residual stream, in architectures that have it.
+POST_NORMS = {
+    "blk.{i}.attn_output.weight": "blk.{i}.post_attention_norm.weight",
+    "blk.{i}.ffn_down.weight": "blk.{i}.post_ffw_norm.weight",
+}
+
 GEMMA_ACTIVATION = {"hidden_activation": "gelu_pytorch_tanh"}  # early files name the exact one, and do not mean it
 BERT_RENAMED = ((r"^bert\.", ""), (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 

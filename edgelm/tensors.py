@@ -12,6 +12,22 @@ from typing import Any
 
 import numpy as np
 
+# Sizes that are made of others: what lies side by side along such a dimension, each as (Config field that counts,
+# field with the width of one; "" for 1). Who cuts a field (heads, channels) knows from here what else to cut.
+COMPOSED: dict[str, tuple[tuple[str, str], ...]] = {
+    "q_dim": (("n_heads", "head_dim"),),
+    "k_dim": (("n_kv_heads", "head_dim"),),
+    "v_dim": (("n_kv_heads", "v_head_dim"),),
+    "qkv_dim": (("n_heads", "head_dim"), ("n_kv_heads", "head_dim"), ("n_kv_heads", "v_head_dim")),
+    "attn_dim": (("n_heads", "v_head_dim"),),
+    "gate_up_dim": (("ffn_dim", ""), ("ffn_dim", "")),
+}
+
+
+def composed(config: Any, size: str) -> int:
+    """A size of COMPOSED in the model `config`."""
+    return sum(getattr(config, n) * (getattr(config, width) if width else 1) for n, width in COMPOSED[size])
+
 
 class Role(Enum):
     """What a tensor is for; decides whether it may be quantized or pruned."""
@@ -64,6 +80,18 @@ class TensorSpec:
             heads = getattr(config, self.permute)
             array = array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
         return array + np.float32(self.offset) if self.offset else array
+
+    def to_hf(self, array: np.ndarray, config: Any) -> np.ndarray:
+        """The array that GGUF holds -> that of a Hugging Face checkpoint; undoes `from_hf`.
+
+        An offset is taken away in float64 and rounded once, so that it undoes the addition wherever that was exact.
+        """
+        if self.offset:
+            array = (array.astype(np.float64) - self.offset).astype(np.float32)
+        if self.permute:  # rows (pair, half) of each head -> (half, pair)
+            heads = getattr(config, self.permute)
+            array = array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+        return array.T if self.transpose else array
 
 
 def norm(gguf: str, hf: str, size: str = "dim", *, bias: bool = False, offset: float = 0.0) -> tuple[TensorSpec, ...]:

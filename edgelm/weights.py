@@ -14,7 +14,7 @@ from .errors import FormatError
 from .formats import QTensor
 
 _FLOATS = frozenset({"F32", "F16", "BF16"})
-_SCALES = (".scale", ".input_scale")  # one number each, beside weights of formats such as NVFP4
+SCALES = (".scale", ".input_scale")  # one number each, beside weights of formats such as NVFP4
 
 
 class Layer:
@@ -80,7 +80,7 @@ class Weights(_Names):
                 continue
             _prove(config, spec, tensor)
             if spec.role is Role.MATMUL:
-                for suffix in _SCALES:
+                for suffix in SCALES:
                     name = spec.gguf.removesuffix(".weight") + suffix
                     if (scale := left.pop(name, None)) is not None:
                         _prove(config, TensorSpec(name, "", (1,), Role.VECTOR), scale)

@@ -1,0 +1,387 @@
+"""A model and what is becoming of it, run side by side: each matrix is cut and refitted when its inputs come by.
+
+One run of the reference interpreter carries every token of the calibration text twice: in the first half of the rows as
+the original model sees it, in the second half as the pruned one does. When the run comes to a matrix that adds to the
+residual stream, it is decided which of its inputs go (channels of the feed-forward network, heads), and the weights
+that stay are fitted so that the residual stream of the pruned model becomes the original's at that place: what earlier
+cuts have spoiled is mended by the later ones, as far as a linear layer can. Where layers are taken out, the last matrix
+before them is fitted to the stream behind them.
+
+So one run is enough, and what it holds is the activations of one layer and one hessian.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.arch import TensorSpec, tensors
+from edgelm.architectures import POST_NORMS
+from edgelm.cache import Batch, KVCache
+from edgelm.disk import Progress, nothing
+from edgelm.formats import QTensor
+from edgelm.models import model_of
+from edgelm.reference import Operations, Reference
+from edgelm.tensors import COMPOSED
+from edgelm.weights import Layer
+
+from .imatrix import Source
+from .refit import Sums, choose, fit
+from .scratch import Scratch
+
+Floats = NDArray[np.float32]
+Indices = NDArray[np.intp]
+
+
+_JUDGE = 5  # one in so many tokens judges the fits
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is to be cut, decided beforehand.
+
+    gone: layers that are taken out. n_gone: how many of "ffn_dim" and of "n_kv_heads" (with their queries) each layer
+    loses, and of "n_heads" each group of queries. dim: the channels of the residual stream that stay (None: all).
+    refit: whether what stays is fitted.
+    """
+
+    gone: frozenset[int] = frozenset()
+    n_gone: Mapping[str, int] = field(default_factory=dict)
+    dim: Indices | None = None
+    refit: bool = True
+
+
+@dataclass
+class Result:
+    """What a run found.
+
+    stays: by layer, what stays of each size. changed: refitted arrays by name, without the columns that go. errors: by
+    name, the relative error of what the matrix adds to the residual stream, before and after it was refitted.
+    """
+
+    stays: dict[int, dict[str, Indices]] = field(default_factory=dict)
+    changed: dict[str, Floats] = field(default_factory=dict)
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor belongs to, by its GGUF name; None for tensors of the whole model."""
+    found = re.match(r"blk\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def last_before(gone: frozenset[int]) -> dict[int, int]:
+    """{the layer before each run of layers that go: the last layer of that run}."""
+    return {i - 1: _end(i, gone) for i in sorted(gone) if i and i - 1 not in gone}
+
+
+def _end(i: int, gone: frozenset[int]) -> int:
+    while i + 1 in gone:
+        i += 1
+    return i
+
+
+class Streams(Operations):
+    """Operations that know the residual stream: what enters each layer, and what is added to it.
+
+    `entering(layer, x)` is called with the stream (T, D) before each layer, and with layer = n_layers at the end of a
+    decoder.
+    """
+
+    def __init__(self, runner: Reference, batch: Batch) -> None:
+        super().__init__(runner, batch)
+        c = runner.config
+        self._c, self._is_encoder = c, c.spec.family == "encoder"
+        self._specs = {spec.gguf: spec for spec in tensors(c)}
+        self._layer: int | None = -1
+        self._stream: Floats = np.empty((0, 0), np.float32)
+        groups = {c.window(i): i for i in reversed(range(c.n_layers))}
+        self._first_of_group = [groups[c.window(i)] for i in range(c.n_layers)]
+
+    def entering(self, layer: int, x: Floats) -> None:
+        """Nothing, here."""
+
+    def _at(self, name: str, x: Floats) -> None:
+        """An operation with the weight `name` comes to x."""
+        layer = layer_of(name)
+        if layer is None and self._layer in (None, -1):
+            return
+        if layer != self._layer:
+            self._layer = layer
+            self.entering(self._c.n_layers if layer is None else layer, x)
+
+    def is_post_norm(self, name: str) -> bool:
+        """Whether a norm stands between a matrix and the sum that it goes into."""
+        return re.sub(r"^blk\.\d+\.", "blk.{i}.", name) in POST_NORMS.values()
+
+    def rms_norm(self, x: Floats, weight: QTensor | None, eps: float, heads: int = 0) -> Floats:
+        if heads or weight is None:
+            return super().rms_norm(x, weight, eps, heads)
+        self._at(weight.name, x)
+        return self._normed(x, weight, None, lambda part, w, b: _rms(part, w, eps))
+
+    def layer_norm(self, x: Floats, weight: QTensor, bias: QTensor | None, eps: float) -> Floats:
+        self._at(weight.name, x)
+        return self._normed(x, weight, bias, lambda part, w, b: _layer(part, w, b, eps))
+
+    def _normed(self, x: Floats, weight: QTensor, bias: QTensor | None, compute: Any) -> Floats:
+        out: Floats = self.norm(x, weight, bias, compute)
+        if not self.is_post_norm(weight.name):
+            self._stream = out if self._is_encoder else x
+        return out
+
+    def norm(self, x: Floats, weight: QTensor, bias: QTensor | None, compute: Any) -> Floats:
+        """compute(x, weight (D,), bias (D,) or None)."""
+        out: Floats = compute(x, self._dense(weight), None if bias is None else self._dense(bias))
+        return out
+
+    def linear(self, x: Floats, layer: Layer) -> Floats:
+        self._at(layer.weight.name, x)
+        return super().linear(x, layer)
+
+    def attention(
+        self, q: Floats, k: Floats, v: Floats, layer: int, scale: float, softcap: float = 0.0, causal: bool = True
+    ) -> Floats:
+        # Nothing is read again: all layers of a cache group share the pages of its first one.
+        return super().attention(q, k, v, self._first_of_group[layer], scale, softcap, causal)
+
+
+def _rms(x: Floats, w: Floats, eps: float) -> Floats:
+    h: Floats = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * w
+    return h
+
+
+def _layer(x: Floats, w: Floats, b: Floats | None, eps: float) -> Floats:
+    h: Floats = x - np.mean(x, axis=-1, keepdims=True)
+    h = h / np.sqrt(np.mean(h * h, axis=-1, keepdims=True) + eps) * w
+    return h if b is None else h + b
+
+
+def run(source: Source, tokens: NDArray[np.int32], operations: Any) -> Floats:
+    """Hidden states of chunks of tokens, read side by side by `operations(runner, batch)`, a kind of Streams.
+
+    The cache has one layer for each group of layers, as each uses it for itself.
+    """
+    c = source.config
+    runner = Reference(model_of(c), c, source.weights, head="hidden", n_ctx=tokens.shape[1], max_weight_bytes=0)
+    groups = tuple(type(g)(g.layers[:1], g.n_kv_heads, g.head_dim, g.v_head_dim, g.window) for g in c.cache_groups())
+    cache = KVCache(groups, "f32")
+    sequences = [cache.new_sequence() for _ in tokens]
+    try:
+        batch = Batch.of([(s, chunk, "all") for s, chunk in zip(sequences, tokens, strict=True)])
+        for sequence in sequences:
+            sequence.reserve(tokens.shape[1])
+        with np.errstate(all="ignore"):
+            return np.asarray(runner.model(operations(runner, batch), c, source.weights), np.float32)
+    finally:
+        for sequence in sequences:
+            sequence.release()
+
+
+class Keeping(Streams):
+    """Keeps the stream that enters some layers."""
+
+    def __init__(self, runner: Reference, batch: Batch, wanted: frozenset[int], kept: dict[int, Floats]) -> None:
+        super().__init__(runner, batch)
+        self._wanted, self._kept = wanted, kept
+
+    def entering(self, layer: int, x: Floats) -> None:
+        if layer in self._wanted:
+            self._kept[layer] = x.copy()
+
+
+def fitted(
+    source: Source, tokens: NDArray[np.int32], goal: Goal, scratch: Scratch, progress: Progress = nothing
+) -> Result:
+    """Cuts a model as `goal` says, and fits what stays, on chunks of tokens (chunks, n_ctx).
+
+    Raises FormatError when the model computes something that is not a number.
+    """
+    c, ahead = source.config, dict[int, Floats]()
+    if goal.refit and c.spec.family == "decoder":  # an encoder's stream is normalised behind each sum
+        wanted = frozenset(end + 1 for end in last_before(goal.gone).values())
+        if wanted:
+            run(source, tokens, lambda runner, batch: Keeping(runner, batch, wanted, ahead))
+    result = Result()
+    run(
+        source,
+        np.concatenate([tokens, tokens]),
+        lambda runner, batch: Fitting(runner, batch, goal, ahead, result, scratch, progress),
+    )
+    return result
+
+
+class Fitting(Streams):
+    """Operations on rows of which the first half is the original model's, the second the pruned one's."""
+
+    def __init__(
+        self, runner: Reference, batch: Batch, goal: Goal, ahead: Mapping[int, Floats], result: Result,
+        scratch: Scratch, progress: Progress,
+    ) -> None:  # fmt: skip
+        super().__init__(runner, batch)
+        self._goal, self._result, self._scratch, self._progress = goal, result, scratch, progress
+        self._half = len(batch.tokens) // 2
+        self._dim = np.arange(self._c.dim) if goal.dim is None else goal.dim
+        before = last_before(goal.gone)
+        self._ahead = {layer: ahead[end + 1] for layer, end in before.items() if end + 1 in ahead}
+
+    def entering(self, layer: int, x: Floats) -> None:
+        self._progress("prune", layer, self._c.n_layers)
+
+    def norm(self, x: Floats, weight: QTensor, bias: QTensor | None, compute: Any) -> Floats:
+        w, b = self._dense(weight), None if bias is None else self._dense(bias)
+        n, dim = self._half, self._dim
+        out = np.zeros_like(x)
+        out[:n] = compute(x[:n], w, b)
+        if layer_of(weight.name) in self._goal.gone:
+            out[n:] = x[n:]  # behind the sum, a norm of a layer that goes is skipped; before it, it does not matter
+            return out
+        out[n:, dim] = compute(x[n:, dim], w[dim], None if b is None else b[dim])
+        return out
+
+    def linear(self, x: Floats, layer: Layer) -> Floats:
+        name, n = layer.weight.name, self._half
+        self._at(name, x)
+        spec, i = self._specs[name], layer_of(name)
+        w = self._dense(layer.weight)
+        b = None if layer.bias is None else self._dense(layer.bias)
+        out = np.zeros((len(x), len(w)), np.float32)
+        out[:n] = _affine(x[:n], w, b)
+        if i in self._goal.gone:
+            return out
+        if adds_to_stream(spec):
+            out[n:, self._dim] = self._fit(spec, x, out[:n], w, b)
+        elif spec.shape[1] == "dim" and self._goal.dim is not None:
+            out[n:] = self._reading(spec, x, out[:n], w, b)
+        else:
+            out[n:] = _affine(x[n:], w, b)
+        return out
+
+    def _fit(self, spec: TensorSpec, x: Floats, y: Floats, w: Floats, b: Floats | None) -> Floats:
+        """What a matrix that adds to the stream adds in the pruned model, after it was cut and fitted."""
+        n, i, goal = self._half, layer_of(spec.gguf), self._goal
+        assert i is not None
+        w, b = w[self._dim], None if b is None else b[self._dim]
+        student = x[n:]
+        target, weights = self._target(spec, i, y)
+        groups, size = self._groups(spec)
+        n_gone = goal.n_gone.get(size, 0)
+        missing = target - _affine(student, w, b)
+        if not n_gone and not (goal.refit and missing.any()):
+            return target - missing
+        kept = np.arange(w.shape[1])
+        sums = self._sums(student * weights, missing * weights)
+        if n_gone:
+            kept = choose(w, sums[0] + sums[1], groups, n_gone)
+            self._remember(i, size, groups, kept)
+            sums = (sums[0].without(w, kept), sums[1].without(w, kept))
+        return self._settle(spec, student[:, kept], target, weights, w[:, kept], b, sums)
+
+    def _sums(self, x: Floats, missing: Floats) -> tuple[Sums, Sums]:
+        """Of the tokens to fit, and of the last ones, to judge the fit by."""
+        cut = len(x) - len(x) // _JUDGE
+        return Sums.of(x[:cut], missing[:cut]), Sums.of(x[cut:], missing[cut:])
+
+    def _settle(
+        self, spec: TensorSpec, x: Floats, target: Floats, weights: Floats, w: Floats, b: Floats | None,
+        sums: tuple[Sums, Sums],
+    ) -> Floats:  # fmt: skip
+        """Fits w (out, in) to the target, notes what came of it, and returns what the matrix gives from now on."""
+        start = _affine(x, w, b)
+        scale = float(np.sum((target * weights) ** 2, dtype=np.float64)) or 1.0
+
+        def error(y: Floats) -> float:
+            return float(np.sum(((target - y) * weights) ** 2, dtype=np.float64)) / scale
+
+        done, before = start, error(start)
+        after = before
+        if self._goal.refit:
+            better = w + fit(*sums)[0]
+            done = _affine(x, better, b)
+            after = error(done)
+            if after < before:
+                w = better
+            else:
+                done, after = start, before
+        self._result.errors[spec.gguf] = (before, after)
+        self._result.changed[spec.gguf] = self._scratch.keep(w)
+        return done
+
+    def _target(self, spec: TensorSpec, i: int, y: Floats) -> tuple[Floats, Floats]:
+        """What the matrix should give in the pruned model (T, dim that stays), and the weight of each token (T, 1).
+
+        y: what it gives in the original. Tokens are weighed by how small the stream is: every later layer divides by
+        that, and a few tokens are a hundred times as large as all others.
+        """
+        n, dim = self._half, self._dim
+        theirs, own = self._stream[:n], self._stream[n:, dim]
+        added = y
+        post = self._runner.weights.by_name.get(POST_NORMS.get(_pattern(spec.gguf), "").format(i=i))
+        if post is not None:
+            w = self._dense(post)
+            added = _rms(y, w, self._c.norm_eps)
+        wanted = theirs + added
+        if i in self._ahead and spec.shape[1] == "ffn_dim":  # the layers behind it go
+            wanted = self._ahead[i]
+        weights: Floats = 1 / np.sqrt(np.mean(wanted * wanted, axis=1, keepdims=True) + 1e-12)
+        more: Floats = wanted[:, dim] - own
+        if post is None:
+            return more, weights
+        # The norm divides by the size of what goes in: give it the original's size, and what comes out is as wanted.
+        size = np.sqrt(np.mean(y * y, axis=1, keepdims=True) + self._c.norm_eps)
+        w = w[dim]
+        floor = 0.1 * float(np.mean(w * w))  # a channel that the norm nearly closes is no lever
+        change = (more - added[:, dim]) * (w / (w * w + floor))
+        return y[:, dim] + change * size, weights / size
+
+    def _groups(self, spec: TensorSpec) -> tuple[Indices, str]:
+        """The columns of a matrix in groups that go together, and the size that then shrinks.
+
+        (families, groups, columns): of each family as many go, so that what is left is uniform.
+        """
+        c, size = self._c, str(spec.shape[1])
+        columns = np.arange(getattr(c, size))
+        ((name, width),) = COMPOSED.get(size, ((size, ""),))
+        if not width:
+            return columns.reshape(1, -1, 1), name
+        if "n_kv_heads" in self._goal.n_gone:  # with all their queries
+            return columns.reshape(1, c.n_kv_heads, -1), "n_kv_heads"
+        return columns.reshape(c.n_kv_heads, -1, getattr(c, width)), name
+
+    def _remember(self, i: int, size: str, groups: Indices, kept: Indices) -> None:
+        first = groups.reshape(-1, groups.shape[2])[:, 0]
+        units = np.flatnonzero(np.isin(first, kept))
+        stays = self._result.stays.setdefault(i, {})
+        stays[size] = units
+        if size == "n_kv_heads":
+            each = self._c.n_heads // self._c.n_kv_heads
+            stays["n_heads"] = (units[:, None] * each + np.arange(each)).reshape(-1)
+
+    def _reading(self, spec: TensorSpec, x: Floats, y: Floats, w: Floats, b: Floats | None) -> Floats:
+        """What a matrix that reads the narrower stream gives, after it was fitted to give what it gave."""
+        dim = self._dim
+        student = np.ascontiguousarray(x[self._half :, dim])
+        start = _affine(student, w[:, dim], b)
+        if not self._goal.refit:
+            return start
+        weights = np.ones((len(y), 1), np.float32)
+        return self._settle(spec, student, y, weights, w[:, dim], b, self._sums(student, y - start))
+
+
+def adds_to_stream(spec: TensorSpec) -> bool:
+    """Whether a matrix adds to the residual stream: it gives `dim` numbers and takes something else."""
+    return len(spec.shape) == 2 and spec.shape[0] == "dim" and spec.shape[1] != "dim"
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"^blk\.\d+\.", "blk.{i}.", name)
+
+
+def _affine(x: Floats, w: Floats, b: Floats | None) -> Floats:
+    y: Floats = x @ w.T
+    return y if b is None else y + b
