@@ -25,7 +25,7 @@ from edgelm.arch import Config
 from edgelm.disk import Progress, nothing
 from edgelm.errors import UnsupportedError, UsageError
 
-from . import calibrate, prune_scores
+from . import calibrate, prune_scores, vocab_prune
 from .arrays import Array
 from .checkpoint import Checkpoint
 from .imatrix import Source, chunked
@@ -156,6 +156,8 @@ def pruned(
     before = checkpoint
     if spec.is_structured:
         checkpoint = _structured(checkpoint, spec, calibration, n_ctx, chunks, progress, Scratch(folder))
+    if spec.vocab:
+        checkpoint = _fewer_tokens(checkpoint, vocab_prune.text_of(spec.vocab))
     n_before, n_after = n_parameters(before.tensors), n_parameters(checkpoint.tensors)
     facts = {
         "spec": str(spec), "refit": spec.refit, "parameters_before": n_before, "parameters_after": n_after,
@@ -190,6 +192,22 @@ def _structured(
     cut = Cut(c, layers, shared, of_layer)
     checkpoint = cut.applied(checkpoint, result.changed)
     return dataclasses.replace(checkpoint, facts={**checkpoint.facts, "pruned": _facts(cut, goal, result, tokens)})
+
+
+def _fewer_tokens(checkpoint: Checkpoint, text: str) -> Checkpoint:
+    """The checkpoint with the tokens that a text needs; the keys of a GGUF file follow."""
+    keys = calibrate.vocabulary(checkpoint)
+    kept = vocab_prune.kept_tokens(keys, text)
+    cut = Cut(checkpoint.config, tuple(range(checkpoint.config.n_layers)), {"vocab_size": kept})
+    after, metadata = cut.applied(checkpoint), dict[str, Any]()
+    if checkpoint.is_gguf:
+        words = {key: value for key, value in keys.items() if key.startswith("tokenizer.")}
+        changed = vocab_prune.cut_keys(words, kept)
+        metadata = {key: value for key, value in after.metadata.items() if key in changed or key not in words}
+        metadata |= {key: value for key, value in changed.items() if value is not words[key]}
+    sizes = {"before": checkpoint.config.vocab_size, "after": len(kept)}
+    facts = {**checkpoint.facts, "pruned": {**checkpoint.facts.get("pruned", {}), "tokens": sizes}}
+    return dataclasses.replace(after, metadata=metadata, kept_tokens=kept, facts=facts)
 
 
 def _affordable(c: Config, n_ctx: int) -> int:

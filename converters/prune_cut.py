@@ -25,6 +25,7 @@ from edgelm.weights import SCALES
 
 from .arrays import Array, Floats
 from .checkpoint import Checkpoint
+from .gguf_writer import Typed
 
 Indices = NDArray[np.intp]
 
@@ -107,8 +108,9 @@ class Cut:
         """A GGUF file's keys with the new sizes; lists with an entry for each layer are cut."""
         if not checkpoint.is_gguf:
             return {}
-        keys, values = dict[str, Any](checkpoint.metadata), gguf.read(checkpoint.path).metadata
-        for name, value in values.items():
+        keys = dict[str, Any](checkpoint.metadata)
+        changed = {name: value for name, value in keys.items() if not isinstance(value, Typed)}
+        for name, value in {**gguf.read(checkpoint.path).metadata, **changed}.items():
             is_ours = name.startswith(f"{self.config.arch}.")
             if is_ours and isinstance(value, np.ndarray | list) and len(value) == self.config.n_layers:
                 keys[name] = [value[i] for i in self.layers] if isinstance(value, list) else value[list(self.layers)]

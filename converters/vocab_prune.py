@@ -45,7 +45,7 @@ def kept_tokens(keys: Mapping[str, Any], text: str) -> Indices:
 
 
 def _is_id(value: Any, vocabulary: Vocabulary) -> bool:
-    return isinstance(value, int | np.integer) and 0 <= value < len(vocabulary.pieces)
+    return isinstance(value, int | np.integer) and bool(0 <= value < len(vocabulary.pieces))
 
 
 def _is_basic(vocabulary: Vocabulary, piece: str) -> bool:
