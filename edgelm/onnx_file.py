@@ -71,10 +71,11 @@ class OnnxFile:
 
     Attributes:
         path: the file; data: files beside it that hold weights.
-        inputs, outputs: by name, in order; initializers, which some files list among the inputs, are none.
+        inputs, outputs: by name, in order; defaults: inputs with a constant of the same name, which may be left out.
         nodes: the operations of the main graph, in order; tensors: its constants by name.
         operators: (domain, name) of every operation, also of those in inner graphs and functions.
         opsets: version of each operator set.
+        metadata: what the exporter wrote beside the graph, texts by name.
         n_bytes: of the file and of those with weights.
     """
 
@@ -83,10 +84,12 @@ class OnnxFile:
     producer: str = ""
     opsets: dict[str, int] = field(default_factory=dict)
     inputs: dict[str, Value] = field(default_factory=dict)
+    defaults: dict[str, Value] = field(default_factory=dict)
     outputs: dict[str, Value] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     operators: set[tuple[str, str]] = field(default_factory=set)
+    metadata: dict[str, str] = field(default_factory=dict)
     data: tuple[Path, ...] = ()
     n_bytes: int = 0
 
@@ -131,6 +134,9 @@ class _Reader:
                 case 8:
                     domain, version = self._opset(message.message(value))
                     file.opsets[domain] = version
+                case 14:
+                    key, said = self._entry(message.message(value))
+                    file.metadata[key] = said
                 case 20:
                     raise UnsupportedError(f"{self.path}: a model for training; export it for inference")
                 case 25:
@@ -180,7 +186,8 @@ class _Reader:
                     file.outputs[output.name] = output
                 case 15:
                     raise UnsupportedError(f"{self.path}: sparse weights")
-        file.inputs |= {each.name: each for each in inputs if each.name not in file.tensors}
+        for each in inputs:
+            (file.defaults if each.name in file.tensors else file.inputs)[each.name] = each
         file.operators |= calls
         return calls
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from . import onnx_file
-from .errors import FormatError, SourceError, UnsupportedError
+from .arch import Config
+from .errors import EdgelmError, FormatError, SourceError, UnsupportedError
 from .onnx_file import OnnxFile, Value, inside
 
 MAX_JSON_BYTES = 1 << 27  # tokenizer.json of the largest vocabularies have 35 MB
@@ -26,6 +27,7 @@ NAMES = ("model.onnx", "decoder_model_merged.onnx", "decoder_with_past_model.onn
 HIDDEN = ("last_hidden_state", "token_embeddings", "hidden_states")  # outputs: a vector for each token
 POOLED = ("sentence_embedding", "text_embeds", "pooler_output")  # outputs: a vector for each text
 IDS, MASK, POSITIONS, TYPES = "input_ids", "attention_mask", "position_ids", "token_type_ids"
+FROM = "outputs_from"  # an input of our own graphs: the first token whose logits are wanted
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 FLOATS = ("float32", "float16")
 
@@ -57,6 +59,17 @@ class OnnxFolder:
     config: Mapping[str, Any] = field(default_factory=dict)
     generation: Mapping[str, Any] = field(default_factory=dict)
     tokenizer_config: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def own(self) -> Config | None:
+        """The hyperparameters that `edgelm convert` writes into the graph; None for graphs of others."""
+        text = self.graph.metadata.get("edgelm.config")
+        if text is None:
+            return None
+        try:
+            return Config.from_gguf(json.loads(text))
+        except (ValueError, TypeError, AttributeError, RecursionError, EdgelmError) as error:
+            raise FormatError(f"{self.graph.path}: its metadata edgelm.config is damaged: {error!s:.200}") from None
 
     # ----------------------------------------------------------------------------------------------- what the graph is
 
@@ -140,12 +153,12 @@ class OnnxFolder:
             _number(each.get("vocab_size"), "vocab_size", where)
             for where, each in (("genai_config.json", self.genai), ("config.json", self.config))
         ]
+        size = said[0] or said[1] or (self.own.vocab_size if self.own else 0)
         graph = self._last_dim if not self.is_encoder else self._table[0]
         for where, size in zip(("genai_config.json", "config.json"), said, strict=True):
             if size and graph and size != graph:
                 raise FormatError(f"{self.path / where}: a vocabulary of {size}, but the graph has {graph}")
-        size = graph or said[0] or said[1]
-        if not size:
+        if not (size := graph or size):
             raise FormatError(f"{self.path}: neither the graph nor a config.json says how large the vocabulary is")
         return size
 
@@ -186,7 +199,7 @@ class OnnxFolder:
 
     @property
     def architecture(self) -> str:
-        kind = self.genai.get("type") or self.config.get("model_type")
+        kind = self.own.arch if self.own else self.genai.get("type") or self.config.get("model_type")
         return kind if isinstance(kind, str) else "onnx"
 
     @property
@@ -202,7 +215,7 @@ class OnnxFolder:
         for config in (self.config, text if isinstance(text, dict) else {}):
             for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length"):
                 said.append(_number(config.get(key), key, "config.json"))
-        said.append(self.max_position)
+        said += [self.max_position, self.own.context_length if self.own else 0]
         longest = min((n for n in said if n), default=0)
         if self.architecture in ("roberta", "xlm-roberta", "camembert"):  # their positions begin behind the padding's
             longest -= _number(self.config.get("pad_token_id"), "pad_token_id", "config.json") + 1
@@ -213,6 +226,8 @@ class OnnxFolder:
         """How the vectors of tokens become that of a text; see `Model.pooling`."""
         if self.output.name in POOLED:
             return "graph"
+        if self.own is not None:
+            return self.own.pooling
         modes = read_object(self.path, "1_Pooling/config.json") or {}
         for key, pooling in (("mean_tokens", "mean"), ("cls_token", "cls"), ("lasttoken", "last")):
             if modes.get(f"pooling_mode_{key}") is True:
@@ -228,6 +243,10 @@ class OnnxFolder:
             if name in inputs:
                 self._proven(inputs[name], ("int64", "int32"), 2)
         self._prove_genai()
+        if 0 < self._table[0] < self.vocab_size:
+            raise FormatError(
+                f"{self.graph.path}: a table of {self._table[0]} tokens, but {self.vocab_size} are predicted"
+            )
         _ = self.output, self.cache, self.vocab_size, self.context_length
 
     def _prove_genai(self) -> None:

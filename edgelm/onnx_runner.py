@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .cache import Batch
 from .errors import ContextFull, EdgelmError, FormatError, UnsupportedError, UsageError
 from .onnx_cache import OnnxCache, OnnxSequence
-from .onnx_folder import IDS, MASK, POOLED, POSITIONS, TYPES, OnnxFolder
+from .onnx_folder import FROM, IDS, MASK, POOLED, POSITIONS, TYPES, OnnxFolder
 from .threads import default_threads
 
 MAX_LOGIT_BYTES = 64 << 20  # of one run: the graph gives logits of every token, also of those that nobody wants
@@ -40,6 +40,7 @@ class OnnxRunner:
         self.n_threads = max(1, n_threads or default_threads())
         self._tensors, self._output = folder.cache, folder.output
         self._has_cache = bool(self._tensors)
+        self._chooses = self._has_cache and FROM in folder.graph.defaults
         self._pools = self._output.name in POOLED
         self._n_cols = folder.dim if folder.is_encoder else folder.vocab_size
         most = max(16, MAX_LOGIT_BYTES // (4 * max(1, self._n_cols)))
@@ -112,7 +113,11 @@ class OnnxRunner:
         for name, values in given.items():
             if name in self._inputs:
                 binding.bind_cpu_input(name, np.ascontiguousarray(values[None], self._inputs[name]))
-        rows = (1,) if self._pools else (1, len(ids))
+        # Of our own graphs only the rows from the first wanted one on; of none that is wanted, the last.
+        first = (int(wanted[0]) if len(wanted) else len(ids) - 1) if self._chooses else 0
+        if self._chooses:
+            binding.bind_cpu_input(FROM, np.array([first]))
+        rows = (1,) if self._pools else (1, len(ids) - first)
         out = np.empty((*rows, self._n_cols), self._dtype_out)
         binding.bind_output(self._output.name, "cpu", 0, self._dtype_out, out.shape, out.ctypes.data)
         try:
@@ -125,7 +130,7 @@ class OnnxRunner:
         if self._pools:
             results[:] = out
         elif len(wanted):
-            results[:] = out[0, wanted + (len(ids) - len(tokens))]
+            results[:] = out[0, wanted + (len(ids) - len(tokens) - first)]
 
     def _bound(self, sequence: OnnxSequence, n_more: int) -> Any:
         """A binding whose past and present are the arrays of a sequence."""
