@@ -1,19 +1,21 @@
 """A whole model quantized in one run of it: each layer is quantized when its inputs first come by.
 
-The reference interpreter runs all calibration chunks side by side, each of them twice: through the layers that are
-already quantized, and through the original ones. When it comes to a linear layer, all inputs that the text gives this
-layer are there. So one run is enough, and what it holds is the activations of one layer and its moments.
+The calibration text goes through the reference interpreter twice at once: through the layers that are already
+quantized, and through the original ones. When it comes to a linear layer, all inputs that the text gives this layer are
+there. So one run is enough, and what it holds is the activations of one layer and their moments.
 
-With x the inputs of the quantized model, x* those of the original, and H = mean of xᵀ x, a layer should not give what
-its own weights make of x, but what the original makes of x* (asymmetric calibration: GPTAQ, Li et al., 2504.02692):
-the weights that come nearest to that are W + W (mean of (x* - x)ᵀ x) H⁻¹. Where a layer's outputs are added to a
-stream, they should also make up for what the stream lost before. These weights are what `gptq` then rounds.
+With x the inputs in the quantized model, x* those in the original, and H = mean of xᵀ x: a layer should not give what
+its own weights make of x, but what the original makes of x* (asymmetric calibration: GPTAQ, Li et al., 2504.02692).
+The weights that come nearest to that are W + W (mean of (x* - x)ᵀ x) H⁻¹. Where a layer's outputs are added to the
+residual stream they should also make up for what the stream lost before: + (mean of (s* - s)ᵀ x) H⁻¹. These weights are
+what is then rounded: by `gptq`, or by a search where a format has no even codes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,37 +24,85 @@ from numpy.typing import NDArray
 from edgelm.cache import Batch
 from edgelm.disk import Progress, nothing
 from edgelm.formats import by_name
-from edgelm.models import model_of
-from edgelm.reference import Operations, Reference
+from edgelm.reference import Reference
 from edgelm.weights import Layer
 
-from . import block_codes
+from . import block_codes, structure
+from .chunks import Chunks, Turns, forward, parts
 from .gptq import DAMPING, can, gptq
-from .imatrix import Source, run
+from .imatrix import Source
+from .quantizers import quantize
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
-RIDGE = 0.1  # of the mean of the diagonal of H, added to it where targets are fitted: few tokens fit too well
+RIDGE = 1.0  # of the mean of the diagonal of H, added to it where targets are fitted: few tokens fit too well
 
 
 @dataclass(frozen=True)
 class Choices:
-    """How layers are quantized. damping: of `gptq`; ridge: of the targets, None to keep the weights as targets."""
+    """damping: of `gptq`; ridge: of the targets, None to keep the weights as targets; sweeps: of `gptq`."""
 
     damping: float = DAMPING
     ridge: float | None = RIDGE
-    stream: bool = True
     sweeps: int = 0
 
 
-class Paired(Operations):
-    """Operations on rows of which the first half goes through quantized layers, the second through the original ones."""
+@dataclass
+class Moments:
+    """Of inputs x of a layer, and x* of the original: sums over n rows of xᵀ x and (x* - x)ᵀ x; of the stream alike."""
 
-    def __init__(self, runner: Reference, batch: Batch, job: _Job) -> None:
-        super().__init__(runner, batch)
-        self._job = job
+    n: int = 0
+    hessian: Any = 0.0
+    lost: Any = 0.0
+
+    def add(self, x: NDArray[Any]) -> None:
+        mine, original = np.split(x, 2)
+        self.n += len(mine)
+        self.hessian = self.hessian + mine.T @ mine
+        self.lost = self.lost + (original - mine).T @ mine
+
+
+@dataclass
+class _Job:
+    """What is to be quantized, and what the parts of the text have brought together for the layer that they are at."""
+
+    types: Mapping[str, str]
+    adding: frozenset[str]
+    give: Callable[[str, Bytes, Floats], None]
+    known: Callable[[str], Bytes | None]
+    progress: Progress
+    choices: Choices
+    turns: Turns
+    moments: Moments = field(default_factory=Moments)
+    stream_lost: Any = 0.0  # sum of (s* - s)ᵀ x
+    done: int = 0
+
+    def finish(self, name: str, w: Floats) -> Bytes:
+        """The layer's weights, quantized, from what all parts have brought."""
+        data = self.known(name)
+        if data is None:
+            n = np.float32(self.moments.n)
+            hessian, target = self.moments.hessian / n, w
+            if self.choices.ridge is not None:
+                missing = w @ (self.moments.lost / n) + self.stream_lost / n
+                target = w + solved(hessian, missing, self.choices.ridge)
+            data = _rounded(self.types[name], target, hessian, self.choices)
+            self.give(name, data, np.diagonal(hessian))
+        self.stream_lost = 0.0
+        self.done += 1
+        self.progress("calibrate", self.done, len(self.types))
+        return data
+
+
+class Paired(Chunks):
+    """Operations on rows of which the first half goes through quantized layers, the second through the originals."""
+
+    def __init__(self, runner: Reference, batch: Batch, n_ctx: int, job: _Job, number: int) -> None:
+        super().__init__(runner, batch, n_ctx)
+        self._job, self._number = job, number
         self._stream: NDArray[Any] | None = None
+        self._seen: NDArray[Any] | None = None  # inputs that are in the moments already: several layers may share them
 
     def rms_norm(self, x: NDArray[Any], weight: Any, eps: float, heads: int = 0) -> NDArray[Any]:
         if not heads:
@@ -64,58 +114,31 @@ class Paired(Operations):
         return super().layer_norm(x, weight, bias, eps)
 
     def linear(self, x: NDArray[Any], layer: Layer) -> NDArray[Any]:
-        name = layer.weight.name
-        if name not in self._job.types:
+        name, job = layer.weight.name, self._job
+        if name not in job.types:
             return super().linear(x, layer)
-        w, half = self._dense(layer.weight), len(x) // 2
-        stream = self._stream if name in self._job.adding else None
-        data = self._job.quantize(name, x, w, stream)
+        if job.known(name) is None:
+            self._bring(name, x)
+        w = self._dense(layer.weight)
+        data = job.turns.meet(self._number, lambda: job.finish(name, w))
+        half = len(x) // 2
         y = np.empty((len(x), len(w)), x.dtype)
-        np.matmul(x[:half], block_codes.decode(by_name(self._job.types[name]), data).T, out=y[:half])
+        np.matmul(x[:half], block_codes.decode(by_name(job.types[name]), data).T, out=y[:half])
         np.matmul(x[half:], w.T, out=y[half:])
         if layer.bias is not None:
             y += self._dense(layer.bias)
         return y
 
-
-class _Job:
-    """What is to be quantized, and the moments of the inputs that were seen last: several layers may share them."""
-
-    def __init__(
-        self, types: Mapping[str, str], adding: frozenset[str], give: Callable[[str, Bytes], None],
-        known: Callable[[str], Bytes | None], progress: Progress, choices: Choices,
-    ) -> None:  # fmt: skip
-        self.types, self.adding, self.give, self.known = types, adding, give, known
-        self.progress, self.choices = progress, choices
-        self.done = 0
-        self._inputs: NDArray[Any] | None = None
-        self._hessian: Floats = np.empty((0, 0), np.float32)
-        self._lost: Floats = self._hessian
-
-    def quantize(self, name: str, x: NDArray[Any], w: Floats, stream: NDArray[Any] | None) -> Bytes:
-        data = self.known(name)
-        if data is None:
-            if self._inputs is not x:
-                self._inputs, (self._hessian, self._lost) = x, moments(x)
-            target = w
-            if self.choices.ridge is not None:
-                missing = w @ self._lost
-                if stream is not None and self.choices.stream:
-                    half = len(x) // 2
-                    missing += (stream[half:] - stream[:half]).T @ x[:half] / np.float32(half)
-                target = w + solved(self._hessian, missing, self.choices.ridge)
-            data = gptq(self.types[name], target, self._hessian, self.choices.damping, sweeps=self.choices.sweeps)
-            self.give(name, data)
-        self.done += 1
-        self.progress("gptq", self.done, len(self.types))
-        return data
-
-
-def moments(x: NDArray[Any]) -> tuple[Floats, Floats]:
-    """(mean of xᵀ x, mean of (x* - x)ᵀ x) of rows x, and x* as many behind them."""
-    half = len(x) // 2
-    mine, original = x[:half], x[half:]
-    return mine.T @ mine / np.float32(half), (original - mine).T @ mine / np.float32(half)
+    def _bring(self, name: str, x: NDArray[Any]) -> None:
+        job = self._job
+        if self._seen is not x:
+            if self._number == 0:
+                job.moments = Moments()
+            job.moments.add(x)
+            self._seen = x
+        if name in job.adding and self._stream is not None:
+            mine, original = np.split(self._stream, 2)
+            job.stream_lost = job.stream_lost + (original - mine).T @ x[: len(mine)]
 
 
 def solved(hessian: Floats, missing: Floats, ridge: float) -> Floats:
@@ -127,42 +150,32 @@ def solved(hessian: Floats, missing: Floats, ridge: float) -> Floats:
     return found
 
 
+def _rounded(format_name: str, w: Floats, hessian: Floats, choices: Choices) -> Bytes:
+    if can(format_name):
+        return gptq(format_name, w, hessian, choices.damping, sweeps=choices.sweeps)
+    return quantize(format_name, w, np.diagonal(hessian))
+
+
 def quantize_model(
     source: Source,
     tokens: NDArray[np.int32],
     types: Mapping[str, str],
-    give: Callable[[str, Bytes], None],
+    give: Callable[[str, Bytes, Floats], None],
     progress: Progress = nothing,
-    choices: Choices = Choices(),
+    choices: Choices | None = None,
     known: Callable[[str], Bytes | None] = lambda name: None,
 ) -> None:
-    """Quantizes linear layers by GPTQ; `give(name, rows of blocks)` is called for each as soon as it is finished.
+    """Quantizes linear layers; `give(name, rows of blocks, importance)` is called for each as soon as it is finished.
 
-    tokens: int32 (chunks, n_ctx), see `imatrix.chunked`; types: the format of each weight that is wanted; weights of
-    formats without evenly spaced codes are left out, run as they are, and are never given; known: what an earlier run
-    gave, which is taken instead of computed.
+    tokens: int32 (chunks, n_ctx), see `imatrix.chunked`; types: the format of each weight that is wanted; importance:
+    mean squares of its inputs, (columns,); known: what an earlier run gave, which is taken instead of computed: the
+    rest comes out as it would have then.
     """
-    c = source.config
-    wanted = {name: type_ for name, type_ in types.items() if can(type_)}
-    adding = frozenset()
-    job = _Job(wanted, adding_layers(source), give, known, progress, choices)
-    runner = Reference(
-        model_of(c), c, source.weights, head="hidden", n_ctx=tokens.shape[1], max_weight_bytes=0,
-        operations=lambda runner, batch: Paired(runner, batch, job),
-    )  # fmt: skip
-    run(runner, np.concatenate([tokens, tokens]))
-
-
-def adding_layers(source: Source) -> frozenset[str]:
-    """Names of the weights whose outputs are added to the stream as they are."""
-    from edgelm.graph import Recorder, in_order
-
-    recorder = Recorder(source.config, "hidden")
-    nodes = in_order([model_of(source.config)(recorder, source.config, source.weights)])
-    names = set()
-    for node in nodes:
-        if node.kind == "add":
-            for value in node.inputs:
-                if value.kind == "linear":
-                    names.add(value.args["matrix"].tensor.name)
-    return frozenset(names)
+    pieces = parts(source, tokens, copies=2)
+    turns = Turns(len(pieces))
+    nodes = structure.recorded(source.config, source.weights)
+    job = _Job(types, structure.adding(nodes), give, known, progress, choices or Choices(), turns)
+    turns.run([
+        partial(forward, source, np.concatenate([piece, piece]), partial(Paired, job=job, number=number))
+        for number, piece in enumerate(pieces)
+    ])  # fmt: skip

@@ -1,0 +1,143 @@
+"""How weights are rounded: `rounded` measures what its method needs, and quantizes what cannot wait for the writer.
+
+| method | what it does | what it gives |
+|---|---|---|
+| rtn | each weight to the nearest, with the best scales | nothing: the writer quantizes |
+| imatrix | scales for the columns that a text drives most | importances |
+| gptq | errors are made up for by the weights that are still to come (`calibrated`) | finished tensors |
+| awq | columns that matter are scaled up, and what feeds them down (`awq`) | another checkpoint, importances |
+| auto | the one that loses least on the text | |
+
+A calibration that was stopped goes on where it stopped: what is finished lies in a work folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.disk import Progress, nothing
+from edgelm.errors import UsageError
+
+from . import calibrate, calibrated, imatrix, structure
+from .arrays import Floats
+from .calibrated import Choices
+from .checkpoint import Checkpoint
+from .conversion import METHODS, Calibration
+from .finished import Finished
+from .imatrix import Imatrix, Source
+from .quantizers import SEARCHED
+from .recipe import Plan
+
+Bytes = NDArray[np.uint8]
+_VERSION = "1"  # of what finished tensors are made by: those of another version are not taken
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What a method gives to whoever writes a model.
+
+    checkpoint: what is written; importance: of columns, float32 (columns,), by tensor; ready: rows of blocks of tensors
+    that are quantized already, uint8 (rows, bytes of a row), mapped from the work folder; methods: by tensor; imatrix:
+    what was measured, for the metadata.
+    """
+
+    checkpoint: Checkpoint
+    importance: Mapping[str, Floats] = field(default_factory=dict)
+    ready: Mapping[str, Bytes] = field(default_factory=dict)
+    methods: Mapping[str, str] = field(default_factory=dict)
+    imatrix: Imatrix | None = None
+
+
+def rounded(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    method: str,
+    calibration: Calibration | None,
+    work: Path,
+    progress: Progress = nothing,
+    choices: Choices | None = None,
+) -> Rounded:
+    """What the method `method` makes of a checkpoint for the types of a plan.
+
+    work: a folder for what is finished; whoever has written the model removes it.
+
+    Raises UsageError for a method that does not exist, or that needs a text and has none; else what running the model
+    raises (`imatrix.collect`), and OSError for a disk that is full.
+    """
+    if method not in METHODS:
+        raise UsageError(f"method {method!r:.40}: there are {', '.join(METHODS)}")
+    if method == "auto":
+        method = "rtn" if calibration is None else "gptq"
+    if method == "rtn":
+        return Rounded(checkpoint, methods=dict.fromkeys(quantized(checkpoint, plan), "rtn"))
+    if calibration is None:
+        raise UsageError(f"the method {method} has to read a text")
+    source = calibrate.opened(checkpoint)
+    tokens = imatrix.chunked(source, calibration.text.text, calibration.n_ctx, calibration.chunks)
+    identity = _identity(checkpoint, tokens)
+    if method == "imatrix":
+        return _weighed(checkpoint, plan, _imatrix(source, tokens, calibration, work, identity, progress))
+    return _gptq(checkpoint, plan, source, tokens, work, identity, progress, choices or Choices())
+
+
+def _weighed(checkpoint: Checkpoint, plan: Plan, measured: Imatrix) -> Rounded:
+    types = quantized(checkpoint, plan)
+    importance = {name: values for name in types if (values := measured.importance(name)) is not None}
+    methods = {name: "imatrix" if name in importance else "rtn" for name in types}
+    return Rounded(checkpoint, importance, {}, methods, measured)
+
+
+def _gptq(
+    checkpoint: Checkpoint, plan: Plan, source: Source, tokens: NDArray[np.int32], work: Path, identity: str,
+    progress: Progress, choices: Choices,
+) -> Rounded:  # fmt: skip
+    types = quantized(checkpoint, plan)
+    layers = structure.linears(structure.recorded(source.config, source.weights))
+    wanted = {name: types[name] for name in layers if name in types}
+    made_of = hashlib.sha256(f"{identity} {choices} {list(wanted.items())}".encode()).hexdigest()
+    finished, weighed = Finished(work / "gptq", made_of), Finished(work / "importance", made_of)
+
+    def give(name: str, data: Bytes, importance: Floats) -> None:
+        weighed.put(name, np.ascontiguousarray(importance, np.float32)[None].view(np.uint8))
+        finished.put(name, data)
+
+    calibrated.quantize_model(source, tokens, wanted, give, progress, choices, finished.get)
+    methods = {name: "gptq" if name in wanted else "rtn" for name in types}
+    return Rounded(checkpoint, {name: weighed[name].view(np.float32)[0] for name in wanted}, finished, methods)
+
+
+def quantized(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
+    """The format of each tensor that has to be quantized, by name."""
+    found = {}
+    for step in plan.steps:
+        array = checkpoint.tensors[step.name]
+        as_is = array.as_is is not None and array.as_is.format is step.format
+        if step.format.name in SEARCHED and not step.is_kept and not as_is:
+            found[step.name] = step.format.name
+    return found
+
+
+def _identity(checkpoint: Checkpoint, tokens: NDArray[np.int32]) -> str:
+    """Of everything that a measurement depends on: the source, what was done to it, the text."""
+    facts = (_VERSION, checkpoint.fingerprint(), repr(checkpoint.config), dict(checkpoint.facts), tokens.shape)
+    return hashlib.sha256(repr(facts).encode() + tokens.tobytes()).hexdigest()
+
+
+def _imatrix(
+    source: Source, tokens: NDArray[np.int32], calibration: Calibration, work: Path, identity: str, progress: Progress
+) -> Imatrix:
+    """The imatrix of a text; that of an earlier run, if it measured the same."""
+    path = work / f"imatrix-{identity[:16]}.gguf"
+    if not path.exists():
+        measured = imatrix.collect(
+            source, tokens.reshape(-1).tolist(), tokens.shape[1], None, progress, dataset=calibration.text.name
+        )
+        work.mkdir(parents=True, exist_ok=True)
+        imatrix.save(path, measured)
+    return imatrix.read(path)  # the same numbers, whether this run measured them or an earlier one

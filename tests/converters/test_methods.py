@@ -1,0 +1,180 @@
+"""Methods of rounding: what each gives, what it loses on a text, and calibrations that were stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import tiny
+
+from converters import block_codes, calibrate, checkpoint, chunks, imatrix, methods, structure
+from converters.calibrated import Choices, quantize_model
+from converters.checkpoint import Checkpoint
+from converters.conversion import Calibration, Text
+from converters.finished import Finished
+from converters.imatrix import Opened
+from converters.quantizers import quantize
+from converters.recipe import Plan, Recipe, make_plan
+from edgelm.errors import UsageError
+from edgelm.formats import QTensor, by_name
+from edgelm.weights import Weights
+
+WORDS = "the quick brown fox jumps over the lazy dog and a cat that sat on the mat while it rained in the north "
+TEXT = Calibration(Text.of(WORDS * 12, "words"), 32, 6)
+
+
+def opened(variant: str, folder: Path, type_: str = "q4_0") -> tuple[Checkpoint, Plan]:
+    read = checkpoint.read(tiny(variant, folder=folder))
+    return read, make_plan(read.config, read.tensors, Recipe(type_))
+
+
+def written(made: methods.Rounded, plan: Plan) -> dict[str, np.ndarray]:
+    """All quantized tensors, as a writer makes them."""
+    out = {}
+    for name, type_ in methods.quantized(made.checkpoint, plan).items():
+        data = made.ready.get(name)
+        if data is None:
+            w = made.checkpoint.tensors[name].read().reshape(-1, made.checkpoint.tensors[name].shape[-1])
+            data = quantize(type_, w, made.importance.get(name))
+        out[name] = np.array(data)
+    return out
+
+
+def error(read: Checkpoint, plan: Plan, tensors: Mapping[str, np.ndarray]) -> float:
+    """Mean square of what hidden states of the calibration text lose, relative to theirs."""
+    source = calibrate.opened(read)
+    tokens = imatrix.chunked(source, TEXT.text.text, 32, TEXT.chunks)
+    types = {step.name: step.format for step in plan.steps}
+    weights = dict(source.weights.by_name)
+    for name, data in tensors.items():
+        weights[name] = QTensor(name, types[name], weights[name].shape, data)
+    changed = Opened(source.config, Weights.from_gguf(source.config, weights), source.tokenizer)
+    was, now = chunks.forward(source, tokens), chunks.forward(changed, tokens)
+    return float(np.mean((now - was) ** 2) / np.mean(was**2))
+
+
+@pytest.mark.parametrize("variant", ["llama-gqa", "gemma3", "gpt2", "llama-fused", "bert-mean"])
+def test_what_reads_the_text_loses_less(variant: str, tmp_path: Path) -> None:
+    read, plan = opened(variant, tmp_path)
+    lost = {}
+    for method in ("rtn", "imatrix", "gptq"):
+        made = methods.rounded(read, plan, method, None if method == "rtn" else TEXT, tmp_path / method)
+        assert {**made.methods} == {
+            name: method if method == "rtn" or name.startswith("blk.") else "rtn" for name in made.methods
+        }
+        tensors = written(made, plan)
+        lost[method] = error(read, plan, {n: data for n, data in tensors.items() if n.startswith("blk.")})
+    assert lost["gptq"] < 0.8 * lost["imatrix"] < lost["rtn"]
+
+
+def test_importances_are_those_of_an_imatrix(tmp_path: Path) -> None:
+    read, plan = opened("llama-gqa", tmp_path, "q8_0")
+    by = {m: methods.rounded(read, plan, m, TEXT, tmp_path / m).importance for m in ("imatrix", "gptq")}
+    assert by["gptq"].keys() == by["imatrix"].keys()
+    for name, values in by["imatrix"].items():
+        np.testing.assert_allclose(by["gptq"][name], values, rtol=0.1, atol=0.01 * values.mean())
+
+
+class Killed(BaseException):
+    """What no code catches by mistake."""
+
+
+@pytest.mark.parametrize("at", [1, 5, 13])
+@pytest.mark.parametrize("part_bytes", [chunks.PART_BYTES, 4 * 2 * 32 * 96 * 2])
+def test_a_calibration_that_was_killed_goes_on(
+    at: int, part_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "PART_BYTES", part_bytes)
+    read, plan = opened("llama-gqa", tmp_path, "q4_1")
+    whole = written(methods.rounded(read, plan, "gptq", TEXT, tmp_path / "whole"), plan)
+    work = tmp_path / "killed"
+
+    def kill(stage: str, done: int, total: int) -> None:
+        if done == at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        methods.rounded(read, plan, "gptq", TEXT, work, kill)
+    before = {path.name: path.stat().st_mtime_ns for path in (work / "gptq").glob("*.rows")}
+    assert len(before) == at
+    again = methods.rounded(read, plan, "gptq", TEXT, work)
+    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in (work / "gptq").glob("*.rows")}.items()
+    for name, data in written(again, plan).items():
+        np.testing.assert_array_equal(data, whole[name])
+
+
+def test_what_was_finished_for_something_else_is_not_taken(tmp_path: Path) -> None:
+    read, plan = opened("llama-gqa", tmp_path)
+    first = written(methods.rounded(read, plan, "gptq", TEXT, tmp_path / "work"), plan)
+    other = Calibration(Text.of(WORDS.upper() * 12, "words"), 32, 6)
+    second = written(methods.rounded(read, plan, "gptq", other, tmp_path / "work"), plan)
+    clean = written(methods.rounded(read, plan, "gptq", other, tmp_path / "clean"), plan)
+    for name in clean:
+        np.testing.assert_array_equal(second[name], clean[name])
+    assert any((first[name] != second[name]).any() for name in first)
+
+
+DAMAGES = [lambda b: b[:-1], lambda b: b[:40], lambda b: b"", lambda b: b[:60] + b"\xff" + b[61:]]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_are_taken_for_none(damage: Any, tmp_path: Path) -> None:
+    store = Finished(tmp_path, "me")
+    rows = np.arange(200, dtype=np.uint8).reshape(4, 50)
+    store.put("a.weight", rows)
+    store.put("b.weight", rows[:1])
+    path = tmp_path / "a.weight.rows"
+    path.write_bytes(damage(path.read_bytes()))
+    again = Finished(tmp_path, "me")
+    assert list(again) == ["b.weight"] and len(again) == 1
+    np.testing.assert_array_equal(again["b.weight"], rows[:1])
+    assert again.get("a.weight") is None
+    assert not Finished(tmp_path, "somebody else")
+
+
+def test_methods_that_cannot_be(tmp_path: Path) -> None:
+    read, plan = opened("llama-gqa", tmp_path)
+    with pytest.raises(UsageError, match="rtn"):
+        methods.rounded(read, plan, "magic", TEXT, tmp_path)
+    for method in ("imatrix", "gptq", "awq"):
+        with pytest.raises(UsageError, match="text"):
+            methods.rounded(read, plan, method, None, tmp_path)
+
+
+@pytest.mark.parametrize("variant", ["gemma3", "gpt2", "phi3", "bert-mean", "nomic-bert", "mistral", "gemma2"])
+def test_chunks_without_a_cache_are_chunks_with_one(variant: str, tmp_path: Path) -> None:
+    source = Opened.read(tiny(variant, folder=tmp_path))
+    tokens = np.random.default_rng(0).integers(3, 60, (3, 32)).astype(np.int32)
+    from edgelm.models import model_of
+    from edgelm.reference import Reference
+
+    runner = Reference(model_of(source.config), source.config, source.weights, head="hidden", n_ctx=32)
+    np.testing.assert_allclose(chunks.forward(source, tokens), imatrix.run(runner, tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("variant", "n"), [("llama-gqa", 4), ("gpt2", 4), ("gemma3", 0), ("bert-mean", 0)])
+def test_who_adds_to_the_stream(variant: str, n: int, tmp_path: Path) -> None:
+    source = Opened.read(tiny(variant, folder=tmp_path))
+    found = structure.adding(structure.recorded(source.config, source.weights))
+    assert len(found) == n and all("attn_output" in name or "ffn_down" in name for name in found)
+
+
+def test_targets_make_up_for_what_was_lost(tmp_path: Path) -> None:
+    read, plan = opened("llama-gqa", tmp_path)
+    source = calibrate.opened(read)
+    tokens = imatrix.chunked(source, TEXT.text.text, 32, TEXT.chunks)
+    types = dict.fromkeys(structure.linears(structure.recorded(source.config, source.weights)), "Q4_0")
+    lost = []
+    for ridge in (None, 0.3):
+        found: dict[str, np.ndarray] = {}
+        quantize_model(
+            source, tokens, types, lambda name, data, _, found=found: found.__setitem__(name, data),
+            choices=replace(Choices(), ridge=ridge),
+        )  # fmt: skip
+        lost.append(error(read, plan, found))
+    assert lost[1] < 0.8 * lost[0]
+    assert all(block_codes.decode(by_name("Q4_0"), data).any() for data in found.values())
