@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,24 +28,14 @@ _PROBE = "a"  # what is put around any text is seen around this one
 class JsonTokenizer(Tokenizer):
     """A tokenizer whose text is cut by the library; `Tokenizer` has the rest."""
 
-    def __init__(self, v: Vocabulary, text: str, around: tuple[list[int], list[int]]) -> None:
+    def __init__(self, v: Vocabulary, cutter: Any, around: tuple[list[int], list[int]]) -> None:
         super().__init__(v)
-        self._text, self._around = text, around
-
-    @cached_property
-    def _parsing(self) -> Any:
-        return _library(self._text)
-
-    @cached_property
-    def _plain(self) -> Any:
-        """The same, for which names of control tokens are ordinary text."""
-        cutter = _library(self._text)
-        cutter.encode_special_tokens = True
-        return cutter
+        self._cutter, self._around, self._lock = cutter, around, threading.Lock()
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
-        cutter = self._parsing if parse_special else self._plain
-        ids: list[int] = cutter.encode(_well_formed(text), add_special_tokens=False).ids
+        with self._lock:
+            self._cutter.encode_special_tokens = not parse_special  # the library's word for "as ordinary text"
+            ids: list[int] = self._cutter.encode(_well_formed(text), add_special_tokens=False).ids
         before, after = self._around if add_special else ([], [])
         return [*before, *ids, *after]
 
@@ -61,20 +51,16 @@ def read(folder: OnnxFolder) -> JsonTokenizer:
     text = read_text(folder.path, "tokenizer.json")
     if text is None:
         raise SourceError(f"{folder.path} has no tokenizer.json; take it from the model that the graph was made of")
-    parsed = _parsed(text, folder)
-    n = folder.vocab_size
-    if beyond := [entry for entry in _added(parsed) if entry["id"] >= n]:  # such as an image's mark
-        parsed["added_tokens"] = [entry for entry in parsed["added_tokens"] if entry not in beyond]
-        text = json.dumps(parsed)
-    cutter = _library(text, folder)
-    pieces, kinds = _tokens(parsed, cutter.get_vocab(with_added_tokens=True), n, folder)
+    n, cutter = folder.vocab_size, _library(text, folder)
+    if any(token >= n for token in cutter.get_added_tokens_decoder()):  # such as an image's mark
+        cutter = _library(_without_added(text, n), folder)
+    model = _family(cutter)
+    pieces, kinds = _tokens(cutter, n, folder)
     ids = {piece: i for i, piece in enumerate(pieces)}
     around = _around(cutter)
     special, ends = _special(folder, ids, around, n)
-    if not around[0] and parsed.get("post_processor") is None and folder.tokenizer_config.get("add_bos_token") is True:
+    if not around[0] and cutter.post_processor is None and folder.tokenizer_config.get("add_bos_token") is True:
         around = [token for token in (special["bos"],) if token is not None], around[1]
-    steps = list(_steps(parsed.get("normalizer"))) + list(_steps(parsed.get("pre_tokenizer")))
-    model = _family(parsed, folder)
     v = Vocabulary(
         model=model,
         pre_name="tokenizer.json",
@@ -93,26 +79,16 @@ def read(folder: OnnxFolder) -> JsonTokenizer:
         add_bos=bool(around[0]) and around[0][-1] == special.get("bos"),
         add_eos=bool(around[1]) and model != "bert" and around[1][0] == special.get("eos"),
         add_sep=bool(around[1]) and model == "bert",
-        add_space_prefix=model != "gpt2" and _prefixes(steps),
+        add_space_prefix=model != "gpt2" and _prefixes([*_steps(cutter.normalizer), *_steps(cutter.pre_tokenizer)]),
         remove_extra_whitespaces=False,
         lowercase=False,
         strip_accents=False,
         ids=ids,
     )
-    return JsonTokenizer(v, text, around)
+    return JsonTokenizer(v, cutter, around)
 
 
-def _parsed(text: str, folder: OnnxFolder) -> dict[str, Any]:
-    try:
-        parsed = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{folder.path / 'tokenizer.json'} is not valid JSON: {error!s:.200}") from None
-    if not isinstance(parsed, dict) or not isinstance(parsed.get("model"), dict):
-        raise FormatError(f"{folder.path / 'tokenizer.json'} has no tokenizer model")
-    return parsed
-
-
-def _library(text: str, folder: OnnxFolder | None = None) -> Any:
+def _library(text: str, folder: OnnxFolder) -> Any:
     import tokenizers
 
     try:
@@ -123,34 +99,35 @@ def _library(text: str, folder: OnnxFolder | None = None) -> Any:
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # the library panics over some broken files, which is no Exception
-        where = "" if folder is None else f"{folder.path / 'tokenizer.json'}: "
         reason = " ".join(str(error).split())
-        raise FormatError(f"{where}the tokenizers library cannot read it: {reason:.200}") from None
+        path = folder.path / "tokenizer.json"
+        raise FormatError(f"{path}: the tokenizers library cannot read it: {reason:.200}") from None
     return cutter
 
 
-def _added(parsed: Mapping[str, Any]) -> list[dict[str, Any]]:
-    added = parsed.get("added_tokens") or []
-    entries = [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
-    return [entry for entry in entries if type(entry.get("id")) is int and isinstance(entry.get("content"), str)]
+def _without_added(text: str, n: int) -> str:
+    """A tokenizer.json, which the library has read, without added tokens that the model has no row for."""
+    parsed = json.loads(text)
+    parsed["added_tokens"] = [entry for entry in parsed["added_tokens"] if entry["id"] < n]
+    return json.dumps(parsed)
 
 
-def _family(parsed: Mapping[str, Any], folder: OnnxFolder) -> str:
+def _family(cutter: Any) -> str:
     """How pieces are spelled, by the name that GGUF has for it."""
-    kind = parsed["model"].get("type") or ("BPE" if "merges" in parsed["model"] else None)
+    kind = type(cutter.model).__name__
     if kind == "BPE":
-        steps = [*_steps(parsed.get("decoder")), *_steps(parsed.get("pre_tokenizer"))]
+        steps = [*_steps(cutter.decoder), *_steps(cutter.pre_tokenizer)]
         return "gpt2" if any(step.get("type") == "ByteLevel" for step in steps) else "llama"
     if kind in ("Unigram", "WordPiece"):
         return "t5" if kind == "Unigram" else "bert"
-    raise UnsupportedError(f"{folder.path / 'tokenizer.json'}: a tokenizer of the kind {kind!r:.40}")
+    raise UnsupportedError(f"tokenizer.json: a tokenizer of the kind {kind:.40}")
 
 
 def _tokens(
-    parsed: Mapping[str, Any], ids: Mapping[str, int], n: int, folder: OnnxFolder
+    cutter: Any, n: int, folder: OnnxFolder
 ) -> tuple[list[str], np.ndarray[Any, np.dtype[np.uint8]]]:
     """Piece and kind of each of the n tokens of the model; those that the tokenizer does not have are unused."""
-    where = folder.path / "tokenizer.json"
+    where, ids = folder.path / "tokenizer.json", cutter.get_vocab(with_added_tokens=True)
     if max(ids.values(), default=n) >= n:
         text = max(ids, key=ids.__getitem__, default="")
         raise FormatError(f"{where}: the token {text[:50]!r} is {ids.get(text)}, the model has {n}; it is another's")
@@ -158,14 +135,14 @@ def _tokens(
         raise FormatError(f"{where} has {len(ids)} tokens, the model {n}; it is another's")
     pieces = [f"[PAD{i}]" for i in range(n)]
     kinds = np.full(n, Kind.UNUSED, np.uint8)
-    is_words = parsed["model"].get("type") == "WordPiece"
-    special = {entry["id"]: entry for entry in _added(parsed)}
-    unknown = parsed["model"].get("unk_token")
+    is_words = type(cutter.model).__name__ == "WordPiece"
+    added = cutter.get_added_tokens_decoder()
+    unknown = getattr(cutter.model, "unk_token", None)
     for text, token in ids.items():
         if len(text) > MAX_PIECE_CHARS:
             raise FormatError(f"{where}: a token of {len(text)} characters; {MAX_PIECE_CHARS} are allowed")
-        if token in special:
-            kinds[token] = Kind.CONTROL if special[token].get("special") else Kind.USER_DEFINED
+        if token in added:
+            kinds[token] = Kind.CONTROL if added[token].special else Kind.USER_DEFINED
         else:
             kinds[token] = Kind.UNKNOWN if text == unknown else Kind.BYTE if _BYTE.fullmatch(text) else Kind.NORMAL
             if is_words:  # as GGUF has it: the beginning of a word is marked, not what continues one
@@ -219,6 +196,8 @@ def _ids(source: Mapping[str, Any], key: str, n: int) -> list[int]:
 
 def _steps(step: Any) -> Iterator[dict[str, Any]]:
     """The steps of a normalizer, pre-tokenizer or decoder, one after the other."""
+    if step is not None and not isinstance(step, dict):
+        step = json.loads(step.__getstate__())  # as the library would write it down
     if isinstance(step, dict):
         yield step
         for key in ("normalizers", "pretokenizers", "decoders"):

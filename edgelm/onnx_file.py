@@ -46,12 +46,14 @@ class Value:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A constant: its bytes in memory are `n_bytes`."""
+    """A constant: its bytes in memory are `n_bytes`. place: the file and offset where they lie; two constants may share
+    one. ("", 0) for those in the model's own file."""
 
     name: str
     dtype: str
     dims: tuple[int, ...]
     n_bytes: int
+    place: tuple[str, int] = ("", 0)
 
 
 @dataclass(frozen=True)
@@ -326,18 +328,19 @@ class _Reader:
             raise FormatError(f"{what} has the shape {dims[: MAX_DIMS + 1]}")
         kind, bits = DTYPES[dtype]
         n_bytes = -(-math.prod(dims) * bits // 8)
+        at = ("", 0)
         if is_external or place:
-            self._prove_external(what, place, n_bytes)
+            at = self._prove_external(what, place, n_bytes)
         elif raw is not None and raw != n_bytes and bits:
             raise FormatError(f"{what} of shape {dims} takes {n_bytes} bytes, the file has {raw}")
-        return Tensor(name, kind, tuple(dims), n_bytes)
+        return Tensor(name, kind, tuple(dims), n_bytes, at)
 
     def _entry(self, message: Message) -> tuple[str, str]:
         found = {number: message.text(value) for number, value in message.fields()}
         return found.get(1, ""), found.get(2, "")
 
-    def _prove_external(self, what: str, place: dict[str, str], n_bytes: int) -> None:
-        """A weight in another file: one in this folder, as long as it says."""
+    def _prove_external(self, what: str, place: dict[str, str], n_bytes: int) -> tuple[str, int]:
+        """Where a weight in another file lies: one in this folder, as long as it says."""
         location = place.get("location", "")
         if location not in self.external:
             target = inside(self.path.parent, location, what)
@@ -355,6 +358,7 @@ class _Reader:
                 f"{what} takes {n_bytes} bytes; given are {length} from {offset} on in {location!r} of {size} bytes: "
                 "it is truncated, or of another model"
             )
+        return location, offset
 
 
 def inside(folder: Path, name: str, what: str) -> Path:

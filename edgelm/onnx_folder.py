@@ -19,7 +19,7 @@ from typing import Any
 from . import onnx_file
 from .arch import Config
 from .errors import EdgelmError, FormatError, SourceError, UnsupportedError
-from .onnx_file import OnnxFile, Value, inside
+from .onnx_file import OnnxFile, Tensor, Value, inside
 
 MAX_JSON_BYTES = 1 << 27  # tokenizer.json of the largest vocabularies have 35 MB
 # Where an exporter may have put the graph, the best first: with a cache, and whole.
@@ -118,6 +118,14 @@ class OnnxFolder:
         if unknown:
             raise UnsupportedError(f"{self.graph.path}: the inputs {_list(unknown)}, which edgelm does not know")
         return tuple(found)
+
+    @cached_property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The constants of the graph, of those that are the same bytes only the first."""
+        found: dict[object, Tensor] = {}
+        for tensor in self.graph.tensors.values():
+            found.setdefault(tensor.place if tensor.place[0] else tensor.name, tensor)
+        return tuple(found.values())
 
     @cached_property
     def shares_buffers(self) -> bool:

@@ -226,7 +226,7 @@ def _parameters(folder: OnnxFolder) -> tuple[int, int]:
             per_byte = 8 // node.ints.get("bits", 4) if codes.dtype == "uint8" else 1
             packed.setdefault(codes.name, int(np.prod(codes.dims, dtype=np.float64)) * per_byte)
             packed |= {name: 0 for name in node.inputs[2:4] if name not in packed}
-    tensors = [t for t in graph.tensors.values() if t.dims and t.dtype not in ("int64", "string", "bool")]
+    tensors = [t for t in folder.weights if t.dims and t.dtype not in ("int64", "string", "bool")]
     n = sum(packed.get(t.name, int(np.prod(t.dims, dtype=np.float64))) for t in tensors)
     return n, sum(t.n_bytes for t in tensors)
 
@@ -236,7 +236,7 @@ def _type(folder: OnnxFolder) -> str:
     sizes: Counter[str] = Counter()
     bits = {node.inputs[1]: node.ints.get("bits", 4) for node in folder.graph.nodes if node.op == "MatMulNBits"}
     names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "int8", "uint4": "int4"}
-    for t in folder.graph.tensors.values():
+    for t in folder.weights:
         sizes[f"int{bits[t.name]}" if t.name in bits else names.get(t.dtype, t.dtype)] += t.n_bytes
     return sizes.most_common(1)[0][0] if sizes else ""
 
@@ -249,7 +249,8 @@ def _read_bytes(folder: OnnxFolder) -> int:
         tables = {"Gather": (0,), "GatherBlockQuantized": (0, 2, 3), "GroupQueryAttention": (7, 8)}.get(node.op, ())
         for at, name in enumerate(node.inputs):
             (looked_up if at in tables else others).add(name)
-    return sum(t.n_bytes for t in folder.graph.tensors.values() if t.name in others or t.name not in looked_up)
+    read = {t.place for t in folder.graph.tensors.values() if t.name in others or t.name not in looked_up}
+    return sum(t.n_bytes for t in folder.weights if t.place in read)
 
 
 def _memory(folder: OnnxFolder, n_tokens: int) -> Memory:
@@ -257,7 +258,7 @@ def _memory(folder: OnnxFolder, n_tokens: int) -> Memory:
     n_cols = folder.dim if folder.is_encoder else folder.vocab_size
     rows = min(n_tokens, 512)
     return Memory(
-        weights=sum(t.n_bytes for t in folder.graph.tensors.values()),
+        weights=sum(t.n_bytes for t in folder.weights),
         kv_cache=n_tokens * bytes_per_position(folder.cache) * (1 if folder.shares_buffers else 2),
         workspace=min(4 * n_cols * rows, 64 << 20),
     )

@@ -45,8 +45,9 @@ class OnnxRunner:
         self._n_cols = folder.dim if folder.is_encoder else folder.vocab_size
         most = max(16, MAX_LOGIT_BYTES // (4 * max(1, self._n_cols)))
         # What all tokens of a text see, or what is computed anew each time, cannot be cut.
-        self.max_tokens = min(max_tokens or min(512, most), n_ctx) if self._has_cache else n_ctx
+        self.max_tokens = min(max_tokens or (512 if self._chooses else min(512, most)), n_ctx) if self._has_cache else n_ctx
         self._lock = threading.Lock()
+        self._ort: Any = None
         self._session = self._open()
         self._inputs = {each.name: self._dtype(each) for each in self._session.get_inputs()}
         self._plain = self._session.io_binding()  # of sequences that keep nothing
@@ -115,8 +116,8 @@ class OnnxRunner:
                 binding.bind_cpu_input(name, np.ascontiguousarray(values[None], self._inputs[name]))
         # Of our own graphs only the rows from the first wanted one on; of none that is wanted, the last.
         first = (int(wanted[0]) if len(wanted) else len(ids) - 1) if self._chooses else 0
-        if self._chooses:
-            binding.bind_cpu_input(FROM, np.array([first]))
+        if self._chooses:  # as a value of onnxruntime's: its bindings know inputs that may be left out no other way
+            binding.bind_ortvalue_input(FROM, self._ort.OrtValue.ortvalue_from_numpy(np.array([first])))
         rows = (1,) if self._pools else (1, len(ids) - first)
         out = np.empty((*rows, self._n_cols), self._dtype_out)
         binding.bind_output(self._output.name, "cpu", 0, self._dtype_out, out.shape, out.ctypes.data)
@@ -155,6 +156,7 @@ class OnnxRunner:
             import onnxruntime as ort
         except ImportError:
             raise UnsupportedError(NOT_INSTALLED) from None
+        self._ort = ort
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.n_threads
         options.inter_op_num_threads = 1

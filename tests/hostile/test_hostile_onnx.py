@@ -289,9 +289,9 @@ CASES: dict[str, tuple[Spoil, type[EdgelmError], str]] = {
     "end_no_token": (changed(GENAI, "model", "eos_token_id", to="</s>"), FormatError, "no token"),
     # the tokenizer
     "tokenizer_missing": (remove(JSON), SourceError, "no tokenizer.json"),
-    "tokenizer_broken": (text(JSON, "{"), FormatError, "not valid JSON"),
-    "tokenizer_nested": (text(JSON, '{"model":' + "[" * 200_000), FormatError, "not valid JSON"),
-    "tokenizer_empty": (text(JSON, "{}"), FormatError, "no tokenizer model"),
+    "tokenizer_broken": (text(JSON, "{"), FormatError, "cannot read it"),
+    "tokenizer_nested": (text(JSON, '{"model":' + "[" * 200_000), FormatError, "cannot read it"),
+    "tokenizer_empty": (text(JSON, "{}"), FormatError, "cannot read it"),
     "tokenizer_link": (link(JSON, "other.json"), FormatError, "a link that leaves"),
     "tokenizer_of_no_kind": (tokenizer(lambda t: t["model"].update(type="Magic")), FormatError, "cannot read it"),
     "tokenizer_of_another": (tokenizer(lambda t: t["model"]["vocab"].update(zzz=512)), FormatError, "another's"),
