@@ -45,7 +45,8 @@ class OnnxRunner:
         self._n_cols = folder.dim if folder.is_encoder else folder.vocab_size
         most = max(16, MAX_LOGIT_BYTES // (4 * max(1, self._n_cols)))
         # What all tokens of a text see, or what is computed anew each time, cannot be cut.
-        self.max_tokens = min(max_tokens or (512 if self._chooses else min(512, most)), n_ctx) if self._has_cache else n_ctx
+        most = 512 if self._chooses else min(512, most)
+        self.max_tokens = min(max_tokens or most, n_ctx) if self._has_cache else n_ctx
         self._lock = threading.Lock()
         self._ort: Any = None
         self._session = self._open()
