@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from edgelm.disk import Progress, nothing
 from edgelm.errors import UsageError
 
-from . import calibrate, calibrated, imatrix, structure
+from . import awq, calibrate, calibrated, imatrix, structure
 from .arrays import Floats
 from .calibrated import Choices
 from .checkpoint import Checkpoint
@@ -81,8 +81,10 @@ def rounded(
     source = calibrate.opened(checkpoint)
     tokens = imatrix.chunked(source, calibration.text.text, calibration.n_ctx, calibration.chunks)
     identity = _identity(checkpoint, tokens)
-    if method == "imatrix":
-        return _weighed(checkpoint, plan, _imatrix(source, tokens, calibration, work, identity, progress))
+    if method in ("imatrix", "awq"):
+        measured = _imatrix(source, tokens, calibration, work, identity, progress)
+        made = _weighed(checkpoint, plan, measured)
+        return made if method == "imatrix" else _awq(made, plan, source, tokens, work, identity, progress)
     return _gptq(checkpoint, plan, source, tokens, work, identity, progress, choices or Choices())
 
 
@@ -91,6 +93,28 @@ def _weighed(checkpoint: Checkpoint, plan: Plan, measured: Imatrix) -> Rounded:
     importance = {name: values for name in types if (values := measured.importance(name)) is not None}
     methods = {name: "imatrix" if name in importance else "rtn" for name in types}
     return Rounded(checkpoint, importance, {}, methods, measured)
+
+
+def _awq(
+    made: Rounded, plan: Plan, source: Source, tokens: NDArray[np.int32], work: Path, identity: str, progress: Progress
+) -> Rounded:
+    """Scales folded into the checkpoint; the importances become those of the scaled columns."""
+    types = quantized(made.checkpoint, plan)
+    folds = structure.folds(source.config, structure.recorded(source.config, source.weights))
+    store = Finished(work / "awq", hashlib.sha256(f"{identity} {list(types.items())}".encode()).hexdigest())
+
+    def give(number: int, s: Floats) -> None:
+        store.put(str(number), s[None].view(np.uint8))
+
+    awq.searched(source, tokens, folds, types, give, progress, [int(name) for name in store])
+    scales = {int(name): store[name].view(np.float32)[0] for name in sorted(store, key=int)}
+    importance, methods = dict(made.importance), dict(made.methods)
+    for number, s in scales.items():
+        for name in folds[number].readers:
+            if name in importance:
+                importance[name] = importance[name] / s[folds[number].channels] ** 2
+                methods[name] = "awq"
+    return Rounded(awq.folded(made.checkpoint, folds, scales), importance, {}, methods, made.imatrix)
 
 
 def _gptq(
