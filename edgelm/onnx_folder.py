@@ -108,8 +108,8 @@ class OnnxFolder:
             if present not in outputs:
                 raise FormatError(f"{self.graph.path}: {name} goes in, but no {present} comes out")
             dims = self._proven(value, FLOATS, 4).dims or ()
-            heads, dim = dims[1], dims[3]
-            if not isinstance(heads, int) or not isinstance(dim, int) or min(heads, dim) < 1:
+            heads, dim = dims[1], dims[3] if isinstance(dims[3], int) else self._head_size
+            if not isinstance(heads, int) or min(heads, dim) < 1:
                 raise UnsupportedError(f"{self.graph.path}: {name} has the shape {dims}, not (batch, heads, past, dim)")
             if outputs[present].dtype != value.dtype:
                 raise FormatError(f"{self.graph.path}: {name} and {present} are of different types")
@@ -118,6 +118,15 @@ class OnnxFolder:
         if unknown:
             raise UnsupportedError(f"{self.graph.path}: the inputs {_list(unknown)}, which edgelm does not know")
         return tuple(found)
+
+    @property
+    def _head_size(self) -> int:
+        """The last dimension of keys and values, where the graph only names it, as genai's builder does."""
+        decoder, config = self.genai.get("decoder"), self.config
+        said = [decoder.get("head_size") if isinstance(decoder, dict) else None, config.get("head_dim")]
+        found = next((_number(value, "head_size", "configuration") for value in said if value is not None), 0)
+        dim, heads = (_number(config.get(key), key, "config.json") for key in ("hidden_size", "num_attention_heads"))
+        return found or (dim // heads if heads else 0)
 
     @cached_property
     def weights(self) -> tuple[Tensor, ...]:

@@ -1,4 +1,7 @@
-"""edgelm under llama-bench's flags, as the other peers are: without the pass over memory that `edgelm bench` adds."""
+"""edgelm under llama-bench's flags, as the other peers are: without the pass over memory that `edgelm bench` adds.
+
+`--set model=FOLDER` takes the place of -m: so one comparison can hold a GGUF file and the same weights in ONNX.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from llama_bench import Settings, Tokens, main
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import edgelm
+from edgelm import hub
 from edgelm.bench import feed
 
 
@@ -20,9 +24,10 @@ class Loaded:
     def __init__(self, settings: Settings) -> None:
         if settings.type_k != settings.type_v:
             sys.exit(f"cache types {settings.type_k} and {settings.type_v}: edgelm stores both as one type")
+        path = settings.own.get("model", settings.model)
         self.model = edgelm.load(
-            settings.model, ctx_size=settings.n_ctx, threads=settings.n_threads, threads_batch=settings.n_threads,
-            kv_type=settings.type_k,
+            path, ctx_size=settings.n_ctx, threads=settings.n_threads, threads_batch=settings.n_threads,
+            kv_type=None if hub.is_onnx(Path(path)) else settings.type_k,
         )  # fmt: skip
         self.n_vocab = self.model.vocab_size
 
