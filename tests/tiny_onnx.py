@@ -167,19 +167,21 @@ def encoder(root: Path, outputs: tuple[str, ...] = ("last_hidden_state",), **set
     path.mkdir(parents=True)
     hf = tiny.hf_config("bert-mean")
     hf.pop("pooling_type", None)
-    g = Graph()
-    g.inputs = [info(name, I64, "batch", "tokens") for name in ("input_ids", "attention_mask", "token_type_ids")]
-    g("Gather", g.constant(hf_folder.state("bert-mean", hf)["embeddings.word_embeddings.weight"], name="words"),
-      "input_ids", out="last_hidden_state")  # fmt: skip
-    g("ReduceMean", "last_hidden_state", out="sentence_embedding", axes=[1], keepdims=0)
-    shapes: dict[str, tuple[str | int, ...]] = {
-        "last_hidden_state": ("batch", "tokens", hf["hidden_size"]), "sentence_embedding": ("batch", hf["hidden_size"]),
-    }  # fmt: skip
-    g.outputs = [info(name, F32, *shapes[name]) for name in outputs]
-    onnx.save_model(g.model(), str(path / "model.onnx"))
+    onnx.save_model(look_up(words(), outputs), str(path / "model.onnx"))
     (path / "config.json").write_text(json.dumps(hf))
     hf_folder.tokenizer(path, *tiny.VARIANTS["bert-mean"].vocabulary, hf["vocab_size"])
     return path
+
+
+def look_up(table: NDArray[np.float32], outputs: tuple[str, ...] = ("last_hidden_state",)) -> Any:
+    """The graph of such an encoder."""
+    g, dim = Graph(), table.shape[1]
+    g.inputs = [info(name, I64, "batch", "tokens") for name in ("input_ids", "attention_mask", "token_type_ids")]
+    g("Gather", g.constant(table, name="words"), "input_ids", out="last_hidden_state")
+    g("ReduceMean", "last_hidden_state", out="sentence_embedding", axes=[1], keepdims=0)
+    shapes = {"last_hidden_state": ("batch", "tokens", dim), "sentence_embedding": ("batch", dim)}
+    g.outputs = [info(name, F32, *shapes[name]) for name in outputs]
+    return g.model()
 
 
 def words() -> NDArray[np.float32]:
