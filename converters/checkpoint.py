@@ -242,9 +242,14 @@ def arranged(spec: TensorSpec, array: Array, config: Config) -> Array:
         return replace(
             array, shape=shape, kept={}, rows=lambda start, stop: spec.from_hf(array.read(), config)[start:stop]
         )
-    if not spec.permute and not spec.offset:
-        return array
-    order = replace(spec, offset=0.0).from_hf(np.arange(shape[0]), config)  # where each row comes from
+    return rearranged_rows(spec, array, config) if spec.permute or spec.offset else array
+
+
+def rearranged_rows(spec: TensorSpec, array: Array, config: Config) -> Array:
+    """Rows of a tensor, or of a factor of it that has as many, in GGUF's order, and with what GGUF adds to them."""
+    order = np.arange(array.shape[0])
+    if spec.permute:
+        order = replace(spec, transpose=False, offset=0.0).from_hf(order, config)  # where each row comes from
 
     def reordered(read: Callable[[int, int], NDArray[Any]], start: int, stop: int) -> NDArray[Any]:
         wanted = order[start:stop]

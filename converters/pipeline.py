@@ -31,6 +31,7 @@ from . import imatrix as imatrices
 from .arrays import Floats
 from .checkpoint import Checkpoint
 from .conversion import Conversion, Options, texts
+from .mixes import MIXES
 from .recipe import Plan, Recipe, make_plan
 from .report import Report
 from .sources import resolve
@@ -135,13 +136,13 @@ def _need_other_place(conversion: Conversion, path: Path) -> None:
 
 def _own_type(checkpoint: Checkpoint) -> str:
     """The type that loses nothing or little: what most of the weights are in; a GGUF file stays what it is."""
-    if checkpoint.is_gguf:
+    if checkpoint.is_gguf and not checkpoint.facts:
         return "copy"
     sizes: dict[str, int] = {}
     for array in checkpoint.tensors.values():
         sizes[array.kind] = sizes.get(array.kind, 0) + int(np.prod(array.shape, dtype=object))
     kind = max(sizes, key=lambda kind: sizes[kind])
-    return "bf16" if kind == "BF16" else "f16"
+    return "f16" if kind == "F32" or kind not in MIXES else kind
 
 
 # ---------------------------------------------------------------------------------------------------- how to round
