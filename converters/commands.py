@@ -30,13 +30,23 @@ if TYPE_CHECKING:
     "--type", "--outtype", "type_", default="auto", show_default=True, metavar="TYPE", help="f16, q8_0, q4_k_m, …"
 )
 @click.option("--outfile", type=click.Path(path_type=Path), help="The same as the argument OUT.")
+@click.option("--base", metavar="SOURCE", help="The model that an adapter was made for: writes a GGUF adapter.")
 @with_flags(OPTION_FLAGS, RECIPE_FLAGS)
-def convert_command(source: str, out: Path | None, type_: str, outfile: Path | None, **flags: Any) -> None:
+def convert_command(
+    source: str, out: Path | None, type_: str, outfile: Path | None, base: str | None, **flags: Any
+) -> None:
     """Convert a trained checkpoint into a GGUF file, quantized and pruned as asked for.
 
     SOURCE is a folder with a Hugging Face checkpoint, a GGUF file, or hf:ORG/REPO. Without OUT the file is named after
     the source and the type. Stopped for any reason, the same command goes on where it stopped.
+
+    A folder with a LoRA adapter of peft's becomes a GGUF adapter; --base says for which model.
     """
+    from .lora_export import is_adapter
+
+    if base is not None or is_adapter(source):
+        _adapter(Path(source), base, out or outfile, type_, flags)
+        return
     flags["check_tokenizer"] = not flags.pop("no_tokenizer_check")
     flags["lora"] = tuple(map(adapter, flags["lora"]))
     flags["calibrate_chunks"] = flags["calibrate_chunks"] or None
@@ -100,6 +110,22 @@ def _convert(source: str, out: Path | None, type_: str, flags: dict[str, Any]) -
         print_json(report.to_dict())
     else:
         _print_report(report)
+
+
+def _adapter(folder: Path, base: str | None, out: Path | None, type_: str, flags: dict[str, Any]) -> None:
+    """An adapter becomes a GGUF adapter."""
+    from .lora_export import write_adapter
+
+    if base is None:
+        raise UsageError(f"{folder} is an adapter: say --base MODEL, or merge it: edgelm convert MODEL --lora {folder}")
+    path = out if out is not None else Path(f"{folder.resolve().name}.gguf")
+    with bars(flags["quiet"]) as progress:
+        facts = write_adapter(folder, base, path, type_, flags["offline"], progress)
+    if flags["as_json"]:
+        print_json(facts)
+    else:
+        shapes = f"{len(facts['tensors']) // 2} tensors of a {facts['architecture']} model"
+        print(f"{path}: adapter, {facts['type']}, {size(facts['n_bytes'])}, {shapes}, alpha {facts['alpha']:g}")
 
 
 def _print_plan(conversion: Conversion, as_json: bool) -> None:

@@ -12,15 +12,18 @@ import lora_folder
 import numpy as np
 import pytest
 import tiny
+from click.testing import CliRunner
 from test_convert import nmse, outputs
 
 from converters import lora
 from converters.conversion import Options
 from converters.convert_flags import adapter
+from converters.lora_export import write_adapter
 from converters.pipeline import convert, prepare
 from converters.recipe import Recipe
 from edgelm import gguf
 from edgelm.arch import Config, tensors
+from edgelm.cli import main
 from edgelm.errors import EdgelmError, FormatError, SourceError, UnsupportedError, UsageError
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -115,6 +118,52 @@ def test_an_embedding_that_was_only_saved_stays_the_output(tmp_path: Path) -> No
 )
 def test_the_flag(text: str, expected: tuple[str, float]) -> None:
     assert adapter(text) == (Path(expected[0]), expected[1])
+
+
+# ---------------------------------------------------------------------------------------------------- GGUF adapters
+
+
+@pytest.mark.parametrize("name", ["permuted", "rslora", "patterns", "head", "conv1d", "fused"])
+def test_a_gguf_adapter_adds_the_same(name: str, tmp_path: Path) -> None:
+    """alpha / r * b a of the file, as llama.cpp adds it, is what merging adds."""
+    model, folder = case(name, tmp_path)
+    facts = write_adapter(folder, model, tmp_path / "adapter.gguf")
+    merged(model, folder, tmp_path / "merged.gguf")
+    convert(model, tmp_path / "base.gguf", Recipe("f32"))
+    file = gguf.read(tmp_path / "adapter.gguf")
+    assert file.metadata["general.type"] == "adapter" and file.metadata["adapter.type"] == "lora"
+    base, whole = gguf.read(tmp_path / "base.gguf").tensors, gguf.read(tmp_path / "merged.gguf").tensors
+    changed = {n for n in base if not np.array_equal(base[n].data, whole[n].data)}
+    assert changed == {n.rpartition(".")[0] for n in file.tensors} and len(facts["tensors"]) == 2 * len(changed)
+    for tensor in changed:
+        a, b = (file.tensors[f"{tensor}.lora_{half}"].dequantize() for half in "ab")
+        rank = b.shape[1]
+        added = (b @ a if tensor != "token_embd.weight" else a @ b.T) * (file.metadata["adapter.lora.alpha"] / rank)
+        np.testing.assert_allclose(whole[tensor].dequantize() - base[tensor].dequantize(), added, atol=2e-6)
+
+
+def test_what_no_runtime_can_add(tmp_path: Path) -> None:
+    for name, message in (("in full", "in full"), ("tied head", "no tensor of its own")):
+        model, folder = case(name, tmp_path / name)
+        with pytest.raises(UnsupportedError, match=f"{message}.*--lora"):
+            write_adapter(folder, model, tmp_path / "adapter.gguf")
+    with pytest.raises(UsageError, match="f32, f16"):
+        write_adapter(folder, model, tmp_path / "adapter.gguf", "q4_k_m")
+    assert not (tmp_path / "adapter.gguf").exists()
+
+
+def test_the_command(tmp_path: Path) -> None:
+    model, folder = case("permuted", tmp_path)
+    for type_, formats in (("f16", {"F16"}), ("q8_0", {"Q8_0", "F16"})):
+        arguments = ["convert", folder, tmp_path / "a.gguf", "--base", model, "--type", type_, "--json", "-q"]
+        done = CliRunner().invoke(main, list(map(str, arguments)))
+        assert done.exit_code == 0, done.output
+        assert {t["to"] for t in json.loads(done.stdout)["tensors"]} == formats
+        assert {t.format.name for t in gguf.read(tmp_path / "a.gguf").tensors.values()} == formats
+    done = CliRunner().invoke(main, ["convert", str(folder), str(tmp_path / "b.gguf")])
+    assert done.exit_code == 2 and "--base" in done.stderr
+    done = CliRunner().invoke(main, ["convert", str(model), str(tmp_path / "m.gguf"), "--lora", f"{folder}:0.5", "-q"])
+    assert done.exit_code == 0 and '"scale": 0.5' in gguf.read(tmp_path / "m.gguf").metadata["edgelm.lora"]
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
