@@ -4,11 +4,8 @@ The calibration text goes through the reference interpreter twice at once: throu
 quantized, and through the original ones. When it comes to a linear layer, all inputs that the text gives this layer are
 there. So one run is enough, and what it holds is the activations of one layer and their moments.
 
-With x the inputs in the quantized model, x* those in the original, and H = mean of xᵀ x: a layer should not give what
-its own weights make of x, but what the original makes of x* (asymmetric calibration: GPTAQ, Li et al., 2504.02692).
-The weights that come nearest to that are W + W (mean of (x* - x)ᵀ x) H⁻¹. Where a layer's outputs are added to the
-residual stream they should also make up for what the stream lost before: + (mean of (s* - s)ᵀ x) H⁻¹. These weights are
-what is then rounded: by `gptq`, or by a search where a format has no even codes.
+A layer should not give what its own weights make of the inputs that it now gets, but what it gave in the original:
+`targets` finds the weights for that. They are then rounded: by `gptq`, or by a search where a format has no even codes.
 """
 
 from __future__ import annotations
@@ -32,35 +29,19 @@ from .chunks import Chunks, Turns, forward, parts
 from .gptq import DAMPING, can, gptq
 from .imatrix import Source
 from .quantizers import quantize
+from .targets import Moments, fitted
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
-RIDGE = 1.0  # of the mean of the diagonal of H, added to it where targets are fitted: few tokens fit too well
-
 
 @dataclass(frozen=True)
 class Choices:
-    """damping: of `gptq`; ridge: of the targets, None to keep the weights as targets; sweeps: of `gptq`."""
+    """damping, sweeps: of `gptq`; mend: whether weights may change to make up for layers before (`targets`)."""
 
     damping: float = DAMPING
-    ridge: float | None = RIDGE
     sweeps: int = 0
-
-
-@dataclass
-class Moments:
-    """Of inputs x of a layer, and x* of the original: sums over n rows of xᵀ x and (x* - x)ᵀ x; of the stream alike."""
-
-    n: int = 0
-    hessian: Any = 0.0
-    lost: Any = 0.0
-
-    def add(self, x: NDArray[Any]) -> None:
-        mine, original = np.split(x, 2)
-        self.n += len(mine)
-        self.hessian = self.hessian + mine.T @ mine
-        self.lost = self.lost + (original - mine).T @ mine
+    mend: bool = True
 
 
 @dataclass
@@ -75,21 +56,17 @@ class _Job:
     choices: Choices
     turns: Turns
     moments: Moments = field(default_factory=Moments)
-    stream_lost: Any = 0.0  # sum of (s* - s)ᵀ x
     done: int = 0
 
     def finish(self, name: str, w: Floats) -> Bytes:
         """The layer's weights, quantized, from what all parts have brought."""
         data = self.known(name)
         if data is None:
-            n = np.float32(self.moments.n)
-            hessian, target = self.moments.hessian / n, w
-            if self.choices.ridge is not None:
-                missing = w @ (self.moments.lost / n) + self.stream_lost / n
-                target = w + solved(hessian, missing, self.choices.ridge)
+            hessian = self.moments.hessian()
+            target = fitted(w, self.moments) if self.choices.mend else w
             data = _rounded(self.types[name], target, hessian, self.choices)
             self.give(name, data, np.diagonal(hessian))
-        self.stream_lost = 0.0
+        self.moments = self.moments.without_stream()
         self.done += 1
         self.progress("calibrate", self.done, len(self.types))
         return data
@@ -98,9 +75,9 @@ class _Job:
 class Paired(Chunks):
     """Operations on rows of which the first half goes through quantized layers, the second through the originals."""
 
-    def __init__(self, runner: Reference, batch: Batch, n_ctx: int, job: _Job, number: int) -> None:
+    def __init__(self, runner: Reference, batch: Batch, n_ctx: int, job: _Job, number: int, first: int) -> None:
         super().__init__(runner, batch, n_ctx)
-        self._job, self._number = job, number
+        self._job, self._number, self._first = job, number, first
         self._stream: NDArray[Any] | None = None
         self._seen: NDArray[Any] | None = None  # inputs that are in the moments already: several layers may share them
 
@@ -130,24 +107,23 @@ class Paired(Chunks):
         return y
 
     def _bring(self, name: str, x: NDArray[Any]) -> None:
-        job = self._job
-        if self._seen is not x:
-            if self._number == 0:
-                job.moments = Moments()
-            job.moments.add(x)
-            self._seen = x
-        if name in job.adding and self._stream is not None:
-            mine, original = np.split(self._stream, 2)
-            job.stream_lost = job.stream_lost + (original - mine).T @ x[: len(mine)]
+        """Adds to the moments: of chunks with even numbers to the one half, of those with odd ones to the other."""
+        moments, is_new = self._job.moments, self._seen is not x
+        if is_new and self._number == 0:
+            moments = self._job.moments = Moments()
+        self._seen = x
+        chunks = np.arange(len(x) // self._n_ctx // 2) + self._first
+        for half in (0, 1):
+            mine, original = self._pick(x, chunks % 2 == half)
+            if len(mine) and is_new:
+                moments.add(half, mine, original)
+            if len(mine) and name in self._job.adding and self._stream is not None:
+                moments.add_stream(half, mine, *self._pick(self._stream, chunks % 2 == half))
 
-
-def solved(hessian: Floats, missing: Floats, ridge: float) -> Floats:
-    """missing @ (hessian + ridge * mean of its diagonal)⁻¹."""
-    h = hessian.astype(np.float64)
-    diagonal = np.einsum("ii->i", h)  # a view
-    diagonal += ridge * (diagonal.mean() or 1.0)
-    found: Floats = np.linalg.solve(h, missing.T.astype(np.float64)).T.astype(np.float32)
-    return found
+    def _pick(self, x: NDArray[Any], wanted: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The rows of some chunks, in the quantized model and in the original one."""
+        mine, original = x.reshape(2, -1, self._n_ctx, x.shape[-1])[:, wanted].reshape(2, -1, x.shape[-1])
+        return mine, original
 
 
 def _rounded(format_name: str, w: Floats, hessian: Floats, choices: Choices) -> Bytes:
@@ -175,7 +151,9 @@ def quantize_model(
     turns = Turns(len(pieces))
     nodes = structure.recorded(source.config, source.weights)
     job = _Job(types, structure.adding(nodes), give, known, progress, choices or Choices(), turns)
-    turns.run([
-        partial(forward, source, np.concatenate([piece, piece]), partial(Paired, job=job, number=number))
-        for number, piece in enumerate(pieces)
-    ])  # fmt: skip
+    works, first = [], 0
+    for number, piece in enumerate(pieces):
+        operations = partial(Paired, job=job, number=number, first=first)
+        works.append(partial(forward, source, np.concatenate([piece, piece]), operations))
+        first += len(piece)
+    turns.run(works)

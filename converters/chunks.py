@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,8 @@ from edgelm.cache import Batch
 from edgelm.models import model_of
 from edgelm.reference import Operations, Reference, visible
 
-from .imatrix import Source
+if TYPE_CHECKING:
+    from .imatrix import Source
 
 PART_BYTES = 64 << 20  # of the widest activation of a part
 _QUERIES = 256  # that attention works on at a time: bounds the memory of scores

@@ -5,7 +5,7 @@ columns of mean(x²) times the squared errors of that column: these means are th
 llama.cpp's files, of which there are two forms: GGUF (sums of squares and counts), and an older one (.dat).
 
 Measuring runs the reference interpreter on many chunks of text at once, so that each weight is dequantized once for
-thousands of tokens; memory is bounded by the activations of one layer and the weights of one.
+thousands of tokens; memory is bounded by the activations of one layer and the weights of one (`chunks`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,15 +26,14 @@ from edgelm.cache import Batch
 from edgelm.disk import Progress
 from edgelm.errors import FormatError, UsageError
 from edgelm.formats import F32, QTensor
-from edgelm.models import model_of
-from edgelm.reference import Operations, Reference
+from edgelm.reference import Reference
 from edgelm.tokenizer import Tokenizer
 from edgelm.weights import Layer, Weights
 
+from .chunks import Chunks, forward, parts
 from .gguf_writer import Layout, Planned, write
 
 Floats = NDArray[np.float32]
-RUN_BYTES = 512 << 20  # of the widest activation of one run
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _LIMIT = 1 << 24  # entries, or characters of a name, beyond which an old file is damaged
 
@@ -202,11 +202,13 @@ class Opened:
         return cls(config, Weights.from_gguf(config, file.tensors), Tokenizer.from_gguf(file.metadata))
 
 
-class Watching(Operations):
+class Watching(Chunks):
     """Operations that show the inputs of each linear layer to `see` before they go on."""
 
-    def __init__(self, runner: Reference, batch: Batch, see: Callable[[QTensor, NDArray[Any]], None]) -> None:
-        super().__init__(runner, batch)
+    def __init__(
+        self, runner: Reference, batch: Batch, n_ctx: int, see: Callable[[QTensor, NDArray[Any]], None]
+    ) -> None:
+        super().__init__(runner, batch, n_ctx)
         self._see = see
 
     def linear(self, x: NDArray[Any], layer: Layer) -> NDArray[Any]:
@@ -233,7 +235,6 @@ def collect(
         UsageError: the text is shorter than one chunk.
         FormatError: the model computes something that is not a number.
     """
-    c = source.config
     tokens = chunked(source, text, n_ctx, chunks)
     entries: dict[str, Entry] = {}
 
@@ -244,19 +245,15 @@ def collect(
         found[1] += len(x)
 
     totals: dict[str, list[Any]] = {}
-    runner = Reference(
-        model_of(c), c, source.weights, head="hidden", n_ctx=n_ctx, max_weight_bytes=0,
-        operations=lambda runner, batch: Watching(runner, batch, see),
-    )  # fmt: skip
-    width = max(t.shape[0] for t in source.weights if len(t.shape) == 2 and t.name.startswith("blk."))
-    at_once = max(1, RUN_BYTES // (4 * n_ctx * width))
     output = source.weights.by_name.get("output.weight", source.weights.by_name["token_embd.weight"])
-    for start in range(0, len(tokens), at_once):
+    done = 0
+    for part in parts(source, tokens):
         if progress:
-            progress("imatrix", start, len(tokens))
-        hidden = run(runner, tokens[start : start + at_once])
+            progress("imatrix", done, len(tokens))
+        hidden = forward(source, part, partial(Watching, see=see))
         if process_output:
             see(output, hidden)
+        done += len(part)
     if progress:
         progress("imatrix", len(tokens), len(tokens))
     for name, (sums, count) in totals.items():

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny
 
-from converters import imatrix
+from converters import chunks, imatrix
 from converters.imatrix import Entry, Imatrix, Opened, collect
 from edgelm.errors import FormatError, UsageError
 
@@ -62,7 +62,7 @@ def test_every_linear_layer_is_measured_over_every_token(tmp_path: Path) -> None
 def test_how_many_chunks_run_at_once_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Opened.read(tiny("llama-gqa", folder=tmp_path))
     whole = collect(model, TOKENS, n_ctx=32)
-    monkeypatch.setattr(imatrix, "RUN_BYTES", 1)
+    monkeypatch.setattr(chunks, "PART_BYTES", 1)
     seen = []
     single = collect(model, TOKENS, n_ctx=32, progress=lambda stage, done, total: seen.append((stage, done, total)))
     assert seen == [("imatrix", i, 3) for i in range(4)]
