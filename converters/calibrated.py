@@ -49,7 +49,7 @@ class _Job:
     """What is to be quantized, and what the parts of the text have brought together for the layer that they are at."""
 
     types: Mapping[str, str]
-    adding: frozenset[str]
+    adding: Mapping[str, str]  # `structure.adding`
     give: Callable[[str, Bytes, Floats], None]
     known: Callable[[str], Bytes | None]
     progress: Progress
@@ -94,36 +94,49 @@ class Paired(Chunks):
         name, job = layer.weight.name, self._job
         if name not in job.types:
             return super().linear(x, layer)
-        if job.known(name) is None:
-            self._bring(name, x)
-        w = self._dense(layer.weight)
-        data = job.turns.meet(self._number, lambda: job.finish(name, w))
-        half = len(x) // 2
+        w, half = self._dense(layer.weight), len(x) // 2
         y = np.empty((len(x), len(w)), x.dtype)
-        np.matmul(x[:half], block_codes.decode(by_name(job.types[name]), data).T, out=y[:half])
         np.matmul(x[half:], w.T, out=y[half:])
+        if job.known(name) is None:
+            self._bring(name, x, y[half:])
+        data = job.turns.meet(self._number, lambda: job.finish(name, w))
+        np.matmul(x[:half], block_codes.decode(by_name(job.types[name]), data).T, out=y[:half])
         if layer.bias is not None:
             y += self._dense(layer.bias)
         return y
 
-    def _bring(self, name: str, x: NDArray[Any]) -> None:
-        """Adds to the moments: of chunks with even numbers to the one half, of those with odd ones to the other."""
+    def _bring(self, name: str, x: NDArray[Any], original: NDArray[Any]) -> None:
+        """Adds inputs x to the moments: chunks with even numbers to the one half, those with odd ones to the other.
+
+        original: the outputs of the original layer. If a norm follows, a token counts as much as it is scaled there.
+        """
         moments, is_new = self._job.moments, self._seen is not x
+        self._seen = x
+        norm, stream = self._job.adding.get(name), self._stream
+        if norm and stream is not None:
+            size = 1 / np.sqrt(np.mean(original * original, axis=1, keepdims=True) + self._runner.config.norm_eps)
+            x = x * np.concatenate([size, size])
+            stream = stream * _inverse(self._dense(self._runner.weights.by_name[norm]))
         if is_new and self._number == 0:
             moments = self._job.moments = Moments()
-        self._seen = x
         chunks = np.arange(len(x) // self._n_ctx // 2) + self._first
         for half in (0, 1):
-            mine, original = self._pick(x, chunks % 2 == half)
+            mine, others = self._pick(x, chunks % 2 == half)
             if len(mine) and is_new:
-                moments.add(half, mine, original)
-            if len(mine) and name in self._job.adding and self._stream is not None:
-                moments.add_stream(half, mine, *self._pick(self._stream, chunks % 2 == half))
+                moments.add(half, mine, others)
+            if len(mine) and norm is not None and stream is not None:
+                moments.add_stream(half, mine, *self._pick(stream, chunks % 2 == half))
 
     def _pick(self, x: NDArray[Any], wanted: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[Any]]:
         """The rows of some chunks, in the quantized model and in the original one."""
         mine, original = x.reshape(2, -1, self._n_ctx, x.shape[-1])[:, wanted].reshape(2, -1, x.shape[-1])
         return mine, original
+
+
+def _inverse(x: Floats) -> Floats:
+    """1 / x; 0 where x is next to nothing."""
+    there = np.abs(x) > 1e-3 * np.abs(x).max()
+    return np.where(there, 1 / np.where(there, x, 1), 0).astype(np.float32)
 
 
 def _rounded(format_name: str, w: Floats, hessian: Floats, choices: Choices) -> Bytes:

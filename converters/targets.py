@@ -84,9 +84,9 @@ def _dot(a: Floats, b: Floats) -> float:
 
 
 def solved(h: Floats, missing: Floats, ridge: float) -> Floats:
-    """missing @ (h + ridge * mean of its diagonal)⁻¹."""
-    wide = h.astype(np.float64)
-    diagonal = np.einsum("ii->i", wide)  # a view
-    diagonal += ridge * (diagonal.mean() or 1.0)
-    found: Floats = np.linalg.solve(wide, missing.T.astype(np.float64)).T.astype(np.float32)
+    """missing @ (h + ridge * mean of its diagonal)⁻¹, in float32: the ridge sees to it that that is enough."""
+    damped = h.copy()
+    diagonal = np.einsum("ii->i", damped)  # a view
+    diagonal += np.float32(ridge) * (diagonal.mean() or np.float32(1))
+    found: Floats = np.linalg.solve(damped, missing.T).T
     return found

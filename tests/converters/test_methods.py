@@ -153,15 +153,19 @@ def test_chunks_without_a_cache_are_chunks_with_one(variant: str, tmp_path: Path
     np.testing.assert_allclose(chunks.forward(source, tokens), imatrix.run(runner, tokens), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("variant", "n"), [("llama-gqa", 4), ("gpt2", 4), ("gemma3", 0), ("bert-mean", 0)])
-def test_who_adds_to_the_stream(variant: str, n: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("variant", "n", "norm"), [("llama-gqa", 4, ""), ("gpt2", 4, ""), ("gemma3", 4, "post_"), ("bert-mean", 0, "")]
+)
+def test_who_adds_to_the_stream(variant: str, n: int, norm: str, tmp_path: Path) -> None:
     source = Opened.read(tiny(variant, folder=tmp_path))
     found = structure.adding(structure.recorded(source.config, source.weights))
     assert len(found) == n and all("attn_output" in name or "ffn_down" in name for name in found)
+    assert all(norm in after and bool(norm) == bool(after) for after in found.values())
 
 
-def test_targets_make_up_for_what_was_lost(tmp_path: Path) -> None:
-    read, plan = opened("llama-gqa", tmp_path)
+@pytest.mark.parametrize("variant", ["llama-gqa", "gemma3", "gemma2", "gpt2", "bert-mean"])
+def test_targets_make_up_for_what_was_lost(variant: str, tmp_path: Path) -> None:
+    read, plan = opened(variant, tmp_path)
     source = calibrate.opened(read)
     tokens = imatrix.chunked(source, TEXT.text.text, 32, TEXT.chunks)
     types = dict.fromkeys(structure.linears(structure.recorded(source.config, source.weights)), "Q4_0")
@@ -173,5 +177,5 @@ def test_targets_make_up_for_what_was_lost(tmp_path: Path) -> None:
             choices=Choices(mend=mend),
         )  # fmt: skip
         lost.append(error(read, plan, methods.Rounded(read, ready=found)))
-    assert lost[1] < 0.8 * lost[0]
+    assert lost[1] < 0.85 * lost[0]
     assert all(block_codes.decode(by_name("Q4_0"), data).any() for data in found.values())
