@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +77,40 @@ def test_importances_are_those_of_an_imatrix(tmp_path: Path) -> None:
     assert by["gptq"].keys() == by["imatrix"].keys()
     for name, values in by["imatrix"].items():
         np.testing.assert_allclose(by["gptq"][name], values, rtol=0.1, atol=0.01 * values.mean())
+
+
+CHILD = """
+import os, signal, sys
+sys.path[:0] = sys.argv[1:3]
+from pathlib import Path
+from test_methods import TEXT, checkpoint, make_plan, methods, Recipe
+
+def kill(stage, done, total):
+    if done == int(sys.argv[6]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+read = checkpoint.read(Path(sys.argv[3]))
+plan = make_plan(read.config, read.tensors, Recipe("q4_0"))
+methods.rounded(read, plan, sys.argv[5], TEXT, Path(sys.argv[4]), kill)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX")
+@pytest.mark.parametrize(("method", "at"), [("gptq", 6), ("awq", 3)])
+def test_a_process_that_was_killed_goes_on(method: str, at: int, tmp_path: Path) -> None:
+    path, work, tests = tiny("qwen3", folder=tmp_path), tmp_path / "work", Path(__file__).parent
+    arguments = [str(tests), str(tests.parent), str(path), str(work), method, str(at)]
+    assert subprocess.run([sys.executable, "-c", CHILD, *arguments]).returncode == -signal.SIGKILL
+    left = {file.name: file.read_bytes() for file in (work / method).glob("*.rows")}
+    assert len(left) == at
+    read = checkpoint.read(path)
+    plan = make_plan(read.config, read.tensors, Recipe("q4_0"))
+    again = written(methods.rounded(read, plan, method, TEXT, work), plan)
+    whole = written(methods.rounded(read, plan, method, TEXT, tmp_path / "whole"), plan)
+    assert all((work / method / name).read_bytes() == data for name, data in left.items())
+    assert again.keys() == whole.keys()
+    for name, data in again.items():
+        np.testing.assert_array_equal(data, whole[name])
 
 
 class Killed(BaseException):
