@@ -79,13 +79,20 @@ def rounded(
     if calibration is None:
         raise UsageError(f"the method {method} has to read a text")
     source = calibrate.opened(checkpoint)
-    tokens = imatrix.chunked(source, calibration.text.text, calibration.n_ctx, calibration.chunks)
+    tokens = chunks_of(source, calibration)
     identity = _identity(checkpoint, tokens)
     if method in ("imatrix", "awq"):
         measured = _imatrix(source, tokens, calibration, work, identity, progress)
         made = _weighed(checkpoint, plan, measured)
         return made if method == "imatrix" else _awq(made, plan, source, tokens, work, identity, progress)
     return _gptq(checkpoint, plan, source, tokens, work, identity, progress, choices or Choices())
+
+
+def chunks_of(source: Source, calibration: Calibration) -> NDArray[np.int32]:
+    """The chunks that are calibrated on, int32 (chunks, n_ctx): from all over the text, for texts change on the way."""
+    tokens = imatrix.chunked(source, calibration.text.text, calibration.n_ctx, None)
+    n = len(tokens) if calibration.chunks is None else min(calibration.chunks, len(tokens))
+    return tokens[np.linspace(0, len(tokens) - 1, n).astype(int)]
 
 
 def _weighed(checkpoint: Checkpoint, plan: Plan, measured: Imatrix) -> Rounded:

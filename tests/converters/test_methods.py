@@ -170,6 +170,18 @@ def test_damaged_files_are_taken_for_none(damage: Any, tmp_path: Path) -> None:
     assert not Finished(tmp_path, "somebody else")
 
 
+def test_chunks_come_from_all_over_the_text(tmp_path: Path) -> None:
+    read, _ = opened("llama-gqa", tmp_path)
+    source, text = calibrate.opened(read), Text.of(" ".join(map(str, range(400))), "numbers")
+    whole = methods.chunks_of(source, Calibration(text, 32, None))
+    np.testing.assert_array_equal(whole, imatrix.chunked(source, text.text, 32, None))
+    some = methods.chunks_of(source, Calibration(text, 32, 5))
+    assert [int(np.flatnonzero((whole == chunk).all(axis=1))[0]) for chunk in some] == [
+        0, (n := len(whole) - 1) // 4, n // 2, 3 * n // 4, n,
+    ]  # fmt: skip
+    np.testing.assert_array_equal(methods.chunks_of(source, Calibration(text, 32, 10**6)), whole)
+
+
 def test_methods_that_cannot_be(tmp_path: Path) -> None:
     read, plan = opened("llama-gqa", tmp_path)
     with pytest.raises(UsageError, match="rtn"):
