@@ -66,7 +66,6 @@ class _Job:
             target = fitted(w, self.moments) if self.choices.mend else w
             data = _rounded(self.types[name], target, hessian, self.choices)
             self.give(name, data, np.diagonal(hessian))
-        self.moments = self.moments.without_stream()
         self.done += 1
         self.progress("calibrate", self.done, len(self.types))
         return data
@@ -98,39 +97,46 @@ class Paired(Chunks):
         y = np.empty((len(x), len(w)), x.dtype)
         np.matmul(x[half:], w.T, out=y[half:])
         if job.known(name) is None:
-            self._bring(name, x, y[half:])
+            self._bring(name, x, w, y[half:])
         data = job.turns.meet(self._number, lambda: job.finish(name, w))
         np.matmul(x[:half], block_codes.decode(by_name(job.types[name]), data).T, out=y[:half])
         if layer.bias is not None:
             y += self._dense(layer.bias)
         return y
 
-    def _bring(self, name: str, x: NDArray[Any], original: NDArray[Any]) -> None:
+    def _bring(self, name: str, x: NDArray[Any], w: Floats, original: NDArray[Any]) -> None:
         """Adds inputs x to the moments: chunks with even numbers to the one half, those with odd ones to the other.
 
-        original: the outputs of the original layer. If a norm follows, a token counts as much as it is scaled there.
+        original: the outputs of the original layer.
         """
-        moments, is_new = self._job.moments, self._seen is not x
-        self._seen = x
-        norm, stream = self._job.adding.get(name), self._stream
-        if norm and stream is not None:
-            size = 1 / np.sqrt(np.mean(original * original, axis=1, keepdims=True) + self._runner.config.norm_eps)
-            x = x * np.concatenate([size, size])
-            stream = stream * _inverse(self._dense(self._runner.weights.by_name[norm]))
-        if is_new and self._number == 0:
-            moments = self._job.moments = Moments()
-        chunks = np.arange(len(x) // self._n_ctx // 2) + self._first
+        if self._seen is x:
+            return
+        if self._number == 0:
+            self._job.moments = Moments()
+        self._seen, moments = x, self._job.moments
+        chunks, norm = np.arange(len(x) // self._n_ctx // 2) + self._first, self._job.adding.get(name)
+        mine, others = np.split(x, 2)
+        if norm is not None:
+            mine, others = self._gap(mine, original - mine @ w.T, original, norm)
         for half in (0, 1):
-            mine, others = self._pick(x, chunks % 2 == half)
-            if len(mine) and is_new:
-                moments.add(half, mine, others)
-            if len(mine) and norm is not None and stream is not None:
-                moments.add_stream(half, mine, *self._pick(stream, chunks % 2 == half))
+            rows = np.repeat(chunks % 2 == half, self._n_ctx)
+            if rows.any():
+                (moments.add if norm is None else moments.add_gap)(half, mine[rows], others[rows])
 
-    def _pick(self, x: NDArray[Any], wanted: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The rows of some chunks, in the quantized model and in the original one."""
-        mine, original = x.reshape(2, -1, self._n_ctx, x.shape[-1])[:, wanted].reshape(2, -1, x.shape[-1])
-        return mine, original
+    def _gap(
+        self, x: NDArray[Any], lacking: NDArray[Any], original: NDArray[Any], norm: str
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Inputs, and what the outputs of a layer lack for itself and for the stream that they are added to.
+
+        norm: if one comes between, a token counts as much as it is scaled there.
+        """
+        assert self._stream is not None
+        stream, stream_original = np.split(self._stream, 2)
+        if not norm:
+            return x, lacking + (stream_original - stream)
+        size = 1 / np.sqrt(np.mean(original * original, axis=1, keepdims=True) + self._runner.config.norm_eps)
+        inverse = _inverse(self._dense(self._runner.weights.by_name[norm]))
+        return x * size, lacking * size + (stream_original - stream) * inverse
 
 
 def _inverse(x: Floats) -> Floats:

@@ -92,7 +92,8 @@ def chunks_of(source: Source, calibration: Calibration) -> NDArray[np.int32]:
     """The chunks that are calibrated on, int32 (chunks, n_ctx): from all over the text, for texts change on the way."""
     tokens = imatrix.chunked(source, calibration.text.text, calibration.n_ctx, None)
     n = len(tokens) if calibration.chunks is None else min(calibration.chunks, len(tokens))
-    return tokens[np.linspace(0, len(tokens) - 1, n).astype(int)]
+    chosen: NDArray[np.int32] = tokens[np.linspace(0, len(tokens) - 1, n).astype(int)]
+    return chosen
 
 
 def _weighed(checkpoint: Checkpoint, plan: Plan, measured: Imatrix) -> Rounded:
