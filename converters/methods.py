@@ -6,7 +6,7 @@
 | imatrix | scales for the columns that a text drives most | importances |
 | gptq | errors are made up for by the weights that are still to come (`calibrated`) | finished tensors |
 | awq | columns that matter are scaled up, and what feeds them down (`awq`) | another checkpoint, importances |
-| auto | the one that loses least on the text | |
+| auto | gptq if there is a text to read, else rtn: it lost least wherever it was measured (docs/LOG.md) | |
 
 A calibration that was stopped goes on where it stopped: what is finished lies in a work folder.
 """
@@ -139,7 +139,8 @@ def _gptq(
         weighed.put(name, np.ascontiguousarray(importance, np.float32)[None].view(np.uint8))
         finished.put(name, data)
 
-    calibrated.quantize_model(source, tokens, wanted, give, progress, choices, finished.get)
+    if not wanted.keys() <= finished.keys():
+        calibrated.quantize_model(source, tokens, wanted, give, progress, choices, finished.get)
     methods = {name: "gptq" if name in wanted else "rtn" for name in types}
     return Rounded(checkpoint, {name: weighed[name].view(np.float32)[0] for name in wanted}, finished, methods)
 
