@@ -6,6 +6,7 @@ the batch. Only here is onnxruntime imported, and only when a model is loaded.
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import Any
 
@@ -19,6 +20,7 @@ from .onnx_folder import FROM, IDS, MASK, POOLED, POSITIONS, TYPES, OnnxFolder
 from .threads import default_threads
 
 MAX_LOGIT_BYTES = 64 << 20  # of one run: the graph gives logits of every token, also of those that nobody wants
+OLDEST = (1, 26)  # of onnxruntime: those before believe lengths that a graph gives attention, and crash
 NOT_INSTALLED = "models in ONNX need the package onnxruntime: pip install edgelm[onnx]"
 
 
@@ -157,6 +159,10 @@ class OnnxRunner:
             import onnxruntime as ort
         except ImportError:
             raise UnsupportedError(NOT_INSTALLED) from None
+        if tuple(int(part) for part in re.findall(r"\d+", ort.__version__)[:2]) < OLDEST:
+            raise UnsupportedError(
+                f"onnxruntime {ort.__version__} is too old to be given models of others: pip install -U edgelm[onnx]"
+            )
         self._ort = ort
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.n_threads

@@ -237,6 +237,14 @@ def test_without_onnxruntime(root: Path) -> None:
     assert "edgelm.errors.UnsupportedError" in done.stderr and "pip install edgelm[onnx]" in done.stderr
 
 
+def test_an_onnxruntime_that_is_too_old(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "__version__", "1.25.9")
+    with pytest.raises(UnsupportedError, match=r"too old.*pip install -U"):
+        edgelm.load(root / "genai-external")
+
+
 def test_a_file_a_folder_or_a_folder_inside(root: Path, reference: Model) -> None:
     folder = tiny_onnx.folder(root / "inside", "optimum")
     assert edgelm.load(folder / "model.onnx").generate(PROMPT, max_tokens=3, **GREEDY)
@@ -324,7 +332,7 @@ def test_decoders_do_not_embed(model: Model) -> None:
 @pytest.mark.parametrize("command", [
     ["run", "-p", "hello", "-n", "3", "--temp", "0"], ["info", "--json"], ["tokenize", "-p", "hello"],
     ["eval", "-f", "{text}", "-c", "32"], ["bench", "-p", "16", "-n", "4", "-r", "1"],
-    ["chat", "-p", "hello", "-st", "-n", "3"],
+    ["chat", "-p", "hello", "-st", "-n", "3", "--temp", "0", "--ignore-eos"],
 ])  # fmt: skip
 def test_commands(command: list[str], root: Path, tmp_path: Path, capsys: Any) -> None:
     from edgelm.cli import main
