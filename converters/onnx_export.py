@@ -53,7 +53,7 @@ def export(
     """Write the model of `conversion` into the folder `path`, which may not exist yet.
 
     Args:
-        measure: is shown the folder when all files are in it, before it has its name.
+        measure: what shows the loss of a GGUF file; no folder can be shown to it.
         ops: "ort" or "standard".
         settings: None: float16 where the plan is F16, else float32; the whole context window.
         block: weights that share a scale in Q4_0 and Q8_0: 16, 32, 64, 128 or 256, 0 for the format's own 32.
@@ -79,8 +79,6 @@ def export(
             build(graph, config, weights_of(conversion, block), DIALECTS[ops], settings)
             graph.save()
         _neighbours(conversion, draft, settings, ops)
-        if measure is not None:
-            measure(draft)
         os.replace(draft, path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -118,8 +118,11 @@ class Graph:
         self._names[stem] += 1
         name = f"{stem}_{n}" if n or not label else stem
         names = ["" if o == "-" else o or f"{name}:{i}" for i, o in enumerate(outputs)]
+        given_inputs = list(inputs)
+        while given_inputs and not given_inputs[-1]:
+            given_inputs.pop()
         given = {key: value for key, value in attributes.items() if value is not None}
-        self._nodes.append(helper.make_node(op_type, list(inputs), names, name, domain=domain, **given))
+        self._nodes.append(helper.make_node(op_type, given_inputs, names, name, domain=domain, **given))
         if not domain:
             self._opset = max(self._opset, SINCE.get(op_type, LOWEST_OPSET))
         return names

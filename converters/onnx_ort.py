@@ -6,17 +6,32 @@ Where there is none for an operation, the node is that of `onnx_standard`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-
-import numpy as np
 
 from edgelm.errors import UnsupportedError
 
 from .onnx_graph import FLOAT, INT32, MICROSOFT, UINT8
 from .onnx_standard import NUMPY, B, S, Standard, stem
 from .onnx_values import Rotated, Shape, Sum, Value
-from .onnx_weights import Blocked, Tensor, packed
+from .onnx_weights import Tensor, packed
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where the parts of a matrix of integers are: names in the graph, "" for what it does not have.
+
+    shape: of the codes: (out, blocks, bytes of a block).
+    """
+
+    bits: int
+    block: int
+    shape: tuple[int, ...]
+    codes: str
+    scales: str
+    zeros: str
+    offsets: str
 
 
 class OnnxRuntime(Standard):
@@ -59,45 +74,64 @@ class OnnxRuntime(Standard):
     def product(self, x: Value, weight: Tensor) -> Value:
         label, shape = stem(weight.name), (*x.shape[:-1], weight.shape[0])
         if weight.is_blocked and not self.settings.dynamic:
-            blocked, names = self.blocks(weight)
-            return self.own(
+            blocks = self.blocks(weight)
+            y = self.own(
                 "MatMulNBits",
-                x,
-                *names,
+                *(x, blocks.codes, blocks.scales, blocks.zeros),
                 shape=shape,
                 dtype=x.dtype,
                 label=label,
                 K=weight.shape[1],
                 N=weight.shape[0],
-                bits=blocked.bits,
-                block_size=blocked.block,
+                bits=blocks.bits,
+                block_size=blocks.block,
                 accuracy_level=self.settings.accuracy_level or None,
             )
+            return y if not blocks.offsets else self.with_offsets(x, y, blocks, label)
         if not weight.is_blocked and self.is_table(weight):
             table = self.casted_floats(weight)
             return self.own("FusedMatMul", x, table, shape=shape, dtype=x.dtype, label=label, transB=1)
         return super().product(x, weight)
 
-    def blocks(self, weight: Tensor) -> tuple[Blocked, list[str]]:
-        """A matrix as MatMulNBits takes it: codes (out, blocks, bytes), scales (out, blocks), zero points if any."""
+    def with_offsets(self, x: Value, y: Value, blocks: Blocks, label: str) -> Value:
+        """The product with each block's offset is that of the sums of x over the blocks: a 32nd of the work.
+
+        MatMulNBits knows zero points of float too, but then it is eighty times slower, and only for 4 bits.
+        """
+        sums = self.block_sums(x, blocks.block)
+        shape = y.shape
+        rest = self.own("FusedMatMul", sums, blocks.offsets, shape=shape, dtype=x.dtype, label=label, transB=1)
+        return self.value("Add", y, rest, shape=shape, dtype=x.dtype, label=label)
+
+    def block_sums(self, x: Value, block: int) -> str:
+        key = x.name, block
+        if key not in self._sums:
+            apart = self.node("Reshape", x.name, self.graph.constant((0, 0, x.n_cols // block, block)))
+            self._sums[key] = self.node("ReduceSum", apart, self.graph.constant([3]), keepdims=0)
+        return self._sums[key]
+
+    @cached_property
+    def _sums(self) -> dict[tuple[str, int], str]:
+        return {}
+
+    def blocks(self, weight: Tensor) -> Blocks:
+        """A matrix as MatMulNBits and GatherBlockQuantized take it, in the data file."""
         if weight.name not in self._blocks:
             blocked = weight.blocked()
             codes = packed(blocked.codes, blocked.bits)
-            names = [
-                self.graph.store(f"{weight.name}.codes", UINT8, codes.shape, [codes]),
-                self.array(f"{weight.name}.scales", blocked.scales.astype(NUMPY[self.dtype])),
-            ]
-            if blocked.zeros is not None and blocked.zeros.dtype == np.uint8:
-                zeros = packed(blocked.zeros, blocked.bits)
-                names.append(self.graph.store(f"{weight.name}.zeros", UINT8, zeros.shape, [zeros]))
+            zeros = offsets = ""
+            name = self.graph.store(f"{weight.name}.codes", UINT8, codes.shape, [codes])
+            scales = self.array(f"{weight.name}.scales", blocked.scales.astype(NUMPY[self.dtype]))
+            if blocked.offsets is not None:
+                offsets = self.array(f"{weight.name}.offsets", blocked.offsets.astype(NUMPY[self.dtype]))
             elif blocked.zeros is not None:
-                names.append(self.array(f"{weight.name}.zeros", blocked.zeros.astype(NUMPY[self.dtype])))
-            empty = Blocked(blocked.bits, blocked.codes[:0], blocked.scales[:0], blocked.zeros)
-            self._blocks[weight.name] = empty, names
+                points = packed(blocked.zeros, blocked.bits)
+                zeros = self.graph.store(f"{weight.name}.zeros", UINT8, points.shape, [points])
+            self._blocks[weight.name] = Blocks(blocked.bits, blocked.block, codes.shape, name, scales, zeros, offsets)
         return self._blocks[weight.name]
 
     @cached_property
-    def _blocks(self) -> dict[str, tuple[Blocked, list[str]]]:
+    def _blocks(self) -> dict[str, Blocks]:
         return {}
 
     def dynamic_product(self, x: Value, weight: Tensor) -> Value:
@@ -108,28 +142,25 @@ class OnnxRuntime(Standard):
     def looked_up(self, table: Tensor, at: str) -> Value:
         if not table.is_blocked:
             return super().looked_up(table, at)
-        blocked, (codes, scales, *zeros) = self.blocks(table)
-        n_rows, n_blocks, n_bytes = self.graph.stored[codes].shape
-        flat = self.graph.view(f"{table.name}.rows", codes, (n_rows, n_blocks * n_bytes))
-        if zeros and self.graph.stored[zeros[0]].dtype != UINT8:
-            raise UnsupportedError(
-                f"GatherBlockQuantized: zero points of {table.name} are no integers ({table.format.name}); choose "
-                "another --token-embedding-type, such as Q8_0 or Q4_0"
-            )
-        return self.own(
+        blocks, label = self.blocks(table), stem(table.name)
+        n_rows, n_blocks, n_bytes = blocks.shape
+        flat = self.graph.view(f"{table.name}.rows", blocks.codes, (n_rows, n_blocks * n_bytes))
+        y = self.own(
             "GatherBlockQuantized",
-            flat,
-            at,
-            scales,
-            *zeros,
+            *(flat, at, blocks.scales, blocks.zeros),
             shape=(B, S, table.shape[1]),
             dtype=self.dtype,
-            label=stem(table.name),
-            bits=blocked.bits,
-            block_size=blocked.block,
+            label=label,
+            bits=blocks.bits,
+            block_size=blocks.block,
             gather_axis=0,
             quantize_axis=1,
         )
+        if not blocks.offsets:
+            return y
+        offsets = self.node("Unsqueeze", self.node("Gather", blocks.offsets, at, label=label), self.graph.constant([3]))
+        moved = self.node("Add", self.reshaped(y, (0, 0, n_blocks, blocks.block)).name, offsets, label=label)
+        return self.value("Reshape", moved, self.graph.constant((0, 0, table.shape[1])), shape=y.shape, dtype=y.dtype)
 
     # --------------------------------------------------------------------------------------------------- attention
 

@@ -221,11 +221,9 @@ class Standard:
             zeros = _signed(blocked.zeros, blocked.bits)
             inputs.append(self.graph.store(f"{tensor.name}.zeros", dtype, by_block, [zeros]))
         y = self.node("DequantizeLinear", *inputs, label=label, axis=1, block_size=blocked.block)
-        if blocked.zeros is None or blocked.zeros.dtype == np.uint8:
+        if blocked.offsets is None:
             return y
-        # Zero points that are no integers: scale * (code - zero) = scale * (code - middle) + scale * (middle - zero).
-        shift = blocked.scales * (np.float32(blocked.middle) - blocked.zeros)
-        offset = self.array(f"{tensor.name}.offsets", shift[..., None].astype(NUMPY[self.dtype]))
+        offset = self.array(f"{tensor.name}.offsets", blocked.offsets[..., None].astype(NUMPY[self.dtype]))
         apart = self.node("Reshape", y, self.graph.constant((*by_block, blocked.block)), label=label)
         moved = self.node("Add", apart, offset, label=label)
         return self.node("Reshape", moved, self.graph.constant(tensor.shape), label=label)

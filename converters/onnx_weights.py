@@ -31,11 +31,12 @@ Bytes = NDArray[np.uint8]
 class Layout:
     """How a format's weights become integers: w = scale * (code - zero).
 
-    bits: of a code, 4 or 8; block: weights that share a scale; scales: blocks of the format -> (scales, minima) as
+    bits: of a code, 4 or 8; own_bits: of the format's own codes; block: weights that share a scale; scales: blocks of the format -> (scales, minima) as
     float32 (n, blocks in one of the format's), minima None where the zero point is the middle, 2^(bits - 1).
     """
 
     bits: int
+    own_bits: int
     block: int
     scales: Callable[[NDArray[Any]], tuple[Floats, Floats | None]]
 
@@ -59,15 +60,15 @@ def _signed_super_block(blocks: NDArray[Any]) -> tuple[Floats, None]:
 
 # Every format whose integers ONNX can hold as they are; the others are rounded once more, to Q8_0.
 LAYOUTS: dict[str, Layout] = {
-    "Q4_0": Layout(4, 32, _one_scale),
-    "Q8_0": Layout(8, 32, _one_scale),
-    "Q5_0": Layout(8, 32, _one_scale),
-    "IQ4_NL": Layout(8, 32, _one_scale),
-    "Q6_K": Layout(8, 16, _signed_super_block),
-    "Q4_1": Layout(4, 32, _scale_and_minimum),
-    "Q5_1": Layout(8, 32, _scale_and_minimum),
-    "Q4_K": Layout(4, 32, _super_block),
-    "Q5_K": Layout(8, 32, _super_block),
+    "Q4_0": Layout(4, 4, 32, _one_scale),
+    "Q8_0": Layout(8, 8, 32, _one_scale),
+    "Q5_0": Layout(8, 5, 32, _one_scale),
+    "IQ4_NL": Layout(8, 8, 32, _one_scale),
+    "Q6_K": Layout(8, 6, 16, _signed_super_block),
+    "Q4_1": Layout(4, 4, 32, _scale_and_minimum),
+    "Q5_1": Layout(8, 5, 32, _scale_and_minimum),
+    "Q4_K": Layout(4, 4, 32, _super_block),
+    "Q5_K": Layout(8, 5, 32, _super_block),
 }
 
 
@@ -91,6 +92,14 @@ class Blocked:
     @property
     def middle(self) -> int:
         return 1 << (self.bits - 1)
+
+    @property
+    def offsets(self) -> Floats | None:
+        """What is missing where no zero points can be given: w = scale * (code - middle) + offset."""
+        if self.zeros is None or self.zeros.dtype == np.uint8:
+            return None
+        offsets: Floats = (self.scales * (np.float32(self.middle) - self.zeros)).astype(np.float32)
+        return offsets
 
     def dequantize(self) -> Floats:
         """float32 (rows, blocks * block)."""
@@ -196,23 +205,28 @@ def _integers(part: QTensor) -> Blocked:
         scales = scales.reshape(-1, 1)
         shifted = values if minima is None else values - minima.reshape(-1, 1)
         codes = np.rint(np.where(scales == 0, 0, shifted / scales))
+    # Around the middle: where activations are rounded, too, a distance from it would cost precision.
     middle = 1 << (layout.bits - 1)
-    codes = codes + middle if minima is None else codes
+    codes += middle if minima is None else middle - (1 << (layout.own_bits - 1))
     if not (np.isfinite(codes).all() and codes.min() >= 0 and codes.max() < 1 << layout.bits):
         raise FormatError(f"{part.name} holds infinity or NaN; such weights have no integers")
     shape = (n_rows, n_cols // layout.block)
     found = Blocked(layout.bits, codes.astype(np.uint8).reshape(*shape, layout.block), scales.reshape(shape))
-    return found if minima is None else _with_minima(found, minima.reshape(shape))
+    return found if minima is None else _with_minima(found, minima.reshape(shape), 1 << (layout.own_bits - 1))
 
 
-def _with_minima(blocked: Blocked, minima: Floats) -> Blocked:
-    """w = scale * code + minimum, as w = scale * (code - zero). A block of one value becomes one times that value."""
+def _with_minima(blocked: Blocked, minima: Floats, half: int) -> Blocked:
+    """w = scale * own code + minimum, as w = scale * (code - zero). A block of one value becomes one times that value.
+
+    half: of the range of the format's own codes, which lies at the middle of the codes.
+    """
+    lowest = np.float32(blocked.middle - half)
     scales, codes = blocked.scales, blocked.codes
     with np.errstate(all="ignore"):
         flat = scales == 0
         scales = np.where(flat, np.where(minima == 0, np.float32(1), minima), scales)
-        codes = np.where(flat[..., None], np.uint8(0), codes)
-        zeros = np.where(flat, np.where(minima == 0, np.float32(0), np.float32(-1)), -minima / scales)
+        zeros = np.where(flat, np.where(minima == 0, np.float32(0), np.float32(-1)), -minima / scales) + lowest
+        codes = np.where(flat[..., None], np.uint8(lowest), codes)
         whole = np.rint(zeros)
         # A minimum was rounded to float16 after it was a multiple of the scale.
         near = np.abs(zeros - whole) <= whole * 2.0**-11

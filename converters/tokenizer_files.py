@@ -48,7 +48,7 @@ def write(folder: Path, keys: Mapping[str, Any], source: Path | None = None) -> 
         raise UnsupportedError(f"tokenizer.json has no kind of tokenizer for {v.model!r}")
     special = {name: v.pieces[token] for name, token in _special(v, keys).items()}
     settings: dict[str, Any] = {
-        "tokenizer_class": _CLASSES[v.model],
+        "tokenizer_class": "PreTrainedTokenizerFast",  # which is tokenizer.json, and nothing beside it
         "add_bos_token": v.add_bos,
         "add_eos_token": v.add_eos,
         "clean_up_tokenization_spaces": False,
@@ -70,10 +70,6 @@ def write(folder: Path, keys: Mapping[str, Any], source: Path | None = None) -> 
     _json(folder / "tokenizer.json", tokenizer)
     _json(folder / "tokenizer_config.json", settings)
     _json(folder / "special_tokens_map.json", special)
-
-
-# What tells transformers, and onnxruntime's extensions, which kind tokenizer.json holds.
-_CLASSES = {"gpt2": "GPT2Tokenizer", "llama": "LlamaTokenizer", "t5": "T5Tokenizer", "bert": "BertTokenizer"}
 
 
 def _json(path: Path, value: Any) -> None:
