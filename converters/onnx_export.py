@@ -32,6 +32,7 @@ from .gguf_writer import Layout
 from .onnx_graph import FLOAT, FLOAT16, Graph
 from .onnx_ort import OnnxRuntime
 from .onnx_standard import OUTPUTS, B, S, Settings, Standard
+from .onnx_values import Value
 from .onnx_weights import Tensor
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def export(
     Args:
         measure: what shows the loss of a GGUF file; no folder can be shown to it.
         ops: "ort" or "standard".
-        settings: None: float16 where the plan is F16, else float32; the whole context window.
+        settings: None: `default_settings`.
         block: weights that share a scale in Q4_0 and Q8_0: 16, 32, 64, 128 or 256, 0 for the format's own 32.
 
     Returns the sha256 of each weight in the graph, by its name there. Raises UnsupportedError for an operation that the
@@ -68,7 +69,7 @@ def export(
     if path.exists():
         raise UsageError(f"{path} exists; name a folder that does not")
     config, plan = conversion.checkpoint.config, conversion.plan
-    settings = settings or Settings(dtype=FLOAT16 if plan.type == "F16" else FLOAT)
+    settings = settings or default_settings(conversion)
     settings = replace(settings, n_ctx=settings.n_ctx or config.context_length)
     draft = path.with_name(path.name + ".part")
     shutil.rmtree(draft, ignore_errors=True)
@@ -83,6 +84,12 @@ def export(
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return graph.hashes
+
+
+def default_settings(conversion: Conversion) -> Settings:
+    """float16 where the plan is F16; the whole context window; encoders of Q8_0 round activations, too."""
+    plan, is_encoder = conversion.plan, conversion.checkpoint.config.spec.family == "encoder"
+    return Settings(dtype=FLOAT16 if plan.type == "F16" else FLOAT, dynamic=is_encoder and plan.type == "Q8_0")
 
 
 def _neighbours(conversion: Conversion, folder: Path, settings: Settings, ops: str) -> None:
@@ -129,6 +136,9 @@ def build(graph: Graph, config: Config, weights: Weights, dialect: type[Standard
     else:
         out = op.cast(out, FLOAT)
         graph.output(out.name, "last_hidden_state", FLOAT, (B, S, out.n_cols))
+        if config.pooling != "none":
+            pooled = op.pooled(Value(op, "last_hidden_state", FLOAT, out.shape), config.pooling)
+            graph.output(pooled.name, "sentence_embedding", FLOAT, (B, out.n_cols))
 
 
 def _metadata(conversion: Conversion) -> dict[str, str]:

@@ -31,7 +31,14 @@ FLOAT, UINT8, INT8, INT32, INT64, BOOL, FLOAT16, BFLOAT16, INT4 = 1, 2, 3, 6, 7,
 BITS = {FLOAT: 32, UINT8: 8, INT8: 8, INT32: 32, INT64: 64, BOOL: 8, FLOAT16: 16, BFLOAT16: 16, INT4: 4}
 # Operators by the opset that first had the meaning we rely on; those before the lowest one need no row.
 LOWEST_OPSET = 17
-SINCE = {"Gelu": 20, "DequantizeLinear": 21, "RMSNormalization": 23, "RotaryEmbedding": 23, "Attention": 23}
+SINCE = {
+    "Gelu": 20,
+    "DequantizeLinear": 21,
+    "RMSNormalization": 23,
+    "RotaryEmbedding": 23,
+    "Attention": 23,
+    "ReduceL2": 18,
+}
 
 _ALIGNMENT = 4096  # of a page: weights are mapped, not read
 _LARGE, _LARGE_ALIGNMENT = 1 << 20, 1 << 16  # Windows maps in steps of 64 KB

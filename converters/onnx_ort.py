@@ -73,7 +73,7 @@ class OnnxRuntime(Standard):
 
     def product(self, x: Value, weight: Tensor) -> Value:
         label, shape = stem(weight.name), (*x.shape[:-1], weight.shape[0])
-        if weight.is_blocked and not self.settings.dynamic:
+        if weight.is_blocked and not self.is_dynamic(weight):
             blocks = self.blocks(weight)
             y = self.own(
                 "MatMulNBits",
@@ -176,8 +176,10 @@ class OnnxRuntime(Standard):
         self, q: Value, k: Value, v: Value, layer: int, scale: float, softcap: float = 0.0, causal: bool = True
     ) -> Value:
         c = self.config
-        if not causal:
+        if not causal and (c.window(layer) or c.n_kv_heads != c.n_heads or softcap):
             return super().attention(q, k, v, layer, scale, softcap, causal)
+        if not causal:
+            return self.whole_attention(q, k, v, layer, scale)
         if c.head_dim != c.v_head_dim:
             raise UnsupportedError(
                 f"GroupQueryAttention: keys have {c.head_dim} dimensions and values {c.v_head_dim}; they must be alike"
@@ -207,6 +209,18 @@ class OnnxRuntime(Standard):
         shape = (B, S, c.attn_dim)
         self.graph.describe(y, self.dtype, shape)
         return Value(self, y, self.dtype, shape)
+
+    def whole_attention(self, q: Value, k: Value, v: Value, layer: int, scale: float) -> Value:
+        """Attention of tokens that all see each other."""
+        shape = (B, S, self.config.attn_dim)
+        names = [self.cast(a, self.dtype).name for a in (q, k, v)]
+        inputs, n_heads, label = (*names, "", self.mask32), self.config.n_heads, f"blk.{layer}"
+        rest: dict[str, Any] = {"shape": shape, "dtype": self.dtype, "num_heads": n_heads, "scale": scale}
+        return self.own("MultiHeadAttention", *inputs, label=label, **rest)
+
+    @cached_property
+    def mask32(self) -> str:
+        return self.node("Cast", self.mask, to=INT32)
 
     def silu(self, x: Value) -> Value:
         return self.own("QuickGelu", x, shape=x.shape, dtype=x.dtype, alpha=1.0)

@@ -37,8 +37,8 @@ class Settings:
     """What the user chose beside the plan.
 
     dtype: of activations, FLOAT or FLOAT16; n_ctx: positions that rotations have tables for; accuracy_level: of
-    MatMulNBits, 4 = activations are rounded to int8; head: "logits" or "hidden"; dynamic: matrices of Q8_0 become int8
-    with one scale for each output, and activations are rounded when they come.
+    MatMulNBits, 4 = activations are rounded to int8; head: "logits" or "hidden"; dynamic: quantized matrices become
+    int8 with one scale for each output, and activations are rounded when they come.
     """
 
     dtype: int = FLOAT
@@ -173,13 +173,20 @@ class Standard:
         """x times weight transposed."""
         shape = (*x.shape[:-1], weight.shape[0])
         label = stem(weight.name)
-        if weight.is_blocked and self.settings.dynamic:
+        if self.is_dynamic(weight):
             return self.dynamic_product(x, weight)
         if weight.is_blocked or self.is_table(weight):
             table = self.dequantized(weight) if weight.is_blocked else self.casted_floats(weight)
             turned = self.node("Transpose", table, label=label, perm=[1, 0])
             return self.value("MatMul", x, turned, shape=shape, label=label)
         return self.value("MatMul", x, self.casted_floats(weight, turned=True), shape=shape, label=label)
+
+    def is_dynamic(self, weight: Tensor) -> bool:
+        """Whether activations are rounded to int8 with one scale for all of them.
+
+        The way down of a feed-forward network has outliers that leave too little for the rest: it keeps its blocks.
+        """
+        return self.settings.dynamic and weight.is_blocked and "ffn_down" not in weight.name
 
     def is_table(self, weight: Tensor) -> bool:
         """Whether rows of this matrix are looked up, too: it is stored row by row."""
@@ -353,6 +360,21 @@ class Standard:
         if self.has_cache:
             self.present(layer, *names[1:])
         return Value(self, y, self.dtype, (B, S, c.attn_dim))
+
+    # ----------------------------------------------------------------------------------------------------- pooling
+
+    def pooled(self, x: Value, pooling: str) -> Value:
+        """One vector of length one for each text: the mean of its tokens, its first token or its last one."""
+        wanted = self.node("Cast", self.mask, to=BOOL)
+        if pooling != "mean":
+            end = self.node("ReduceSum", self.mask, self.graph.constant([1])) if pooling == "last" else ""
+            place = self.node("Equal", self.counts, end or self.graph.constant(1))
+            wanted = self.node("And", wanted, place)
+        weights = self.node("Cast", self.node("Unsqueeze", wanted, self.graph.constant([1])), to=FLOAT)
+        n = self.node("ReduceSum", weights, self.graph.constant([2]))
+        mean = self.node("Squeeze", self.node("Div", self.node("MatMul", weights, x.name), n), self.graph.constant([1]))
+        length = self.node("Max", self.node("ReduceL2", mean, self.graph.constant([1])), self.number(1e-12, FLOAT))
+        return self.value("Div", mean, length, shape=(B, x.n_cols), dtype=FLOAT)
 
     # ------------------------------------------------------------------------------------------------- elementwise
 

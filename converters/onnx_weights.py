@@ -31,8 +31,9 @@ Bytes = NDArray[np.uint8]
 class Layout:
     """How a format's weights become integers: w = scale * (code - zero).
 
-    bits: of a code, 4 or 8; own_bits: of the format's own codes; block: weights that share a scale; scales: blocks of the format -> (scales, minima) as
-    float32 (n, blocks in one of the format's), minima None where the zero point is the middle, 2^(bits - 1).
+    bits: of a code, 4 or 8; own_bits: of the format's own codes; block: weights that share a scale; scales: blocks of
+    the format -> (scales, minima), both float32 (n, blocks in one of the format's), minima None where the zero point is
+    the middle, 2^(bits - 1).
     """
 
     bits: int

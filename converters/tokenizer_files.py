@@ -26,7 +26,8 @@ from .vocab import SPACE
 _FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.txt", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
-    "config.json",
+    "config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
+    "1_Pooling/config.json",
 )  # fmt: skip
 _TEMPLATE = "tokenizer.chat_template"
 
@@ -40,6 +41,7 @@ def write(folder: Path, keys: Mapping[str, Any], source: Path | None = None) -> 
     if source is not None and (source / "tokenizer.json").exists():
         for name in _FILES:
             if (source / name).is_file():
+                (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source / name, folder / name)
         return
     v = vocabulary.read(keys)

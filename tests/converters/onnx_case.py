@@ -52,7 +52,8 @@ def export(
     import onnx
 
     source = hf_folder.write(tmp_path, name, **overrides)
-    conversion = pipeline.prepare(source, Recipe(type_, **(recipe or {})), Options(check_tokenizer=False, format="onnx"))
+    options = Options(check_tokenizer=False, format="onnx")
+    conversion = pipeline.prepare(source, Recipe(type_, **(recipe or {})), options)
     folder = tmp_path / "onnx"
     onnx_export.export(conversion, folder, ops=ops, settings=settings, block=block)
     onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)  # with shape inference
