@@ -6,16 +6,20 @@ Where there is none for an operation, the node is that of `onnx_standard`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from edgelm.errors import UnsupportedError
+from edgelm.weights import Layer
 
 from .onnx_graph import FLOAT, INT32, MICROSOFT, UINT8
 from .onnx_standard import NUMPY, B, S, Standard, stem
-from .onnx_values import Rotated, Shape, Sum, Value
-from .onnx_weights import Tensor, packed
+from .onnx_values import Product, Rotated, Shape, Sum, Value
+from .onnx_weights import Tensor, joined, packed
 
 
 @dataclass(frozen=True)
@@ -71,23 +75,46 @@ class OnnxRuntime(Standard):
 
     # ---------------------------------------------------------------------------------------------------- matrices
 
+    def linear(self, x: Value, layer: Layer) -> Value:
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        if not self.in_blocks(weight):
+            return super().linear(x, layer)
+        shape = (*x.shape[:-1], weight.shape[0])
+        return Product(self, self.dtype, shape, (x, layer), lambda: self.products(x, [layer]).name)
+
+    def in_blocks(self, weight: Tensor) -> bool:
+        return weight.is_blocked and not self.is_dynamic(weight)
+
+    def products(self, x: Value, layers: Sequence[Layer]) -> Value:
+        """The results of linear layers of the same value, side by side, in one node."""
+        x = self.cast(x, self.dtype)
+        weights: list[Tensor] = [layer.weight for layer in layers]  # type: ignore[misc]
+        blocks, label = self.blocks(weights), "+".join(stem(weight.name) for weight in weights)
+        n_rows = blocks.shape[0]
+        y = self.own(
+            "MatMulNBits",
+            *(x, blocks.codes, blocks.scales, blocks.zeros, "", self.biases(layers)),
+            shape=(*x.shape[:-1], n_rows),
+            dtype=x.dtype,
+            label=label,
+            K=x.n_cols,
+            N=n_rows,
+            bits=blocks.bits,
+            block_size=blocks.block,
+            accuracy_level=self.settings.accuracy_level or None,
+        )
+        return y if not blocks.offsets else self.with_offsets(x, y, blocks, label)
+
+    def biases(self, layers: Sequence[Layer]) -> str:
+        """Their biases, one after the other; "" if they have none."""
+        found: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]  # type: ignore[misc]
+        if len(found) < 2:
+            return self.vector(found[0], self.dtype) if found else ""
+        name = "+".join(bias.name for bias in found)
+        return self.array(name, np.concatenate([bias.dequantize() for bias in found]).astype(NUMPY[self.dtype]))
+
     def product(self, x: Value, weight: Tensor) -> Value:
         label, shape = stem(weight.name), (*x.shape[:-1], weight.shape[0])
-        if weight.is_blocked and not self.is_dynamic(weight):
-            blocks = self.blocks(weight)
-            y = self.own(
-                "MatMulNBits",
-                *(x, blocks.codes, blocks.scales, blocks.zeros),
-                shape=shape,
-                dtype=x.dtype,
-                label=label,
-                K=weight.shape[1],
-                N=weight.shape[0],
-                bits=blocks.bits,
-                block_size=blocks.block,
-                accuracy_level=self.settings.accuracy_level or None,
-            )
-            return y if not blocks.offsets else self.with_offsets(x, y, blocks, label)
         if not weight.is_blocked and self.is_table(weight):
             table = self.casted_floats(weight)
             return self.own("FusedMatMul", x, table, shape=shape, dtype=x.dtype, label=label, transB=1)
@@ -114,21 +141,22 @@ class OnnxRuntime(Standard):
     def _sums(self) -> dict[tuple[str, int], str]:
         return {}
 
-    def blocks(self, weight: Tensor) -> Blocks:
-        """A matrix as MatMulNBits and GatherBlockQuantized take it, in the data file."""
-        if weight.name not in self._blocks:
-            blocked = weight.blocked()
+    def blocks(self, weights: Sequence[Tensor]) -> Blocks:
+        """Matrices on top of each other, as MatMulNBits and GatherBlockQuantized take them, in the data file."""
+        name = "+".join(weight.name for weight in weights)
+        if name not in self._blocks:
+            blocked = joined([weight.blocked() for weight in weights])
             codes = packed(blocked.codes, blocked.bits)
             zeros = offsets = ""
-            name = self.graph.store(f"{weight.name}.codes", UINT8, codes.shape, [codes])
-            scales = self.array(f"{weight.name}.scales", blocked.scales.astype(NUMPY[self.dtype]))
+            stored = self.graph.store(f"{name}.codes", UINT8, codes.shape, [codes])
+            scales = self.array(f"{name}.scales", blocked.scales.astype(NUMPY[self.dtype]))
             if blocked.offsets is not None:
-                offsets = self.array(f"{weight.name}.offsets", blocked.offsets.astype(NUMPY[self.dtype]))
+                offsets = self.array(f"{name}.offsets", blocked.offsets.astype(NUMPY[self.dtype]))
             elif blocked.zeros is not None:
                 points = packed(blocked.zeros, blocked.bits)
-                zeros = self.graph.store(f"{weight.name}.zeros", UINT8, points.shape, [points])
-            self._blocks[weight.name] = Blocks(blocked.bits, blocked.block, codes.shape, name, scales, zeros, offsets)
-        return self._blocks[weight.name]
+                zeros = self.graph.store(f"{name}.zeros", UINT8, points.shape, [points])
+            self._blocks[name] = Blocks(blocked.bits, blocked.block, codes.shape, stored, scales, zeros, offsets)
+        return self._blocks[name]
 
     @cached_property
     def _blocks(self) -> dict[str, Blocks]:
@@ -142,7 +170,7 @@ class OnnxRuntime(Standard):
     def looked_up(self, table: Tensor, at: str) -> Value:
         if not table.is_blocked:
             return super().looked_up(table, at)
-        blocks, label = self.blocks(table), stem(table.name)
+        blocks, label = self.blocks([table]), stem(table.name)
         n_rows, n_blocks, n_bytes = blocks.shape
         flat = self.graph.view(f"{table.name}.rows", blocks.codes, (n_rows, n_blocks * n_bytes))
         y = self.own(
@@ -188,11 +216,15 @@ class OnnxRuntime(Standard):
         if isinstance(q, Rotated) and isinstance(k, Rotated) and q.rope.dim % 16 == 0:  # it wants whole vectors
             rope = q.rope
             q, k, tables = q.parts[0], k.parts[0], self.rope_tables(rope)
-        q, k, v = (self.cast(a, self.dtype) for a in (q, k, v))
+        inputs = (
+            [self.packed(q, k, v), "", ""]
+            if self.can_pack(q, k, v)
+            else [self.cast(a, self.dtype).name for a in (q, k, v)]
+        )
         names = ("", f"present.{layer}.key", f"present.{layer}.value")
         [y, *_] = self.graph.emit(
             "GroupQueryAttention",
-            *(q.name, k.name, v.name, *self.past(layer), *self.lengths),
+            *(*inputs, *self.past(layer), *self.lengths),
             *(tables if rope is not None else ()),
             label=f"blk.{layer}",
             domain=MICROSOFT,
@@ -209,6 +241,19 @@ class OnnxRuntime(Standard):
         shape = (B, S, c.attn_dim)
         self.graph.describe(y, self.dtype, shape)
         return Value(self, y, self.dtype, shape)
+
+    def can_pack(self, *values: Value) -> bool:
+        """Whether these are linear layers of the same value that one node can compute: alike, and not there yet."""
+        if not all(isinstance(value, Product) and not value.is_made for value in values):
+            return False
+        sources, layers = zip(*(value.parts for value in values if isinstance(value, Product)), strict=True)
+        kinds = {(layer.weight.format, layer.bias is None) for layer in layers}
+        return len(kinds) == 1 and all(source is sources[0] for source in sources)
+
+    def packed(self, *values: Value) -> str:
+        """Queries, keys and values side by side."""
+        parts = [value.parts for value in values if isinstance(value, Product)]
+        return self.products(parts[0][0], [layer for _, layer in parts]).name
 
     def whole_attention(self, q: Value, k: Value, v: Value, layer: int, scale: float) -> Value:
         """Attention of tokens that all see each other."""

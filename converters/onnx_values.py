@@ -1,7 +1,8 @@
 """What a model function computes with while it is exported: names of tensors in a graph, some of them not there yet.
 
-A sum and a rotation wait until somebody asks for their name: an operator that does the sum and the normalisation after
-it, or the rotation and the attention after it, takes what they are made of instead.
+A sum, a product and a rotation wait until somebody asks for their name: an operator that does the sum and the
+normalisation after it, or several products at once, or the rotation and the attention after it, takes what they are made
+of instead.
 """
 
 from __future__ import annotations
@@ -68,6 +69,10 @@ class Late(Value):
 
 class Sum(Late):
     """The sum of two values, which are `parts`."""
+
+
+class Product(Late):
+    """A linear layer of a value: parts = (value, layer)."""
 
 
 class Rotated(Late):

@@ -171,14 +171,14 @@ class Tensor:
         """Its integers; FormatError for a matrix that holds infinity or NaN."""
         if self.block and self.format.name in ("Q4_0", "Q8_0") and self.block != self.format.block:
             bits = LAYOUTS[self.format.name].bits
-            return _joined([rounded(part, bits, self.block) for part in self.trained()])
+            return joined([rounded(part, bits, self.block) for part in self.trained()])
         if self.format.name in LAYOUTS:
-            return _joined([_integers(part) for part in self._parts()])
+            return joined([_integers(part) for part in self._parts()])
         q8_0 = by_name("Q8_0")
-        return _joined([_integers(QTensor.from_array(self.name, rows, q8_0)) for rows in self.floats()])
+        return joined([_integers(QTensor.from_array(self.name, rows, q8_0)) for rows in self.floats()])
 
 
-def _joined(parts: list[Blocked]) -> Blocked:
+def joined(parts: list[Blocked]) -> Blocked:
     """One matrix of several parts of its rows; zero points are whole only if all of them are."""
     first = parts[0]
     if len(parts) == 1:
