@@ -1,8 +1,7 @@
 """What a model function computes with while it is exported: names of tensors in a graph, some of them not there yet.
 
-A sum, a product and a rotation wait until somebody asks for their name: an operator that does the sum and the
-normalisation after it, or several products at once, or the rotation and the attention after it, takes what they are made
-of instead.
+A sum, a product and a rotation wait until somebody asks for their name: an operator that does the sum and the norm
+after it, several products at once, or the rotation and the attention after it takes what they are made of instead.
 """
 
 from __future__ import annotations

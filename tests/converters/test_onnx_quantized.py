@@ -1,4 +1,4 @@
-"""Quantized weights as ONNX: the graph computes with exactly what the plan says, and integers of GGUF stay what they are."""
+"""Quantized weights as ONNX: the graph computes with what the plan says, and integers of GGUF stay what they are."""
 
 from __future__ import annotations
 
