@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edgelm import gguf
 from edgelm.arch import Config
-from edgelm.disk import Progress, nothing
+from edgelm.disk import Progress, need_disk, nothing
 from edgelm.errors import UsageError
 from edgelm.formats import QTensor
 from edgelm.models import model_of
@@ -37,7 +37,10 @@ from .onnx_weights import Tensor
 
 if TYPE_CHECKING:
     from .conversion import Conversion
+    from .recipe import Recipe
 
+# What ONNX tools call their types: ours, and whether every matrix has it, as theirs do, or a mix decides.
+TYPES = {"int4": ("q4_0", True), "int8": ("q8_0", True), "fp16": ("f16", False), "fp32": ("f32", False)}
 DIALECTS: dict[str, type[Standard]] = {"ort": OnnxRuntime, "standard": Standard}
 
 
@@ -71,9 +74,11 @@ def export(
     config, plan = conversion.checkpoint.config, conversion.plan
     settings = settings or default_settings(conversion)
     settings = replace(settings, n_ctx=settings.n_ctx or config.context_length)
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    need_disk(path.absolute().parent, plan.n_bytes)
     draft = path.with_name(path.name + ".part")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    draft.mkdir()
     try:
         told = partial(progress, "write")
         with closing(Graph(config.arch, draft, _metadata(conversion), lambda done: told(done, plan.n_bytes))) as graph:
@@ -84,6 +89,12 @@ def export(
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return graph.hashes
+
+
+def named(recipe: Recipe) -> Recipe:
+    """The recipe with our name for the type."""
+    type_, pure = TYPES.get(recipe.type.lower(), (recipe.type, False))
+    return replace(recipe, type=type_, pure=recipe.pure or pure)
 
 
 def default_settings(conversion: Conversion) -> Settings:
@@ -98,7 +109,10 @@ def _neighbours(conversion: Conversion, folder: Path, settings: Settings, ops: s
     if "tokenizer.ggml.model" not in conversion.keys:
         return
     keys = _plain(conversion.keys, folder)
-    tokenizer_files.write(folder, keys, None if checkpoint.is_gguf else checkpoint.path)
+    own_files = None if checkpoint.is_gguf or checkpoint.kept_tokens is not None else checkpoint.path
+    tokenizer_files.write(folder, keys, own_files)
+    if "pruned" in checkpoint.facts:  # of another shape than config.json says; the graph has its own description
+        (folder / "config.json").unlink(missing_ok=True)
     config = checkpoint.config
     if config.spec.family == "decoder" and config.causal and settings.head == "logits":
         facts = genai_config(config, keys, settings.n_ctx, share_buffer=ops == "ort")

@@ -75,7 +75,7 @@ def write(folder: Path, keys: Mapping[str, Any], source: Path | None = None) -> 
 
 
 def _json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")  # indenting would be slow
 
 
 def _special(v: Vocabulary, keys: Mapping[str, Any]) -> dict[str, int]:
@@ -133,7 +133,7 @@ def _around(v: Vocabulary) -> dict[str, Any] | None:
 
 
 def _used(v: Vocabulary) -> dict[str, int]:
-    return {piece: i for i, (piece, kind) in enumerate(zip(v.pieces, v.kinds, strict=True)) if kind != Kind.UNUSED}
+    return {v.pieces[token]: token for token in np.flatnonzero(v.kinds != Kind.UNUSED).tolist()}
 
 
 def _byte_pairs(v: Vocabulary) -> dict[str, Any]:
@@ -167,12 +167,12 @@ def _sentencepiece(v: Vocabulary) -> dict[str, Any]:
     """SentencePiece as byte pairs with byte fallback: a merge for each way to make a piece of two, best first."""
     used = _used(v)
     merges = []
-    for piece, token in used.items():
-        if v.kinds[token] == Kind.NORMAL:
-            for cut in range(1, len(piece)):
-                left, right = used.get(piece[:cut]), used.get(piece[cut:])
-                if left is not None and right is not None:
-                    merges.append((-float(v.scores[token]), left, right))
+    for token in np.flatnonzero(v.kinds == Kind.NORMAL).tolist():
+        piece, rank = v.pieces[token], -float(v.scores[token])
+        for cut in range(1, len(piece)):
+            left, right = used.get(piece[:cut]), used.get(piece[cut:])
+            if left is not None and right is not None:
+                merges.append((rank, left, right))
     merges.sort()
     prepend = [{"type": "Prepend", "prepend": SPACE}] if v.add_space_prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if v.add_space_prefix else []
