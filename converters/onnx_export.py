@@ -30,8 +30,9 @@ from . import tokenizer_files
 from .genai_config import genai_config
 from .gguf_writer import Layout
 from .onnx_graph import FLOAT, FLOAT16, Graph
+from .onnx_nodes import OUTPUTS, B, S, Settings
 from .onnx_ort import OnnxRuntime
-from .onnx_standard import OUTPUTS, B, S, Settings, Standard
+from .onnx_standard import Standard
 from .onnx_values import Value
 from .onnx_weights import Tensor
 

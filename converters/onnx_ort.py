@@ -17,7 +17,8 @@ from edgelm.errors import UnsupportedError
 from edgelm.weights import Layer
 
 from .onnx_graph import FLOAT, INT32, MICROSOFT, UINT8
-from .onnx_standard import NUMPY, B, S, Standard, stem
+from .onnx_nodes import NUMPY, B, S, stem
+from .onnx_standard import Standard
 from .onnx_values import Product, Rotated, Shape, Sum, Value
 from .onnx_weights import Tensor, joined, packed
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgelm.arch import Rope
 
 if TYPE_CHECKING:
-    from .onnx_standard import Standard
+    from .onnx_nodes import Operations
 
 Shape = tuple[int | str, ...]
 
@@ -20,7 +20,7 @@ Shape = tuple[int | str, ...]
 class Value:
     """A tensor of the graph. dtype: of onnx.TensorProto; shape: numbers and names of dimensions."""
 
-    def __init__(self, op: Standard, name: str, dtype: int, shape: Shape) -> None:
+    def __init__(self, op: Operations, name: str, dtype: int, shape: Shape) -> None:
         self.op, self.dtype, self.shape = op, dtype, shape
         self._name = name
 
@@ -47,7 +47,9 @@ class Late(Value):
     parts: what it is made of; make: appends the node and gives its name.
     """
 
-    def __init__(self, op: Standard, dtype: int, shape: Shape, parts: tuple[Any, ...], make: Callable[[], str]) -> None:
+    def __init__(
+        self, op: Operations, dtype: int, shape: Shape, parts: tuple[Any, ...], make: Callable[[], str]
+    ) -> None:
         super().__init__(op, "", dtype, shape)
         self.parts, self._make = parts, make
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.errors import FormatError
+from edgelm.errors import FormatError, UnsupportedError
 from edgelm.formats import Format, QTensor, by_name
 from edgelm.formats.k_quants import scales_and_minima
 
@@ -55,21 +55,51 @@ def _super_block(blocks: NDArray[Any]) -> tuple[Floats, Floats]:
     return scales[..., 0], -minima[..., 0]
 
 
+def _two_bits(blocks: NDArray[Any]) -> tuple[Floats, Floats]:
+    d, dmin = (blocks[name].astype(np.float32)[:, None] for name in ("d", "dmin"))
+    return d * (blocks["scales"] & 15).astype(np.float32), -dmin * (blocks["scales"] >> 4).astype(np.float32)
+
+
 def _signed_super_block(blocks: NDArray[Any]) -> tuple[Floats, None]:
     return blocks["d"].astype(np.float32)[:, None] * blocks["scales"].astype(np.float32), None
 
 
-# Every format whose integers ONNX can hold as they are; the others are rounded once more, to Q8_0.
+def _probed(name: str, block: int, byte: int, level: int) -> Callable[[NDArray[Any]], tuple[Floats, None]]:
+    """Scales of a format whose own arithmetic tells them: the weight of a code that means `level`, divided by it.
+
+    byte: what all bytes of codes must be for that.
+    """
+
+    def scales(blocks: NDArray[Any]) -> tuple[Floats, None]:
+        probe, format = blocks.copy(), by_name(name)
+        for field in {"qs", "qh", "hmask"}.intersection(format.layout.names or ()):
+            probe[field] = byte
+        weights = format.dequantize(probe).reshape(len(blocks), -1, block)[..., 0]
+        return weights / np.float32(level), None
+
+    return scales
+
+
+# Every format whose integers ONNX can hold as they are; left are those with codebooks of whole vectors.
 LAYOUTS: dict[str, Layout] = {
     "Q4_0": Layout(4, 4, 32, _one_scale),
     "Q8_0": Layout(8, 8, 32, _one_scale),
     "Q5_0": Layout(8, 5, 32, _one_scale),
     "IQ4_NL": Layout(8, 8, 32, _one_scale),
     "Q6_K": Layout(8, 6, 16, _signed_super_block),
+    "Q3_K": Layout(4, 3, 16, _probed("Q3_K", 16, 0, -4)),
+    "IQ4_XS": Layout(8, 8, 32, _probed("IQ4_XS", 32, 0, -127)),
+    "MXFP4": Layout(8, 5, 32, _probed("MXFP4", 32, 0x77, 12)),
+    "NVFP4": Layout(8, 5, 16, _probed("NVFP4", 16, 0x77, 12)),
+    "TQ1_0": Layout(4, 2, 256, _probed("TQ1_0", 256, 0, -1)),
+    "TQ2_0": Layout(4, 2, 256, _probed("TQ2_0", 256, 0, -1)),
+    "Q1_0": Layout(4, 2, 128, _probed("Q1_0", 128, 0, -1)),
+    "Q2_0": Layout(4, 3, 64, _probed("Q2_0", 64, 0, -1)),
     "Q4_1": Layout(4, 4, 32, _scale_and_minimum),
     "Q5_1": Layout(8, 5, 32, _scale_and_minimum),
     "Q4_K": Layout(4, 4, 32, _super_block),
     "Q5_K": Layout(8, 5, 32, _super_block),
+    "Q2_K": Layout(4, 2, 16, _two_bits),
 }
 
 
@@ -168,14 +198,19 @@ class Tensor:
         return (self.array.rows(at, min(at + n_rows, self.shape[0])) for at in range(0, self.shape[0], n_rows))
 
     def blocked(self) -> Blocked:
-        """Its integers; FormatError for a matrix that holds infinity or NaN."""
+        """Its integers.
+
+        Raises FormatError for a matrix that holds infinity or NaN, UnsupportedError for a format that has no integers.
+        """
         if self.block and self.format.name in ("Q4_0", "Q8_0") and self.block != self.format.block:
             bits = LAYOUTS[self.format.name].bits
             return joined([rounded(part, bits, self.block) for part in self.trained()])
-        if self.format.name in LAYOUTS:
-            return joined([_integers(part) for part in self._parts()])
-        q8_0 = by_name("Q8_0")
-        return joined([_integers(QTensor.from_array(self.name, rows, q8_0)) for rows in self.floats()])
+        if self.format.name not in LAYOUTS:
+            raise UnsupportedError(
+                f"MatMulNBits and DequantizeLinear have no integers for {self.format.name} ({self.name}); choose a "
+                f"type such as q4_0, and --allow-requantize; those that are kept: {', '.join(LAYOUTS)}"
+            )
+        return joined([_integers(part) for part in self._parts()])
 
 
 def joined(parts: list[Blocked]) -> Blocked:

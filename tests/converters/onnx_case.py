@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from converters import onnx_export, pipeline
 from converters.conversion import Conversion, Options
-from converters.onnx_standard import Settings
+from converters.onnx_nodes import Settings
 from converters.recipe import Recipe
 from edgelm.cache import Batch
 from edgelm.formats import QTensor

@@ -16,10 +16,10 @@ from onnx_case import EXACT, Evaluator, Runtime, expected, export, in_steps, nms
 from converters import onnx_export, onnx_weights, pipeline
 from converters.conversion import Options
 from converters.onnx_export import DIALECTS
-from converters.onnx_standard import Settings
+from converters.onnx_nodes import Settings
 from converters.recipe import Recipe
 from edgelm import gguf
-from edgelm.errors import FormatError, UsageError
+from edgelm.errors import FormatError, UnsupportedError, UsageError
 from edgelm.formats import QTensor, by_name
 
 NAMES = ("llama-bias", "qwen3", "gemma3", "gpt2", "phi3", "bert-mean")
@@ -110,22 +110,22 @@ def test_integers_of_gguf_are_kept(fmt: str, tmp_path: Path) -> None:
     onnx_export.export(conversion, tmp_path / "onnx", settings=EXACT)
     model = onnx.load(tmp_path / "onnx" / "model.onnx")
     found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    for name, tensor in gguf.read(path).tensors.items():
-        if tensor.format.name != fmt or not name.startswith("blk"):
-            continue
-        blocks = tensor.data.reshape(-1).view(tensor.format.layout)
-        codes, shape = found[f"{name}.codes"], (*tensor.shape[:1], -1)
+    stored = gguf.read(path).tensors
+    groups = [key.removesuffix(".codes").split("+") for key in found if key.endswith(".codes")]
+    assert {name for names in groups for name in names} == {n for n, t in stored.items() if t.format.name == fmt}
+    for names in groups:  # queries, keys and values lie on top of each other
+        codes, scales = (found[f"{'+'.join(names)}.{part}"] for part in ("codes", "scales"))
+        blocks = np.concatenate([stored[n].data.reshape(-1).view(stored[n].format.layout) for n in names])
         if fmt == "Q8_0":
             assert np.array_equal(codes.reshape(-1, 32) ^ 128, blocks["qs"].view(np.uint8))
         else:
-            ours = np.concatenate([codes.reshape(-1, 16) & 15, codes.reshape(-1, 16) >> 4], axis=1)
-            theirs = np.concatenate([blocks["qs"] & 15, blocks["qs"] >> 4], axis=1)
-            order = [i // 2 + 16 * (i % 2) for i in range(32)]  # first and second of each pair
-            assert np.array_equal(ours[:, order], theirs)
-        assert np.array_equal(found[f"{name}.scales"], blocks["d"].astype(np.float32).reshape(shape))
+            ours = np.stack([codes.reshape(-1, 16) & 15, codes.reshape(-1, 16) >> 4], axis=2).reshape(-1, 32)
+            assert np.array_equal(ours, np.concatenate([blocks["qs"] & 15, blocks["qs"] >> 4], axis=1))
+        assert np.array_equal(scales, blocks["d"].astype(np.float32).reshape(scales.shape))
         if fmt == "Q4_1":
-            whole = blocks["d"].astype(np.float32) * 8 + blocks["m"].astype(np.float32)
-            np.testing.assert_allclose(found[f"{name}.offsets"], whole.reshape(shape), rtol=1e-4, atol=1e-6)
+            offsets = blocks["d"].astype(np.float32) * 8 + blocks["m"].astype(np.float32)
+            ours = found[f"{'+'.join(names)}.offsets"].reshape(-1)
+            np.testing.assert_allclose(ours, offsets, rtol=1e-4, atol=1e-6)
 
 
 def test_whole_minima_become_zero_points(tmp_path: Path) -> None:
@@ -170,6 +170,20 @@ def test_infinite_weights(tmp_path: Path) -> None:
     data[:, :2] = np.array([np.inf], np.float16).view(np.uint8)
     with pytest.raises(FormatError, match="infinity"):
         onnx_weights._integers(replace(tensor, data=data))
+
+
+def test_a_format_without_integers(tmp_path: Path) -> None:
+    path = tiny.tiny("llama-gqa", fmt="IQ2_XS", folder=tmp_path)
+    conversion = pipeline.prepare(path, Recipe("copy"), Options(format="onnx"))
+    with pytest.raises(UnsupportedError, match=r"MatMulNBits.*IQ2_XS"):
+        onnx_export.export(conversion, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_types_of_onnx_tools() -> None:
+    assert onnx_export.named(Recipe("INT4")) == Recipe("q4_0", pure=True)
+    assert onnx_export.named(Recipe("fp16")) == Recipe("f16")
+    assert onnx_export.named(Recipe("q4_k_m", pure=True)) == Recipe("q4_k_m", pure=True)
 
 
 def test_refusals(tmp_path: Path) -> None:
