@@ -185,7 +185,7 @@ def _structured(
     n_ctx = min(n_ctx, c.max_position or n_ctx)
     tokens = chunked(source, text, n_ctx, chunks or _affordable(c, n_ctx))
     goal = _goal(source, tokens[:SCORE_CHUNKS], spec, n_layers_gone, n_gone, progress)
-    result = fitted(source, tokens, goal, scratch, progress)
+    result = fitted(source, tokens, goal, scratch, progress) if spec.refit or n_gone else Result()
     layers = tuple(i for i in range(c.n_layers) if i not in goal.gone)
     shared = {} if goal.dim is None else {"dim": goal.dim}
     of_layer = tuple(result.stays[i] for i in layers) if n_gone else ()

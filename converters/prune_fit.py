@@ -301,7 +301,7 @@ class Fitting(Streams):
         done, before = start, error(start)
         after = before
         if self._goal.refit:
-            better = w + fit(*sums)[0]
+            better = w + fit(*sums)
             done = _affine(x, better, b)
             after = error(done)
             if after < before:

@@ -66,7 +66,7 @@ def choose(w: Floats, sums: Sums, groups: Indices, n_gone: int) -> Indices:
     groups: (families, groups of each, columns of a group), every column once. The group that costs least goes first,
     with all others as good as they can be without it.
     """
-    inverse = _inverse(sums.h, CHOICE_RIDGE)
+    inverse = np.asarray(np.linalg.inv(_with_ridge(sums.h, CHOICE_RIDGE)), np.float64)
     best = w + sums.g.astype(np.float64) @ inverse
     stay = groups
     while n_gone:
@@ -83,31 +83,30 @@ def choose(w: Floats, sums: Sums, groups: Indices, n_gone: int) -> Indices:
     return np.sort(stay.reshape(-1))
 
 
-def fit(seen: Sums, unseen: Sums) -> tuple[Floats, float]:
-    """What to add to the weights of a layer, float32 (out, in), and the ridge that was chosen (inf: add nothing).
+def fit(seen: Sums, unseen: Sums) -> Floats:
+    """What to add to the weights of a layer: float32 (out, in), zeros if nothing helps.
 
     The ridge is the one of RIDGES that does best on `unseen` when fitted to `seen`; the fit is to both.
     """
     best, chosen = 0.0, np.inf
     for ridge in RIDGES:
-        gain = unseen.gain((seen.g @ _inverse(seen.h, ridge)).astype(np.float32))
+        gain = unseen.gain(_change(seen, ridge))
         if gain > best:
             best, chosen = gain, ridge
-    if chosen == np.inf:
-        return np.zeros_like(seen.g), chosen
-    both = seen + unseen
-    change: Floats = (both.g @ _inverse(both.h, chosen)).astype(np.float32)
-    return change, chosen
+    return np.zeros_like(seen.g) if chosen == np.inf else _change(seen + unseen, chosen)
 
 
-def _inverse(h: Floats, ridge: float) -> Doubles:
-    """(H + ridge)⁻¹."""
+def _change(sums: Sums, ridge: float) -> Floats:
+    """G (H + ridge)⁻¹."""
+    change: Floats = np.linalg.solve(_with_ridge(sums.h, ridge), sums.g.T.astype(np.float64)).T.astype(np.float32)
+    return change
+
+
+def _with_ridge(h: Floats, ridge: float) -> Doubles:
     h64: Doubles = h.astype(np.float64)
     mean = float(np.diagonal(h64).mean())
     h64[np.diag_indices_from(h64)] += ridge * mean if mean > 0 else 1.0
-    inverse = np.linalg.inv(h64)
-    symmetric: Doubles = (inverse + inverse.T) / 2
-    return symmetric
+    return h64
 
 
 def _costs(best: Doubles, inverse: Doubles, groups: Indices) -> Doubles:

@@ -40,6 +40,8 @@ class Arch:
         hf_renamed: (regular expression, replacement): what turns the names of older and of larger checkpoints, one
             after the other, into those of the table.
         hf_defaults: what transformers assumes where config.json is silent, and `Config` would not.
+        hf_types: config.json's `model_type` of a class of `hf`, where it is not the architecture's own name.
+        hf_keys: the key of config.json that a Config field is written to, where it is not the first one.
     """
 
     hf: tuple[str, ...]
@@ -53,6 +55,8 @@ class Arch:
     hf_ignored: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
     hf_renamed: tuple[tuple[str, str], ...] = ()
     hf_defaults: Mapping[str, Any] = field(default_factory=dict)
+    hf_types: Mapping[str, str] = field(default_factory=dict)
+    hf_keys: Mapping[str, str] = field(default_factory=lambda: {"activation": "hidden_act"})
 
 
 L = "model.layers.{i}."
@@ -162,6 +166,7 @@ def _nomic_layers() -> tuple[TensorSpec, ...]:
 ARCHS: dict[str, Arch] = {
     "llama": Arch(
         hf=("LlamaForCausalLM", "MistralForCausalLM"),
+        hf_types={"MistralForCausalLM": "mistral"},
         tensors=(
             *_ends(),
             *_factors("rope_freqs", "rope_factors_long", "rope_factors_short"),
@@ -193,6 +198,7 @@ ARCHS: dict[str, Arch] = {
         defaults={"activation": "gelu"},
         hf_ignored=("*.rotary_emb.inv_freq", "lm_head.weight"),
         hf_defaults=GEMMA_ACTIVATION,
+        hf_keys={},
     ),
     "gemma2": Arch(
         hf=("Gemma2ForCausalLM",),
@@ -208,9 +214,12 @@ ARCHS: dict[str, Arch] = {
         },
         hf_ignored=("*.rotary_emb.inv_freq", "lm_head.weight"),
         hf_defaults=GEMMA_ACTIVATION,
+        hf_keys={},
     ),
     "gemma3": Arch(
         hf=("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
+        hf_types={"Gemma3ForCausalLM": "gemma3_text"},
+        hf_keys={},
         tensors=(*_ends(1.0), *_attention(offset=1.0), *_qk_norm(1.0), *GEMMA_POST_NORMS),
         scaled_embedding=True,
         local_scaling=False,
@@ -253,6 +262,15 @@ ARCHS: dict[str, Arch] = {
         defaults={"activation": "gelu", "ffn_dim": lambda c: 4 * c["dim"]},
         hf_ignored=("*.attn.bias", "*.attn.masked_bias"),
         hf_renamed=((r"^(wte|wpe|h|ln_f)\.", r"transformer.\1."),),
+        hf_keys={
+            "n_layers": "n_layer",
+            "dim": "n_embd",
+            "context_length": "n_positions",
+            "n_heads": "n_head",
+            "ffn_dim": "n_inner",
+            "norm_eps": "layer_norm_epsilon",
+            "activation": "activation_function",
+        },
     ),
     "phi3": Arch(
         hf=("Phi3ForCausalLM",),
@@ -283,11 +301,14 @@ ARCHS: dict[str, Arch] = {
         norm="layer",
         pairing=None,
         defaults={"activation": "gelu_erf", "causal": False, "pooling": "mean"},
+        hf_keys={"activation": "hidden_act", "norm_eps": "layer_norm_eps"},
         hf_ignored=("embeddings.position_ids", "pooler.*", "cls.*"),
         hf_renamed=BERT_RENAMED,
     ),
     "nomic-bert": Arch(
         hf=("NomicBertModel",),
+        hf_types={"NomicBertModel": "nomic_bert"},
+        hf_keys={"activation": "hidden_act", "norm_eps": "layer_norm_eps"},
         tensors=(*_bert_embedding("emb_ln"), *_nomic_layers()),
         family="encoder",
         norm="layer",
