@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm import gguf
+from edgelm.arch import Config
 from edgelm.cache import KVCache
 from edgelm.errors import UsageError
 from edgelm.formats import F32, QTensor
@@ -25,7 +26,7 @@ from edgelm.reference import Reference
 from edgelm.tokenizer import Tokenizer
 from edgelm.weights import Weights
 
-from . import vocab
+from . import vocab, vocab_prune
 from .arrays import Array, Floats
 from .checkpoint import Checkpoint
 from .gguf_writer import Typed
@@ -85,7 +86,8 @@ def _weight(name: str, array: Array, forget: Callable[[], None]) -> QTensor:
 def vocabulary(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """The keys `tokenizer.*` of a checkpoint, as Python values; values that a transformation put there are taken."""
     if not checkpoint.is_gguf:
-        return vocab.read(Folder.read(checkpoint.path, checkpoint.hf), checkpoint.config.vocab_size)
+        keys = vocab.read(Folder.read(checkpoint.path, checkpoint.hf), Config.from_hf(checkpoint.hf).vocab_size)
+        return keys if checkpoint.kept_tokens is None else vocab_prune.cut_keys(keys, checkpoint.kept_tokens)
     changed = {key: value for key, value in checkpoint.metadata.items() if not isinstance(value, Typed)}
     return {**gguf.read(checkpoint.path).metadata, **changed}
 

@@ -23,7 +23,7 @@ from edgelm.errors import FormatError
 from edgelm.tokenizer import Tokenizer
 from edgelm.weights import Weights
 
-from . import tokenizer_check, vocab
+from . import tokenizer_check, vocab, vocab_prune
 from .arrays import Array, Floats
 from .checkpoint import Checkpoint
 from .conversion import Conversion, Options
@@ -141,12 +141,14 @@ def metadata(checkpoint: Checkpoint, plan: Plan, options: Options) -> tuple[dict
         keys = _keys_of_gguf(checkpoint, plan)
     else:
         folder = Folder.read(checkpoint.path, checkpoint.hf)
-        words = vocab.read(folder, checkpoint.config.vocab_size, options.pre)
+        words = vocab.read(folder, Config.from_hf(checkpoint.hf).vocab_size, options.pre)
         if options.check_tokenizer:
             n_compared, found = tokenizer_check.compare(words, folder)
             notes += found
         notes += folder.notes
         words |= _unsaid_ends(words, folder)
+        if checkpoint.kept_tokens is not None:
+            words = vocab_prune.cut_keys(words, checkpoint.kept_tokens)
         keys = _keys_of_folder(checkpoint, plan, folder, options.name) | words
     if options.name:
         keys["general.name"] = options.name

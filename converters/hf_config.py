@@ -29,7 +29,7 @@ def config_json(config: Config, start: Mapping[str, Any] | None = None) -> dict[
             return out
         _say(out, config, different)  # what follows from it may be right then
     raise UnsupportedError(
-        f"config.json of a {config.arch} model cannot say {different} = {getattr(config, different)}, which this one has"
+        f"config.json of a {config.arch} model cannot say {different} = {getattr(config, different)}, as this one has"
     )
 
 
