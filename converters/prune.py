@@ -248,7 +248,7 @@ def _goal(
     return Goal(gone, n_gone, dim, spec.refit)
 
 
-DEPTH_METHOD = "angular"
+DEPTH_METHOD = "influence"
 
 
 def _facts(cut: Cut, goal: Goal, result: Result, tokens: NDArray[np.int32]) -> dict[str, Any]:
