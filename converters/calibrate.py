@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm import gguf
-from edgelm.arch import Config
 from edgelm.cache import KVCache
 from edgelm.errors import UsageError
 from edgelm.formats import F32, QTensor
@@ -86,8 +85,8 @@ def _weight(name: str, array: Array, forget: Callable[[], None]) -> QTensor:
 def vocabulary(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """The keys `tokenizer.*` of a checkpoint, as Python values; values that a transformation put there are taken."""
     if not checkpoint.is_gguf:
-        keys = vocab.read(Folder.read(checkpoint.path, checkpoint.hf), Config.from_hf(checkpoint.hf).vocab_size)
-        return keys if checkpoint.kept_tokens is None else vocab_prune.cut_keys(keys, checkpoint.kept_tokens)
+        words = vocab.read(Folder.read(checkpoint.path, checkpoint.hf), checkpoint.n_tokens_before)
+        return words if checkpoint.kept_tokens is None else vocab_prune.cut_keys(words, checkpoint.kept_tokens)
     changed = {key: value for key, value in checkpoint.metadata.items() if not isinstance(value, Typed)}
     return {**gguf.read(checkpoint.path).metadata, **changed}
 

@@ -60,6 +60,12 @@ class Checkpoint:
     def is_gguf(self) -> bool:
         return bool(self.metadata)
 
+    @property
+    def n_tokens_before(self) -> int:
+        """Size of the vocabulary that the folder's tokenizer has, which that of the model may no longer be."""
+        is_whole = self.kept_tokens is None
+        return self.config.vocab_size if is_whole else Config.from_hf(dict(self.hf)).vocab_size
+
     def fingerprint(self) -> str:
         """Changes when a file of the source is another one: names, sizes and times."""
         facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in self.files]

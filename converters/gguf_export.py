@@ -141,7 +141,7 @@ def metadata(checkpoint: Checkpoint, plan: Plan, options: Options) -> tuple[dict
         keys = _keys_of_gguf(checkpoint, plan)
     else:
         folder = Folder.read(checkpoint.path, checkpoint.hf)
-        words = vocab.read(folder, Config.from_hf(checkpoint.hf).vocab_size, options.pre)
+        words = vocab.read(folder, checkpoint.n_tokens_before, options.pre)
         if options.check_tokenizer:
             n_compared, found = tokenizer_check.compare(words, folder)
             notes += found

@@ -36,7 +36,7 @@ from .scratch import Scratch
 
 N_CTX = 512  # tokens of a chunk of calibration text
 SCORE_CHUNKS = 8  # of them, for what is decided beforehand
-FIT_BYTES = 1 << 30  # of the widest activations of a fit, of both models together
+FIT_BYTES = 512 << 20  # of the widest activations, float32 and of both models together; a few such are alive
 _KINDS = ("depth", "ffn", "heads", "queries", "hidden", "vocab", "sparse", "experts")
 _EXAMPLE = "depth=25%,ffn=20%,heads=1,hidden=10%,vocab=FILE,sparse=2:4"
 
@@ -147,7 +147,7 @@ def pruned(
     """The checkpoint without what `spec` says, fitted on a calibration text (or its tokens).
 
     Args:
-        n_ctx, chunks: the text is read in chunks of n_ctx tokens, so many of them (None: as memory allows).
+        n_ctx, chunks: the text is read in chunks of n_ctx tokens, so many of them at most (None: as FIT_BYTES allows).
         folder: where fitted matrices lie until they are written, which must have room for them; a temporary one.
 
     Raises UsageError for what cannot be cut so, or a text that is too short; FormatError for a model that computes no
@@ -183,7 +183,8 @@ def _structured(
         raise UsageError("--prune needs a text to run the model on: --calibrate FILE")
     source = calibrate.opened(checkpoint)
     n_ctx = min(n_ctx, c.max_position or n_ctx)
-    tokens = chunked(source, text, n_ctx, chunks or _affordable(c, n_ctx))
+    affordable = max(1, FIT_BYTES // (2 * 4 * n_ctx * max(c.ffn_dim, c.q_dim, c.dim)))
+    tokens = chunked(source, text, n_ctx, min(chunks or affordable, affordable))
     goal = _goal(source, tokens[:SCORE_CHUNKS], spec, n_layers_gone, n_gone, progress)
     result = fitted(source, tokens, goal, scratch, progress) if spec.refit or n_gone else Result()
     layers = tuple(i for i in range(c.n_layers) if i not in goal.gone)
@@ -208,11 +209,6 @@ def _fewer_tokens(checkpoint: Checkpoint, text: str) -> Checkpoint:
     sizes = {"before": checkpoint.config.vocab_size, "after": len(kept)}
     facts = {**checkpoint.facts, "pruned": {**checkpoint.facts.get("pruned", {}), "tokens": sizes}}
     return dataclasses.replace(after, metadata=metadata, kept_tokens=kept, facts=facts)
-
-
-def _affordable(c: Config, n_ctx: int) -> int:
-    """Chunks whose activations fit into FIT_BYTES: float32, of two models, of the widest layer."""
-    return max(1, FIT_BYTES // (2 * 4 * n_ctx * max(c.ffn_dim, c.q_dim, c.dim)))
 
 
 def _sizes(c: Config, spec: PruneSpec) -> dict[str, int]:

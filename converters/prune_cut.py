@@ -84,7 +84,10 @@ class Cut:
         return [*rest, *((spec.at(old), spec.at(new), new) for new, old in layers for spec in of_layer)]
 
     def applied(self, checkpoint: Checkpoint, changed: Mapping[str, Floats] | None = None) -> Checkpoint:
-        """The checkpoint that is left. changed: float32 arrays, by old GGUF name, in place of what would be left."""
+        """The checkpoint that is left.
+
+        changed: float32 arrays, by old GGUF name, in place of what would be left; cut already along some dimensions.
+        """
         changed = changed or {}
         after, arrays = self.after(), dict[str, Array]()
         scales = _scales(self.config, after, checkpoint.tensors)
@@ -92,10 +95,11 @@ class Cut:
             if old.gguf not in checkpoint.tensors:
                 continue
             array = checkpoint.tensors[old.gguf]
+            stays = [self.stays(size, layer) for size in old.shape]
             if old.gguf in changed:
                 array = given(array.name, changed[old.gguf])
-            else:
-                array = cut_array(array, [self.stays(size, layer) for size in old.shape])
+                stays = [None if s is None or len(s) == n else s for s, n in zip(stays, array.shape, strict=True)]
+            array = cut_array(array, stays)
             factor = scales.get(re.sub(r"^blk\.\d+\.", "blk.{i}.", new.gguf), 1.0)
             arrays[new.gguf] = array if factor == 1.0 else scaled(array, factor)
             for suffix in SCALES:  # one number each, whatever was cut

@@ -241,7 +241,17 @@ class Fitting(Streams):
         if layer_of(weight.name) in self._goal.gone:
             out[n:] = x[n:]  # behind the sum, a norm of a layer that goes is skipped; before it, it does not matter
             return out
-        out[n:, dim] = compute(x[n:, dim], w[dim], None if b is None else b[dim])
+        w, b = w[dim], None if b is None else b[dim]
+        own: Floats = compute(x[n:, dim], w, b)
+        if self._goal.dim is not None and self._goal.refit:
+            # The mean square is one over fewer channels: each weight is fitted to give what it gave.
+            shift = 0.0 if b is None else b
+            wanted, given = out[:n, dim] - shift, own - shift
+            squares = np.einsum("ij,ij->j", given, given)
+            factor = np.einsum("ij,ij->j", wanted, given) / np.where(squares > 0, squares, 1)
+            own = given * factor + shift
+            self._result.changed[weight.name] = (w * factor).astype(np.float32)
+        out[n:, dim] = own
         return out
 
     def linear(self, x: Floats, layer: Layer) -> Floats:

@@ -42,7 +42,8 @@ class Sums:
 
         Raises FormatError when they are no numbers.
         """
-        sums = cls(x.T @ x, missing.T @ x)
+        with np.errstate(all="ignore"):
+            sums = cls(x.T @ x, missing.T @ x)
         if not (np.isfinite(sums.h).all() and np.isfinite(sums.g).all()):
             raise FormatError("an activation is not a number: the model is broken, or needs more than float32")
         return sums

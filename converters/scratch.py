@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ class Scratch:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it lives as long as this)
+        weakref.finalize(self, self._file.close)  # what is mapped stays readable
 
     def keep(self, values: Floats) -> Floats:
         """The same float32 numbers, read from the disk when they are used."""
