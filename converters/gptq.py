@@ -63,7 +63,7 @@ def gptq(
     if hessian.shape != (n_cols, n_cols) or not np.isfinite(hessian).all():
         raise UsageError(f"a hessian of shape {hessian.shape} for {n_cols} columns, or of what is no number")
     order = _order(np.diagonal(hessian), format.block, act_order)
-    upper = _inverse_factor(hessian[np.ix_(order, order)], damping)
+    upper = inverse_factor(hessian[np.ix_(order, order)], damping)
     weights = np.ascontiguousarray(w[:, order], np.float32)
     out = np.empty((len(w), format.row_bytes(n_cols)), np.uint8)
     for start in range(0, n_cols, format.block):
@@ -89,7 +89,7 @@ def _order(diagonal: NDArray[np.floating], block: int, act_order: bool) -> NDArr
     return columns[np.argsort(-driven.sum(axis=1), kind="stable")].reshape(-1)
 
 
-def _inverse_factor(h: NDArray[np.floating], damping: float) -> Floats:
+def inverse_factor(h: NDArray[np.floating], damping: float) -> Floats:
     """U of H with damping, upper triangular with H⁻¹ = Uᵀ U: if H = R Rᵀ, Cholesky from the far end, U inverts R."""
     for more in (1, 10, 100, 1000):
         try:

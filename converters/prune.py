@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.arch import Config
+from edgelm.arch import Config, Role, tensors
 from edgelm.disk import Progress, nothing
 from edgelm.errors import UnsupportedError, UsageError
 
@@ -29,14 +29,18 @@ from . import calibrate, prune_scores, vocab_prune
 from .arrays import Array
 from .checkpoint import Checkpoint
 from .imatrix import Source, chunked
-from .prune_cut import Cut
-from .prune_fit import Goal, Result, fitted
+from .prune_cut import Cut, changed_rows, given
+from .prune_fit import Goal, Result, fitted, layer_of
 from .prune_scores import LAYER_CHOICES
 from .scratch import Scratch
+from .sparse import Pattern, thinned, thinned_model
 
 N_CTX = 512  # tokens of a chunk of calibration text
 SCORE_CHUNKS = 8  # of them, for what is decided beforehand
 FIT_BYTES = 512 << 20  # of the widest activations, float32 and of both models together; a few such are alive
+DEPTH_METHOD = "influence"  # docs/LOG.md
+DEPTH_PART = 0.33  # of the parameters that --target-params cuts
+LEAST_FFN = 0.4  # of the channels, below which it takes more layers instead
 _KINDS = ("depth", "ffn", "heads", "queries", "hidden", "vocab", "sparse", "experts")
 _EXAMPLE = "depth=25%,ffn=20%,heads=1,hidden=10%,vocab=FILE,sparse=2:4"
 
@@ -101,6 +105,8 @@ class PruneSpec:
                 raise UsageError(f"--prune says {name} twice")
             if name == "experts":
                 raise UnsupportedError("--prune experts: edgelm has no architecture with experts yet")
+            if name == "sparse":
+                Pattern.parse(value)
             found[name] = value if name in ("vocab", "sparse") else _amount(name, value)
         if found.get("heads") and found.get("queries"):
             raise UsageError("--prune heads and queries: heads take their queries along; choose one of them")
@@ -156,6 +162,9 @@ def pruned(
     before = checkpoint
     if spec.is_structured:
         checkpoint = _structured(checkpoint, spec, calibration, n_ctx, chunks, progress, Scratch(folder))
+    if spec.sparse:
+        pattern = Pattern.parse(spec.sparse)
+        checkpoint = _sparse(checkpoint, pattern, calibration, n_ctx, chunks, progress, Scratch(folder))
     if spec.vocab:
         checkpoint = _fewer_tokens(checkpoint, vocab_prune.text_of(spec.vocab))
     n_before, n_after = n_parameters(before.tensors), n_parameters(checkpoint.tensors)
@@ -167,9 +176,35 @@ def pruned(
     return dataclasses.replace(checkpoint, notes=(*checkpoint.notes, note), facts={**checkpoint.facts, "pruned": facts})
 
 
-def n_parameters(tensors: Mapping[str, Array]) -> int:
+def spec_for(checkpoint: Checkpoint, n_parameters_left: int) -> PruneSpec:
+    """What to cut so that at most so many parameters are left: layers for DEPTH_PART of what goes, then channels.
+
+    Raises UsageError when the model has no more already, or when that cannot be reached so.
+    """
+    c, there = checkpoint.config, checkpoint.tensors
+
+    def left(n_layers: int, ffn_dim: int) -> int:
+        """Parameters of the model with so many layers, each with so many channels."""
+        cut = Cut(c, tuple(range(n_layers)), {}, ({"ffn_dim": np.arange(ffn_dim)},) * n_layers)
+        specs = [(old, new) for old, new, _ in cut.specs() if old.gguf in there]
+        return sum(math.prod(new.shape_for(cut.after())) for _, new in specs)
+
+    whole = left(c.n_layers, c.ffn_dim)
+    if n_parameters_left >= whole:
+        raise UsageError(f"--target-params {n_parameters_left}: the model has no more than {whole}")
+    of_layer, unit = whole - left(c.n_layers - 1, c.ffn_dim), _unit(c.ffn_dim)
+    first = c.n_layers - int(DEPTH_PART * (whole - n_parameters_left) / of_layer)
+    for n_layers in range(min(first, c.n_layers), 0, -1):
+        of_channel = left(n_layers, 2) - left(n_layers, 1)
+        ffn_dim = (n_parameters_left - left(n_layers, 1)) // of_channel // unit * unit
+        if ffn_dim >= LEAST_FFN * c.ffn_dim:
+            return PruneSpec(Amount(number=c.n_layers - n_layers), Amount(number=c.ffn_dim - min(ffn_dim, c.ffn_dim)))
+    raise UsageError(f"--target-params {n_parameters_left}: cutting layers and channels cannot leave so few")
+
+
+def n_parameters(arrays: Mapping[str, Array]) -> int:
     """Weights of all tensors."""
-    return sum(math.prod(array.shape) for array in tensors.values())
+    return sum(math.prod(array.shape) for array in arrays.values())
 
 
 def _structured(
@@ -179,12 +214,7 @@ def _structured(
     c = checkpoint.config
     n_gone = _sizes(c, spec)
     n_layers_gone = spec.depth.of(c.n_layers, "depth")
-    if not text:
-        raise UsageError("--prune needs a text to run the model on: --calibrate FILE")
-    source = calibrate.opened(checkpoint)
-    n_ctx = min(n_ctx, c.max_position or n_ctx)
-    affordable = max(1, FIT_BYTES // (2 * 4 * n_ctx * max(c.ffn_dim, c.q_dim, c.dim)))
-    tokens = chunked(source, text, n_ctx, min(chunks or affordable, affordable))
+    source, tokens = _text(checkpoint, text, n_ctx, chunks)
     goal = _goal(source, tokens[:SCORE_CHUNKS], spec, n_layers_gone, n_gone, progress)
     result = fitted(source, tokens, goal, scratch, progress) if spec.refit or n_gone else Result()
     layers = tuple(i for i in range(c.n_layers) if i not in goal.gone)
@@ -193,6 +223,37 @@ def _structured(
     cut = Cut(c, layers, shared, of_layer)
     checkpoint = cut.applied(checkpoint, result.changed)
     return dataclasses.replace(checkpoint, facts={**checkpoint.facts, "pruned": _facts(cut, goal, result, tokens)})
+
+
+def _sparse(
+    checkpoint: Checkpoint, pattern: Pattern, text: str | Sequence[int], n_ctx: int, chunks: int | None,
+    progress: Progress, scratch: Scratch,
+) -> Checkpoint:  # fmt: skip
+    """The checkpoint with zeros in the matrices of its layers."""
+    arrays, errors = dict(checkpoint.tensors), dict[str, float]()
+    if pattern.method == "magnitude":
+        for spec in tensors(checkpoint.config):
+            if spec.gguf in arrays and spec.role is Role.MATMUL and layer_of(spec.gguf) is not None:
+                arrays[spec.gguf] = changed_rows(arrays[spec.gguf], lambda w: thinned(w, None, pattern))
+    else:
+        source, tokens = _text(checkpoint, text, n_ctx, chunks)
+        found, errors = thinned_model(source, tokens, pattern, scratch, progress)
+        arrays |= {name: given(name, values) for name, values in found.items()}
+    facts = {"share": pattern.share, "of": pattern.of, "method": pattern.method, "errors": errors}
+    facts = {**checkpoint.facts.get("pruned", {}), "sparse": facts}
+    return dataclasses.replace(checkpoint, tensors=arrays, facts={**checkpoint.facts, "pruned": facts})
+
+
+def _text(
+    checkpoint: Checkpoint, text: str | Sequence[int], n_ctx: int, chunks: int | None
+) -> tuple[Source, NDArray[np.int32]]:
+    """The model to run, and the tokens to run it on: (chunks, n_ctx), as many as FIT_BYTES allows."""
+    if not text:
+        raise UsageError("--prune needs a text to run the model on: --calibrate FILE")
+    c, source = checkpoint.config, calibrate.opened(checkpoint)
+    n_ctx = min(n_ctx, c.max_position or n_ctx)
+    affordable = max(1, FIT_BYTES // (2 * 4 * n_ctx * max(c.ffn_dim, c.q_dim, c.dim)))
+    return source, chunked(source, text, n_ctx, min(chunks or affordable, affordable))
 
 
 def _fewer_tokens(checkpoint: Checkpoint, text: str) -> Checkpoint:
@@ -244,7 +305,6 @@ def _goal(
     return Goal(gone, n_gone, dim, spec.refit)
 
 
-DEPTH_METHOD = "influence"
 
 
 def _facts(cut: Cut, goal: Goal, result: Result, tokens: NDArray[np.int32]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,7 @@ class Cut:
                 stays = [None if s is None or len(s) == n else s for s, n in zip(stays, array.shape, strict=True)]
             array = cut_array(array, stays)
             factor = scales.get(re.sub(r"^blk\.\d+\.", "blk.{i}.", new.gguf), 1.0)
-            arrays[new.gguf] = array if factor == 1.0 else scaled(array, factor)
+            arrays[new.gguf] = array if factor == 1.0 else changed_rows(array, partial(np.multiply, np.float32(factor)))
             for suffix in SCALES:  # one number each, whatever was cut
                 names = [spec.gguf.removesuffix(".weight") + suffix for spec in (old, new)]
                 if names[0] in checkpoint.tensors:
@@ -160,14 +161,9 @@ def given(name: str, values: Floats) -> Array:
     return Array(name, values.shape, "F32", rows)
 
 
-def scaled(array: Array, factor: float) -> Array:
-    """`array` times a number."""
-
-    def rows(start: int, stop: int) -> Floats:
-        found: Floats = array.rows(start, stop) * np.float32(factor)
-        return found
-
-    return Array(array.name, array.shape, array.kind, rows, source=array.source)
+def changed_rows(array: Array, change: Callable[[Floats], Floats]) -> Array:
+    """An array whose rows are changed, each on its own, when they are read."""
+    return Array(array.name, array.shape, array.kind, lambda a, b: change(array.rows(a, b)), source=array.source)
 
 
 def cut_array(array: Array, stays: Sequence[Indices | None]) -> Array:
