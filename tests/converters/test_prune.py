@@ -80,9 +80,9 @@ def test_a_layer_less_is_a_layer_that_adds_nothing(tmp_path: Path) -> None:
 def test_every_cut_of_every_architecture_loads_and_runs(name: str, tmp_path: Path) -> None:
     source = checkpoints.read(tiny.tiny(name, folder=tmp_path, n_layers=3))
     c = source.config
-    cuts = ["depth=1", "ffn=25%", "hidden=16", "depth=1,ffn=32,hidden=8"]
-    cuts += ["heads=1"] if c.n_kv_heads > 1 else []
-    cuts += ["queries=1", "queries=1,ffn=10%"] if c.n_heads > c.n_kv_heads else []
+    cuts = ["depth=1,ffn=25%,hidden=8"]
+    cuts += ["heads=1,ffn=10"] if c.n_kv_heads > 1 else []
+    cuts += ["queries=1,hidden=16"] if c.n_heads > c.n_kv_heads else []
     for cut in cuts:
         smaller = pruned(source, PruneSpec.parse(cut), TOKENS, n_ctx=32, chunks=3)
         assert prune.n_parameters(smaller.tensors) < prune.n_parameters(source.tensors)
