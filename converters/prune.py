@@ -37,7 +37,7 @@ from .sparse import Pattern, thinned, thinned_model
 
 N_CTX = 512  # tokens of a chunk of calibration text
 SCORE_CHUNKS = 8  # of them, for what is decided beforehand
-FIT_BYTES = 512 << 20  # of the widest activations, float32 and of both models together; a few such are alive
+FIT_BYTES = 256 << 20  # of the widest activations, float32 and of both models together; a few such are alive
 DEPTH_METHOD = "influence"  # docs/LOG.md
 DEPTH_PART = 0.33  # of the parameters that --target-params cuts
 LEAST_FFN = 0.4  # of the channels, below which it takes more layers instead
