@@ -30,6 +30,7 @@ IDS, MASK, POSITIONS, TYPES = "input_ids", "attention_mask", "position_ids", "to
 FROM = "outputs_from"  # an input of our own graphs: the first token whose logits are wanted
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 FLOATS = ("float32", "float16")
+_CAUSAL = ("ForCausalLM", "LMHeadModel")  # ends of the names of classes that predict the next token
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class OnnxFolder:
         """What is computed: logits (batch, tokens, vocabulary), hidden states (batch, tokens, dim), or a vector for
         each text (batch, dim)."""
         outputs = self.graph.outputs
-        names = ("logits", *HIDDEN, *POOLED) if self.cache or "CausalLM" in self._class else (*HIDDEN, *POOLED)
+        is_causal = self.cache or self.genai.get("decoder") or any(end in self._class for end in _CAUSAL)
+        names = ("logits", *HIDDEN, *POOLED) if is_causal else (*HIDDEN, *POOLED)
         for name in names:
             if name in outputs:
                 return self._proven(outputs[name], FLOATS, 2 if name in POOLED else 3)
@@ -182,9 +184,8 @@ class OnnxFolder:
     @property
     def dim(self) -> int:
         """Length of hidden states; 0 if nothing says so."""
-        if self.is_encoder:
-            return self._last_dim
-        return self._table[1] or _number(self.config.get("hidden_size"), "hidden_size", "config.json")
+        known = self._last_dim if self.is_encoder else self._table[1]
+        return known or _number(self.config.get("hidden_size"), "hidden_size", "config.json")
 
     @property
     def _last_dim(self) -> int:
