@@ -20,7 +20,9 @@ import tiny
 import tiny_onnx
 
 import edgelm
-from converters import tokenizer_files
+from converters import onnx_export, pipeline, tokenizer_files
+from converters.conversion import Options
+from converters.recipe import Recipe
 from converters.tokenizer_check import TEXTS
 from edgelm import gguf
 from edgelm.cache import Batch
@@ -252,6 +254,39 @@ def test_a_file_a_folder_or_a_folder_inside(root: Path, reference: Model) -> Non
     (folder / "model.onnx").rename(folder / "onnx" / "decoder_model.onnx")
     for path in (folder, folder / "onnx" / "decoder_model.onnx"):
         assert edgelm.load(path).name == "optimum-whole"
+
+
+# --------------------------------------------------------------------------------------------------- folders of our own
+
+OURS = ("llama-gqa", "llama-mqa", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gpt2", "phi3-longrope",
+        "bert-mean", "nomic-bert")  # fmt: skip
+
+
+@pytest.mark.parametrize("ops", ["ort", "standard"])
+@pytest.mark.parametrize("name", OURS)
+def test_what_the_converter_makes_runs(name: str, ops: str, tmp_path: Path) -> None:
+    source = tiny.tiny(name, folder=tmp_path)
+    theirs = edgelm.load(source, interpreter="reference")
+    conversion = pipeline.prepare(source, Recipe("f32"), Options(format="onnx"))
+    onnx_export.export(conversion, tmp_path / "out", ops=ops)
+    ours = edgelm.load(tmp_path / "out")
+    assert (ours.n_ctx, ours.vocab_size, ours.dim, ours.is_encoder) == (
+        theirs.n_ctx, theirs.vocab_size, theirs.dim, theirs.is_encoder,
+    )  # fmt: skip
+    assert ours.architecture == theirs.architecture
+    if theirs.is_encoder:
+        texts = ["the quick brown fox", "hello"]
+        np.testing.assert_allclose(ours.embed(texts), theirs.embed(texts), atol=1e-6)
+        return
+    tokens = [5 + i % 300 for i in range(60)]
+    ours_logits, theirs_logits = ours.logits(tokens), theirs.logits(tokens)
+    assert np.square(ours_logits - theirs_logits).sum() / np.square(theirs_logits).sum() < 1e-10
+    session = ours.session(**GREEDY)
+    answer = ids(session.stream(tokens[:20], max_tokens=40))
+    assert answer == ids(theirs.stream_generate(tokens[:20], max_tokens=40, **GREEDY))
+    list(session.stream([*tokens[:20], *answer[:10], 7], max_tokens=1))
+    again = list(session.stream([*tokens[:20], *answer[:25]], max_tokens=15))  # back, and on in another way
+    assert ids(again) == answer[25:] and again[0].cached_tokens == 30
 
 
 # ------------------------------------------------------------------------------------------------------------- encoders
