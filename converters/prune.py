@@ -41,7 +41,7 @@ FIT_BYTES = 256 << 20  # of the widest activations, float32 and of both models t
 DEPTH_METHOD = "influence"  # docs/LOG.md
 DEPTH_PART = 0.33  # of the parameters that --target-params cuts
 LEAST_FFN = 0.4  # of the channels, below which it takes more layers instead
-_KINDS = ("depth", "ffn", "heads", "queries", "hidden", "vocab", "sparse", "experts")
+_KINDS = ("depth", "ffn", "heads", "queries", "hidden", "vocab", "sparse", "refit", "experts")
 _EXAMPLE = "depth=25%,ffn=20%,heads=1,hidden=10%,vocab=FILE,sparse=2:4"
 
 
@@ -81,7 +81,7 @@ _NONE = Amount()
 class PruneSpec:
     """What --prune asks for. vocab: a text, or the name of a file with it; sparse: a share or N:M of weights.
 
-    refit: whether what stays is fitted to make up for what goes.
+    refit: whether what stays is fitted to make up for what goes (refit=no: it is left as it is).
     """
 
     depth: Amount = _NONE
@@ -94,7 +94,7 @@ class PruneSpec:
     refit: bool = True
 
     @classmethod
-    def parse(cls, text: str, *, refit: bool = True) -> PruneSpec:
+    def parse(cls, text: str) -> PruneSpec:
         """KEY=AMOUNT[:METHOD],… as `--prune` takes it. UsageError for what makes no sense."""
         found: dict[str, Any] = {}
         for part in re.split(rf",(?=(?:{'|'.join(_KINDS)})\s*=)", text):
@@ -105,20 +105,32 @@ class PruneSpec:
                 raise UsageError(f"--prune says {name} twice")
             if name == "experts":
                 raise UnsupportedError("--prune experts: edgelm has no architecture with experts yet")
-            if name == "sparse":
-                Pattern.parse(value)
-            found[name] = value if name in ("vocab", "sparse") else _amount(name, value)
+            found[name] = _value(name, value)
         if found.get("heads") and found.get("queries"):
             raise UsageError("--prune heads and queries: heads take their queries along; choose one of them")
-        return cls(**found, refit=refit)
+        return cls(**found)
 
     def __str__(self) -> str:
-        parts = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "refit"]
-        return ",".join(f"{name}={value}" for name, value in parts if value)
+        parts = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
+        text = ",".join(f"{name}={value}" for name, value in parts if value and name != "refit")
+        return text if self.refit else f"{text},refit=no"
 
     @property
     def is_structured(self) -> bool:
         return bool(self.depth or self.ffn or self.heads or self.queries or self.hidden)
+
+
+def _value(name: str, text: str) -> Any:
+    if name == "vocab":
+        return text
+    if name == "sparse":
+        Pattern.parse(text)
+        return text
+    if name == "refit":
+        if text not in ("yes", "no"):
+            raise UsageError(f"--prune refit={text:.30}: yes or no")
+        return text == "yes"
+    return _amount(name, text)
 
 
 def _amount(name: str, text: str) -> Amount:

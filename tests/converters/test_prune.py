@@ -61,7 +61,7 @@ def silenced(checkpoint: Checkpoint, layers: list[int]) -> Checkpoint:
 @pytest.mark.parametrize("name", ["llama-bias", "gemma3", "gpt2", "phi3"])
 def test_a_layer_less_is_a_layer_that_adds_nothing(name: str, tmp_path: Path) -> None:
     source = checkpoints.read(tiny.tiny(name, folder=tmp_path, n_layers=4))
-    smaller = pruned(source, PruneSpec.parse("depth=50%", refit=False), TOKENS, n_ctx=64, chunks=2)
+    smaller = pruned(source, PruneSpec.parse("depth=50%,refit=no"), TOKENS, n_ctx=64, chunks=2)
     removed = smaller.facts["pruned"]["layers_removed"]
     assert smaller.config.n_layers == 2 and len(removed) == 2
     kept = [i for i in range(4) if i not in removed]
@@ -137,8 +137,8 @@ def test_fitting_helps_on_the_text_it_was_fitted_to(name: str, tmp_path: Path) -
     original = outputs(written(source, tmp_path / "whole.gguf"), tokens=TOKENS[:64])
     for cut in ("ffn=50%", "depth=1"):
         found = []
-        for fit in (False, True):
-            smaller = pruned(source, PruneSpec.parse(cut, refit=fit), TOKENS, n_ctx=64)
+        for fit in ("no", "yes"):
+            smaller = pruned(source, PruneSpec.parse(f"{cut},refit={fit}"), TOKENS, n_ctx=64)
             logits = outputs(written(smaller, tmp_path / "small.gguf"), tokens=TOKENS[:64])
             found.append(float(np.sum((logits - original) ** 2)))
         assert found[1] < found[0], cut
@@ -265,7 +265,7 @@ def test_what_sizes_imply_is_kept(tmp_path: Path) -> None:
     [
         "", "depth", "depth=", "width=10%", "depth=100%", "depth=-1", "depth=1e9%", "depth=nan%", "depth=10%,depth=2",
         "ffn=20%:magic", "depth=20%:magic", "heads=1,queries=1", "depth=10%;ffn=3", "ffn=99999999999999999999",
-        "hidden=½", "depth=ten", "=3", ",", "ffn=5%%",
+        "hidden=½", "depth=ten", "=3", ",", "ffn=5%%", "ffn=5%,refit=maybe",
     ],
 )  # fmt: skip
 def test_requests_that_make_no_sense(spec: str) -> None:
@@ -301,7 +301,9 @@ def test_specs_say_what_they_are() -> None:
     text = "depth=25%:angular,ffn=12.5%,heads=1,vocab=a, b"
     spec = PruneSpec.parse(text)
     assert str(spec) == text and spec.vocab == "a, b" and spec.depth.method == "angular"
-    assert PruneSpec.parse(str(spec)) == spec
+    assert PruneSpec.parse(str(spec)) == spec and spec.refit
+    spec = PruneSpec.parse("queries=1,sparse=2:4:wanda,refit=no")
+    assert PruneSpec.parse(str(spec)) == spec and not spec.refit
 
 
 @pytest.mark.parametrize("share", [0.9, 0.7, 0.5])
