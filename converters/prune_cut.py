@@ -113,7 +113,7 @@ class Cut:
         """A GGUF file's keys with the new sizes; lists with an entry for each layer are cut."""
         if not checkpoint.is_gguf:
             return {}
-        keys = dict[str, Any](checkpoint.metadata)
+        keys: dict[str, Any] = {k: value for k, value in checkpoint.metadata.items() if k not in _OF_THE_SIZE}
         changed = {name: value for name, value in keys.items() if not isinstance(value, Typed)}
         for name, value in {**gguf.read(checkpoint.path).metadata, **changed}.items():
             is_ours = name.startswith(f"{self.config.arch}.")
@@ -128,6 +128,7 @@ class Cut:
         return keys
 
 
+_OF_THE_SIZE = ("general.size_label", "general.parameter_count")
 _LAYER_FIELDS = tuple(f.name for f in dataclasses.fields(Config) if str(f.type).startswith("tuple["))
 
 
