@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from edgelm.errors import FormatError
 
@@ -25,7 +25,7 @@ Doubles = NDArray[np.float64]
 Indices = NDArray[np.intp]
 
 CHOICE_RIDGE = 0.01  # of the mean of H's diagonal, added to it, when columns are chosen
-RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0)  # of the same, among which the fit chooses
+RIDGES = (10.0, 1.0, 0.1, 0.01, 0.001)  # of the same, among which the fit chooses
 _ROUNDS = 16  # in which columns are taken away; the costs of those left are known exactly at the start of each
 
 
@@ -91,15 +91,18 @@ def fit(seen: Sums, unseen: Sums) -> Floats:
     """
     best, chosen = 0.0, np.inf
     for ridge in RIDGES:
-        gain = unseen.gain(_change(seen, ridge))
+        gain = unseen.gain(_change(seen, ridge, np.float32))
+        if gain <= best and chosen < np.inf:
+            break  # weaker ones only follow the noise further
         if gain > best:
             best, chosen = gain, ridge
-    return np.zeros_like(seen.g) if chosen == np.inf else _change(seen + unseen, chosen)
+    return np.zeros_like(seen.g) if chosen == np.inf else _change(seen + unseen, chosen, np.float64)
 
 
-def _change(sums: Sums, ridge: float) -> Floats:
+def _change(sums: Sums, ridge: float, dtype: DTypeLike) -> Floats:
     """G (H + ridge)⁻¹."""
-    change: Floats = np.linalg.solve(_with_ridge(sums.h, ridge), sums.g.T.astype(np.float64)).T.astype(np.float32)
+    h = _with_ridge(sums.h, ridge).astype(dtype, copy=False)
+    change: Floats = np.linalg.solve(h, sums.g.T.astype(dtype)).T.astype(np.float32)
     return change
 
 
