@@ -33,6 +33,7 @@ from converters.prune import PruneSpec, pruned  # noqa: E402
 from converters.recipe import Recipe, make_plan  # noqa: E402
 from edgelm.cache import Batch  # noqa: E402
 from edgelm.errors import EdgelmError  # noqa: E402
+from edgelm.evaluate import perplexity  # noqa: E402
 
 CUTS = ("depth=1", "ffn=32", "heads=1", "queries=1", "hidden=16", "vocab=the quick brown fox", "depth=1,ffn=8,hidden=8")
 TOKENS = np.random.default_rng(0).integers(3, 60, 512).tolist()
@@ -72,8 +73,7 @@ def compared(path: Path, folder: Path, tokens: list[int]) -> tuple[float, bool]:
 
 def llama_cpp(program: str, path: Path, text: Path) -> float:
     """Relative difference of the perplexities; nan if the program cannot load the file."""
-    model = edgelm.load(path, n_ctx=64)
-    ours = model.perplexity(text.read_text(), n_ctx=64).perplexity
+    ours = perplexity(edgelm.load(path, interpreter="reference"), text.read_text(), n_ctx=64).perplexity
     options = ["-c", "64", "-b", "64", "-t", "1", "-ctk", "f32", "-ctv", "f32"]
     done = subprocess.run([program, "-m", str(path), "-f", str(text), *options], capture_output=True, text=True)
     found = re.search(r"PPL = ([0-9.]+)", done.stdout + done.stderr)
