@@ -8,10 +8,11 @@ In the folder: model.onnx and model.onnx.data, genai_config.json, the tokenizer'
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -63,8 +64,8 @@ def export(
         settings: None: `default_settings`.
         block: weights that share a scale in Q4_0 and Q8_0: 16, 32, 64, 128 or 256, 0 for the format's own 32.
 
-    Returns the sha256 of each weight in the graph, by its name there. Raises UnsupportedError for an operation that the
-    operators cannot express, UsageError for a folder that exists.
+    Returns a sha256 of each tensor, by its name, over all that it became in the graph. Raises UnsupportedError for an
+    operation that the operators cannot express, UsageError for a folder that exists.
     """
     if ops not in DIALECTS:
         raise UsageError(f"--onnx-ops {ops!r:.40}: there are {', '.join(DIALECTS)}")
@@ -89,7 +90,17 @@ def export(
         os.replace(draft, path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return graph.hashes
+    return _by_tensor(graph.hashes, [step.name for step in plan.steps])
+
+
+def _by_tensor(hashes: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """One hash for each tensor, of those of its parts: codes, scales …, perhaps together with other tensors'."""
+    found = {}
+    for name in names:
+        parts = [f"{key} {sha}\n" for key, sha in hashes.items() if any(k.startswith(name) for k in key.split("+"))]
+        if parts:
+            found[name] = hashlib.sha256("".join(parts).encode()).hexdigest()
+    return found
 
 
 def named(recipe: Recipe) -> Recipe:

@@ -70,6 +70,10 @@ def prepare(
     Reads weights only if a text has to tell what is to be pruned, or which types cost least.
     """
     options = options or Options()
+    if options.format == "onnx":
+        from .onnx_export import named
+
+        recipe = named(recipe)
     calibration, evaluation = texts(options)
     original = checkpoints.read(resolve(source, options.offline, progress))
     for folder, scale in options.lora:

@@ -6,16 +6,20 @@ import itertools
 import json
 from pathlib import Path
 
+import hf_folder
 import numpy as np
 import onnx
 import pytest
 import tiny
+from click.testing import CliRunner
 from onnx_case import EXACT, Runtime, export, padded, tokens
 
+import edgelm
 from converters import onnx_export, pipeline
 from converters.conversion import Options
 from converters.onnx_graph import DATA
 from converters.recipe import Recipe
+from edgelm.cli import main
 from edgelm.tokenizer import Tokenizer
 
 
@@ -97,3 +101,21 @@ def test_own_files_of_a_folder_are_kept(tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "modules.json", "1_Pooling/config.json"):
         assert (case.folder / name).read_bytes() == (tmp_path / "bert-cls" / name).read_bytes()
     assert not (case.folder / "genai_config.json").exists()
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """From a checkpoint to a model that runs: the same text as the GGUF file gives, both in float32."""
+    source = hf_folder.write(tmp_path, "gemma3")
+    texts = []
+    for format_, type_ in (("onnx", "fp32"), ("gguf", "f32")):
+        out = tmp_path / f"out.{format_}"
+        done = CliRunner().invoke(
+            main, ["convert", str(source), str(out), "--format", format_, "--type", type_, "--json"]
+        )
+        assert done.exit_code == 0, done.output
+        report = json.loads(done.stdout)
+        assert (report["format"], report["out"]) == (format_, str(out))
+        assert all(len(tensor["sha256"]) == 64 for tensor in report["tensors"])
+        with edgelm.load(out, **({"interpreter": "reference"} if format_ == "gguf" else {})) as model:
+            texts.append(str(model.generate("the quick brown", max_tokens=24, temperature=0)))
+    assert texts[0] == texts[1]
