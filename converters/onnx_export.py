@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -81,9 +80,13 @@ def export(
     draft = path.with_name(path.name + ".part")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
+
+    def told(done: int) -> None:
+        progress("write", done, plan.n_bytes)
+        conversion.checkpoint.forget()
+
     try:
-        told = partial(progress, "write")
-        with closing(Graph(config.arch, draft, _metadata(conversion), lambda done: told(done, plan.n_bytes))) as graph:
+        with closing(Graph(config.arch, draft, _metadata(conversion), told)) as graph:
             build(graph, config, weights_of(conversion, block), DIALECTS[ops], settings)
             graph.save()
         _neighbours(conversion, draft, settings, ops)
@@ -154,13 +157,11 @@ def weights_of(conversion: Conversion, block: int = 0) -> Weights:
 def build(graph: Graph, config: Config, weights: Weights, dialect: type[Standard], settings: Settings) -> None:
     """Fill `graph` with a model: its function, run once, with a dialect as interpreter."""
     op = dialect(graph, config, weights, settings)
-    out = model_of(config)(op, config, weights)
+    out = op.cast(model_of(config)(op, config, weights), FLOAT)
     if op.has_cache:
         name = "hidden_states" if settings.head == "hidden" else "logits"
-        out = op.cast(out, FLOAT)
         graph.output(out.name, name, FLOAT, (B, OUTPUTS, out.n_cols))
     else:
-        out = op.cast(out, FLOAT)
         graph.output(out.name, "last_hidden_state", FLOAT, (B, S, out.n_cols))
         if config.pooling != "none":
             pooled = op.pooled(Value(op, "last_hidden_state", FLOAT, out.shape), config.pooling)

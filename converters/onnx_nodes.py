@@ -48,8 +48,9 @@ class Operations:
 
     def __init__(self, graph: Graph, config: Config, weights: Weights, settings: Settings) -> None:
         self.graph, self.config, self.weights, self.settings = graph, config, weights, settings
-        self.head, self.dtype = settings.head, settings.dtype
         self.has_cache = config.spec.family == "decoder" and config.causal
+        self.head = settings.head if self.has_cache else "hidden"
+        self.dtype = settings.dtype
         self.ids = graph.input("input_ids", INT64, (B, S))
         self.mask = graph.input("attention_mask", INT64, (B, TOTAL if self.has_cache else S))
 

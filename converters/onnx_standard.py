@@ -196,7 +196,7 @@ class Standard(Operations):
             back = self.node("Sub", queries, keys)
             if causal:
                 seen = self.node("And", real, self.node("GreaterOrEqual", back, self.graph.constant(0)))
-            else:  # an Add of zeros gives the mask a row for each query
+            else:  # each of them sees all that is real
                 seen = self.node("And", real, self.node("Equal", back, back))
             if window:
                 near = self.node("Less", self.node("Abs", back), self.graph.constant(window))

@@ -61,7 +61,9 @@ def export(
     planned = onnx_export.weights_of(conversion, block).by_name
     same = {key: QTensor.from_array(key, tensor.dequantize()) for key, tensor in planned.items()}
     n_ctx = settings.n_ctx or config.context_length
-    return Case(folder, conversion, Reference(model_of(config), config, Weights(config, same), n_ctx=n_ctx))
+    head = "logits" if config.causal else "hidden"
+    twin = Reference(model_of(config), config, Weights(config, same), head=head, n_ctx=n_ctx)
+    return Case(folder, conversion, twin)
 
 
 def tokens(case: Case, n: int, seed: int = 0) -> list[int]:

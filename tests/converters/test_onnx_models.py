@@ -58,6 +58,18 @@ def test_encoder(name: str, ops: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ops", DIALECTS)
+@pytest.mark.parametrize("name", ["gemma3", "llama-gqa"])
+def test_decoder_that_sees_what_follows(name: str, ops: str, tmp_path: Path) -> None:
+    """A model of text embeddings: hidden states, windows to both sides, no cache."""
+    case = export(tmp_path, name, ops=ops, is_causal=False, pooling_type=1)
+    texts = [tokens(case, n, seed=n) for n in (5, 30, 11)]
+    ids, mask = padded(texts)
+    states = Runtime(case.folder).run(ids, mask)
+    for i, text in enumerate(texts):
+        assert nmse(states[i][mask[i] == 1], expected(case, text)) < 1e-6
+
+
+@pytest.mark.parametrize("ops", DIALECTS)
 def test_logits_of_the_last_token_alone(ops: str, tmp_path: Path) -> None:
     case = export(tmp_path, "gemma3", ops=ops)
     ids = np.array([tokens(case, 9)])
