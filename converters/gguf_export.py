@@ -78,7 +78,8 @@ def layout(conversion: Conversion) -> Layout:
 def fingerprint(conversion: Conversion) -> str:
     """Changes when the contents of a tensor would."""
     digest = hashlib.sha256(conversion.checkpoint.fingerprint().encode())
-    digest.update(repr(sorted(conversion.checkpoint.facts.items())).encode())
+    digest.update(repr((sorted(conversion.checkpoint.facts.items()), conversion.calibration)).encode())
+    digest.update(repr(sorted(conversion.methods.items())).encode())
     for name in sorted(conversion.importance):
         digest.update(name.encode() + np.ascontiguousarray(conversion.importance[name]).tobytes())
     for name in sorted(conversion.ready):

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgelm import gguf
+from edgelm.cache import Batch
 from edgelm.disk import Progress, nothing
 from edgelm.errors import EdgelmError
 from edgelm.evaluate import EvalReport, Evaluated, perplexity
@@ -106,7 +108,9 @@ def measured(conversion: Conversion, draft: Path, progress: Progress = nothing) 
     told = Told(of_tensors(plan.steps, conversion.checkpoint.tensors, after.tensors, conversion.importance))
     if evaluation is None:
         return told
-    source = calibrate.Interpreted.of(calibrate.opened(conversion.original), evaluation.n_ctx)
+    source: Evaluated = calibrate.Interpreted.of(calibrate.opened(conversion.original), evaluation.n_ctx)
+    if conversion.checkpoint.kept_tokens is not None:
+        source = _Fewer(source, conversion.checkpoint.kept_tokens, calibrate.vocabulary(conversion.checkpoint))
     with GGUFModel(after, ctx_size=evaluation.n_ctx, packed="memory", progress=progress) as model:
         told = replace(told, loss=predictions(model, source, evaluation, model.interpreter, progress))
     mean_kl = told.loss.figures.mean_kl if told.loss is not None else None
@@ -116,6 +120,19 @@ def measured(conversion: Conversion, draft: Path, progress: Progress = nothing) 
             f"what was made is kept as {draft}, and the same command with another limit only measures it again"
         )
     return told
+
+
+class _Fewer:
+    """A source whose vocabulary was cut: what it says of the tokens that are left, under their new numbers."""
+
+    def __init__(self, source: Evaluated, kept: NDArray[np.intp], keys: Mapping[str, Any]) -> None:
+        self.tokenizer, self.vocab_size, self._source, self._kept = Tokenizer.from_gguf(keys), len(kept), source, kept
+        self.runner, self.max_tokens = self, source.runner.max_tokens
+        self.new_cache, self.require_logits = source.new_cache, source.require_logits
+
+    def forward(self, batch: Batch) -> NDArray[np.float32]:
+        old = replace(batch, tokens=self._kept[batch.tokens].astype(np.int32))
+        return self._source.runner.forward(old)[:, self._kept]
 
 
 def predictions(

@@ -12,7 +12,6 @@ stopped. What is written down on the way lies in OUT.part, OUT.part.journal and 
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import shutil
 from collections.abc import Mapping
@@ -25,12 +24,12 @@ import numpy as np
 from edgelm.disk import Progress, nothing
 from edgelm.errors import UsageError
 
-from . import calibrate, gguf_export, loss
 from . import checkpoint as checkpoints
+from . import gguf_export, loss, methods
 from . import imatrix as imatrices
 from .arrays import Floats
 from .checkpoint import Checkpoint
-from .conversion import Conversion, Options, texts
+from .conversion import Calibration, Conversion, Options, texts
 from .mixes import MIXES
 from .recipe import Plan, Recipe, make_plan
 from .report import Report
@@ -81,8 +80,8 @@ def prepare(
 
         original = lora.merged(original, folder, scale)
     checkpoint = original
-    if options.prune or options.target_params:
-        raise UsageError("--prune cannot be had yet")
+    if options.prune:
+        checkpoint = _pruned(original, options, calibration, progress)
     if recipe.type.lower() == "auto":
         recipe = replace(recipe, type=_own_type(checkpoint))
     weighed = options.imatrix is not None or (options.calibrate is not None and options.method != "rtn")
@@ -155,36 +154,34 @@ def _own_type(checkpoint: Checkpoint) -> str:
 def rounded(conversion: Conversion, work: Path, progress: Progress = nothing) -> Conversion:
     """The conversion with everything that its method measures: importances, bytes that are chosen already."""
     options = conversion.options
-    if options.imatrix is not None:
-        measured, name = imatrices.read(options.imatrix), Path(options.imatrix).name
-    elif conversion.calibration is not None and options.method != "rtn":
-        measured, name = _imatrix(conversion, work, progress), conversion.calibration.text.name
+    if options.imatrix is not None and options.method in ("auto", "imatrix"):
+        measured: imatrices.Imatrix | None = (given := imatrices.read(options.imatrix))
+        importance, missing = _importance(conversion.plan, given)
+        methods_used, made = dict.fromkeys(importance, "imatrix"), conversion
+        name = Path(options.imatrix).name
     else:
-        return conversion
-    importance, missing = _importance(conversion.plan, measured)
-    notes = list(conversion.notes)
+        found = methods.rounded(
+            conversion.checkpoint, conversion.plan, options.method, conversion.calibration, work, progress
+        )
+        measured, importance, methods_used = found.imatrix, dict(found.importance), dict(found.methods)
+        name, missing = "" if conversion.calibration is None else conversion.calibration.text.name, []
+        made = replace(conversion, checkpoint=found.checkpoint, ready=found.ready)
+    notes, keys = list(conversion.notes), dict(conversion.keys)
     if missing:
         notes.append(f"{len(missing)} tensors are not in the imatrix ({missing[0]}): quantized without")
-    keys = {**conversion.keys, **_keys_of_imatrix(name, measured)}
-    methods = dict.fromkeys(importance, "imatrix")
-    return replace(conversion, importance=importance, keys=keys, notes=tuple(notes), methods=methods)
+    if measured is not None:
+        keys |= _keys_of_imatrix(name, measured)
+    return replace(made, importance=importance, methods=methods_used, notes=tuple(notes), keys=keys)
 
 
-def _imatrix(conversion: Conversion, work: Path, progress: Progress) -> imatrices.Imatrix:
-    """The imatrix of the calibration text; of an earlier run, if that measured the same."""
-    calibration, checkpoint = conversion.calibration, conversion.checkpoint
-    assert calibration is not None
-    facts = (checkpoint.fingerprint(), dict(checkpoint.facts), calibration)
-    path = work / f"imatrix-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.gguf"
-    if path.exists():
-        return imatrices.read(path)
-    measured = imatrices.collect(
-        calibrate.opened(checkpoint), calibration.text.text, calibration.n_ctx, calibration.chunks, progress,
-        dataset=calibration.text.name,
-    )  # fmt: skip
-    work.mkdir(parents=True, exist_ok=True)
-    imatrices.save(path, measured)
-    return imatrices.read(path)  # the same numbers, whether this run measured them or an earlier one
+def _pruned(
+    checkpoint: Checkpoint, options: Options, calibration: Calibration | None, progress: Progress
+) -> Checkpoint:
+    from . import prune
+
+    spec, text = prune.PruneSpec.parse(",".join(options.prune)), "" if calibration is None else calibration.text.text
+    chunks = None if calibration is None else calibration.chunks
+    return prune.pruned(checkpoint, spec, text, n_ctx=options.n_ctx, chunks=chunks, progress=progress)
 
 
 def _importance(plan: Plan, measured: imatrices.Imatrix) -> tuple[dict[str, Floats], list[str]]:

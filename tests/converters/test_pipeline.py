@@ -59,27 +59,28 @@ def test_errors_of_tensors(tmp_path: Path) -> None:
     """The relative error of each tensor, columns weighed as the text drives them."""
     folder = hf_folder.write(tmp_path, "gpt2")
     convert(folder, tmp_path / "f32.gguf", Recipe("f32"))
-    report = convert(folder, tmp_path / "out.gguf", Recipe("q4_0"), asked(tmp_path))
+    report = convert(folder, tmp_path / "out.gguf", Recipe("q4_0"), asked(tmp_path, method="imatrix", calibrate_chunks=None))
     exact, out = gguf.read(tmp_path / "f32.gguf").tensors, gguf.read(tmp_path / "out.gguf")
-    importance = prepare_importance(folder, asked(tmp_path))
+    importance = importance_of(folder, asked(tmp_path))
     for i, facts in enumerate(report.tensors):
         name = facts["tensor"]
         w, q = exact[name].dequantize(), out.tensors[name].dequantize()
-        weights = importance.get(name, np.ones(w.shape[-1])) if facts["to"] == "Q4_0" else np.ones(w.shape[-1])
+        weights = importance.get(name, np.ones(w.shape[-1])) if facts["to"] != "F32" else np.ones(w.shape[-1])
         expected = np.sqrt(np.sum(weights * (q - w) ** 2) / max(np.sum(weights * w**2), 1e-30))
         assert facts["error"] == pytest.approx(expected, rel=1e-4, abs=1e-9), name
         assert out.metadata["edgelm.tensors.error"][i] == pytest.approx(facts["error"], rel=1e-6)
         assert (facts["error"] > 0.01) == (facts["to"] == "Q4_0")
-        assert facts["method"] == ("imatrix" if name in importance and facts["to"] == "Q4_0" else None)
+        rounded = "imatrix" if name in importance else "rtn"
+        assert facts["method"] == (None if facts["to"] == "F32" else rounded)
 
 
-def prepare_importance(folder: Path, options: Options) -> dict[str, Any]:
+def importance_of(folder: Path, options: Options) -> dict[str, Any]:
     from converters import calibrate, imatrix
 
     calibration, _ = texts(options)
     assert calibration is not None
     source = calibrate.opened(prepare(folder, Recipe("f32"), options).checkpoint)
-    found = imatrix.collect(source, calibration.text.text, calibration.n_ctx, calibration.chunks)
+    found = imatrix.collect(source, calibration.text.text, calibration.n_ctx)
     return {name: found.importance(name) for name in found.entries}
 
 
@@ -91,7 +92,7 @@ def test_more_is_lost_than_allowed(tmp_path: Path) -> None:
     stages: set[str] = set()
     again = asked(tmp_path, max_kld=10.0)
     report = convert(folder, out, Recipe("q4_0"), again, progress=lambda stage, done, total: stages.add(stage))
-    assert "check what is there" in stages and "write" not in stages and "imatrix" not in stages
+    assert "check what is there" in stages and "write" not in stages
     assert report.loss is not None and report.loss["mean_kl"] < 10
     convert(folder, tmp_path / "whole.gguf", Recipe("q4_0"), again)
     assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
@@ -145,3 +146,36 @@ def test_an_encoder_has_no_loss(tmp_path: Path) -> None:
 def test_options_that_cannot_be_meant(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Options(**settings)
+
+
+@pytest.mark.parametrize("method", ["rtn", "imatrix", "gptq", "awq", "auto"])
+def test_every_method_goes_all_the_way(method: str, tmp_path: Path) -> None:
+    folder = hf_folder.write(tmp_path, "qwen3", hidden_size=64)
+    out = tmp_path / "out.gguf"
+    report = convert(folder, out, Recipe("q4_0"), asked(tmp_path, method=method))
+    used = {facts["method"] for facts in report.tensors if facts["to"] == "Q4_0"}
+    assert used <= {"rtn", "imatrix", "gptq", "awq"} and (method == "auto" or method in used)
+    assert report.loss is not None and 0 < report.loss["mean_kl"] < 1
+    assert sorted(p.name for p in tmp_path.glob("out*")) == ["out.gguf", "out.report.json"]
+    assert (gguf.read(out).metadata["edgelm.methods"]) == sorted(used)
+
+
+@pytest.mark.parametrize("source", ["folder", "gguf"])
+def test_pruned_and_quantized_in_one_pass(source: str, tmp_path: Path) -> None:
+    """A smaller model that loads, with its loss against the whole one; the vocabulary may be smaller, too."""
+    folder: Path = hf_folder.write(tmp_path, "llama-gqa")
+    if source == "gguf":
+        convert(folder, tmp_path / "f32.gguf", Recipe("f32"))
+        folder = tmp_path / "f32.gguf"
+    words = text(tmp_path, LINES, "words.txt")
+    options = asked(tmp_path, prune=("depth=1", "ffn=25%", f"vocab={words}"))
+    report = convert(folder, tmp_path / "out.gguf", Recipe("q8_0"), options)
+    with load(str(tmp_path / "out.gguf"), ctx_size=32) as model:
+        facts = gguf.read(tmp_path / "out.gguf")
+        assert facts.metadata["llama.block_count"] == 1 and facts.metadata["llama.feed_forward_length"] == 72
+        assert model.vocab_size == len(facts.metadata["tokenizer.ggml.tokens"]) < 512
+        assert model.detokenize(model.tokenize("the lazy dogs"), skip_special=True) == "the lazy dogs"
+    pruned = report.transformations["pruned"]
+    assert pruned["parameters_after"] == report.n_weights < pruned["parameters_before"]
+    assert json.loads(facts.metadata["edgelm.pruned"])["layers_removed"] == pruned["layers_removed"]
+    assert report.loss is not None and np.isfinite(report.loss["mean_kl"]) and report.loss["mean_kl"] > 0
