@@ -59,9 +59,10 @@ def test_errors_of_tensors(tmp_path: Path) -> None:
     """The relative error of each tensor, columns weighed as the text drives them."""
     folder = hf_folder.write(tmp_path, "gpt2")
     convert(folder, tmp_path / "f32.gguf", Recipe("f32"))
-    report = convert(folder, tmp_path / "out.gguf", Recipe("q4_0"), asked(tmp_path, method="imatrix", calibrate_chunks=None))
+    options = asked(tmp_path, method="imatrix", calibrate_chunks=None)
+    report = convert(folder, tmp_path / "out.gguf", Recipe("q4_0"), options)
     exact, out = gguf.read(tmp_path / "f32.gguf").tensors, gguf.read(tmp_path / "out.gguf")
-    importance = importance_of(folder, asked(tmp_path))
+    importance = importance_of(folder, options)
     for i, facts in enumerate(report.tensors):
         name = facts["tensor"]
         w, q = exact[name].dequantize(), out.tensors[name].dequantize()
