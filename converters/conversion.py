@@ -66,6 +66,11 @@ class Options:
     max_kld: float | None = None
     html: Path | None = None
 
+    @property
+    def has_target(self) -> bool:
+        """Whether types are chosen to meet a size."""
+        return self.target_bpw is not None or self.target_bytes is not None
+
     def __post_init__(self) -> None:
         """Raises UsageError for what cannot be meant."""
         if self.method not in METHODS:
@@ -74,7 +79,7 @@ class Options:
             raise UsageError(f"--method {self.method} has to read a text: --calibrate FILE")
         if self.method == "imatrix" and self.calibrate is None and self.imatrix is None:
             raise UsageError("--method imatrix needs --calibrate FILE, or --imatrix FILE")
-        if (self.target_bpw or self.target_bytes) and self.calibrate is None:
+        if self.has_target and self.calibrate is None:
             raise UsageError("choosing types by what they cost has to read a text: --calibrate FILE")
         if self.max_kld is not None and self.calibrate is None and self.evaluate is None:
             raise UsageError("--max-kld has to measure the loss on a text: --eval FILE, or --calibrate FILE")

@@ -13,6 +13,7 @@ stopped. What is written down on the way lies in OUT.part, OUT.part.journal and 
 from __future__ import annotations
 
 import importlib
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -35,6 +36,8 @@ from .recipe import Plan, Recipe, make_plan
 from .report import Report
 from .sources import resolve
 
+ALLOCATE_CHUNKS = 8  # of the text, for the importances that types are chosen by
+PLAIN_TYPES = ("auto", "copy", "f32", "f16", "bf16")  # that quantize nothing
 # What writes a format: `export(conversion, out, measure, progress)` gives the sha256 of each tensor.
 WRITERS = {"gguf": "gguf_export", "hf": "hf_export", "onnx": "onnx_export"}
 
@@ -82,7 +85,9 @@ def prepare(
     checkpoint = original
     if options.prune:
         checkpoint = _pruned(original, options, calibration, progress)
-    if recipe.type.lower() == "auto":
+    if options.has_target and recipe.type.lower() in PLAIN_TYPES:
+        recipe = replace(recipe, type="q4_k_m")  # only which tensors are quantized is taken from it
+    elif recipe.type.lower() == "auto":
         recipe = replace(recipe, type=_own_type(checkpoint))
     weighed = options.imatrix is not None or (options.calibrate is not None and options.method != "rtn")
     recipe = replace(recipe, has_imatrix=recipe.has_imatrix or weighed)
@@ -98,9 +103,41 @@ def prepare(
             raise UsageError(f"the loss cannot be measured: {why}")
         notes.append(f"the loss was not measured: {why}")
         evaluation = None
-    return Conversion(
+    made = Conversion(
         checkpoint, original, recipe, options, plan, keys, tuple(notes), n_compared, calibration, evaluation
     )
+    return _allocated(made, progress) if options.has_target else made
+
+
+def _allocated(conversion: Conversion, progress: Progress) -> Conversion:
+    """The conversion with the types that cost least for the size that is asked for; those that the user chose stay."""
+    from . import allocate, calibrate
+
+    checkpoint, plan, recipe, calibration = (
+        conversion.checkpoint, conversion.plan, conversion.recipe, conversion.calibration,
+    )  # fmt: skip
+    assert calibration is not None  # `Options` insists on it
+    source = calibrate.opened(checkpoint)
+    tokens = imatrices.chunked(source, calibration.text.text, calibration.n_ctx, calibration.chunks)
+    some = tokens[np.linspace(0, len(tokens) - 1, min(ALLOCATE_CHUNKS, len(tokens))).astype(int)]
+    text = some.reshape(-1).tolist()
+    driven = imatrices.collect(source, text, calibration.n_ctx, None, progress, process_output=True)
+    importance = {name: values for name in checkpoint.tensors if (values := driven.importance(name)) is not None}
+    costs = allocate.measured(source, checkpoint.tensors, plan, _asked(plan, recipe), some, importance, progress)
+    n_header = len(gguf_export.layout(conversion).header)
+    types = allocate.chosen(costs, allocate.budget(plan, conversion.options, n_header))
+    exact = tuple((f"^{re.escape(name)}$", format) for name, format in types.items())
+    recipe = replace(recipe, overrides=(*recipe.overrides, *exact))
+    plan = allocate.named(make_plan(checkpoint.config, checkpoint.tensors, recipe))
+    keys = {**conversion.keys, **({} if plan.file_type is None else {"general.file_type": plan.file_type})}
+    return replace(conversion, recipe=recipe, plan=plan, keys=keys)
+
+
+def _asked(plan: Plan, recipe: Recipe) -> set[str]:
+    """Tensors whose type the user has chosen."""
+    names = {step.name for step in plan.steps if any(re.search(pattern, step.name) for pattern, _ in recipe.overrides)}
+    names |= {"token_embd.weight"} if recipe.embedding_type else set()
+    return names | ({"output.weight"} if recipe.output_type or recipe.leave_output else set())
 
 
 def run(conversion: Conversion, path: Path, *, progress: Progress = nothing) -> Report:
@@ -118,7 +155,7 @@ def run(conversion: Conversion, path: Path, *, progress: Progress = nothing) -> 
 
     hashes = writer.export(conversion, path, measure, progress=progress)
     report = Report.of(conversion, path, hashes, told)
-    report.write()
+    report.write(conversion.options.html)
     shutil.rmtree(work, ignore_errors=True)
     return report
 

@@ -81,10 +81,19 @@ class Report:
         """Where it is written: model.gguf -> model.report.json."""
         return Path(self.out).with_suffix(".report.json")
 
-    def write(self) -> None:
-        draft = self.path.with_name(self.path.name + ".part")
-        draft.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(draft, self.path)
+    def write(self, html: Path | None = None) -> None:
+        """As JSON beside the file; as a page, too, if `html` says where."""
+        _write(self.path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        if html is not None:
+            from .report_page import page
+
+            _write(html, page(self.to_dict()))
+
+
+def _write(path: Path, text: str) -> None:
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
 
 
 def _calibration(conversion: Conversion) -> dict[str, Any] | None:
