@@ -43,6 +43,8 @@ class Options:
     evaluate_chunks: so many chunks of it at most.
     max_kld: fail if the mean KL divergence from the source is higher.
     html: also draw the report as a page.
+    onnx_ops, onnx_block: operators of onnxruntime ("ort") or of the standard alone ("standard"); weights that share a
+    scale (0: as in the type).
     """
 
     format: str = "gguf"
@@ -65,6 +67,8 @@ class Options:
     evaluate_chunks: int = 16
     max_kld: float | None = None
     html: Path | None = None
+    onnx_ops: str = "ort"
+    onnx_block: int = 0
 
     @property
     def has_target(self) -> bool:

@@ -58,6 +58,11 @@ OPTION_FLAGS = (
         "--format", type=click.Choice(["gguf", "hf", "onnx"]), default="gguf", show_default=True,
         help="What is written: a GGUF file, or a folder for transformers or onnxruntime.",
     ),
+    click.option(
+        "--onnx-ops", type=click.Choice(["ort", "standard"]), default="ort", show_default=True,
+        help="Operators of onnxruntime, or of the standard alone.",
+    ),
+    click.option("--onnx-block", type=int, default=0, help="Weights that share a scale: 16, 32, 64, 128 or 256."),
     click.option("--model-name", "name", default="", help="Name of the model in the file."),
     click.option("--pre", default="", help="Name of the pre-tokenizer, instead of what tokenizer.json defines."),
     click.option("--no-tokenizer-check", is_flag=True, help="Do not compare the tokenizer with the source's."),

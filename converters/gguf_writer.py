@@ -310,7 +310,7 @@ def _advice(part: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         what = error.strerror or "no space left"
         hint = "make room and give the same command again: it goes on where it stopped"

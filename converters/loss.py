@@ -10,8 +10,9 @@ weights as it goes: neither a file of logits nor the whole source is ever held.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+import edgelm
 from edgelm import gguf
 from edgelm.cache import Batch
 from edgelm.disk import Progress, nothing
@@ -30,9 +32,10 @@ from edgelm.threads import default_threads
 from edgelm.tokenizer import Tokenizer
 
 from . import calibrate
+from . import checkpoint as checkpoints
 from .arrays import Array, Floats
 from .checkpoint import Checkpoint
-from .conversion import Conversion, Evaluation
+from .conversion import Conversion, Evaluation, Options
 from .recipe import Step
 
 SAMPLE = 1 << 20  # weights of a tensor whose error is measured: rows from all over it
@@ -104,15 +107,14 @@ def measured(conversion: Conversion, draft: Path, progress: Progress = nothing) 
     Raises TooMuchLost when it is more than `--max-kld` allows.
     """
     plan, options, evaluation = conversion.plan, conversion.options, conversion.evaluation
-    after = gguf.read(draft)
-    told = Told(of_tensors(plan.steps, conversion.checkpoint.tensors, after.tensors, conversion.importance))
+    told = Told(of_tensors(plan.steps, conversion.checkpoint.tensors, _tensors(draft, options), conversion.importance))
     if evaluation is None:
         return told
     source: Evaluated = calibrate.Interpreted.of(calibrate.opened(conversion.original), evaluation.n_ctx)
     if conversion.checkpoint.kept_tokens is not None:
         source = _Fewer(source, conversion.checkpoint.kept_tokens, calibrate.vocabulary(conversion.checkpoint))
-    with GGUFModel(after, ctx_size=evaluation.n_ctx, packed="memory", progress=progress) as model:
-        told = replace(told, loss=predictions(model, source, evaluation, model.interpreter, progress))
+    with _running(draft, options, evaluation.n_ctx, progress) as (model, interpreter):
+        told = replace(told, loss=predictions(model, source, evaluation, interpreter, progress))
     mean_kl = told.loss.figures.mean_kl if told.loss is not None else None
     if options.max_kld is not None and mean_kl is not None and not mean_kl <= options.max_kld:
         raise TooMuchLost(
@@ -120,6 +122,26 @@ def measured(conversion: Conversion, draft: Path, progress: Progress = nothing) 
             f"what was made is kept as {draft}, and the same command with another limit only measures it again"
         )
     return told
+
+
+def _tensors(draft: Path, options: Options) -> Mapping[str, QTensor]:
+    """The tensors of an output, as far as they can be read one by one."""
+    if options.format == "gguf":
+        return gguf.read(draft).tensors
+    return {} if options.format == "onnx" else calibrate.opened(checkpoints.read(draft)).weights.by_name
+
+
+@contextmanager
+def _running(draft: Path, options: Options, n_ctx: int, progress: Progress) -> Iterator[tuple[Evaluated, str]]:
+    """The output as a model that runs, and what computes it."""
+    if options.format == "hf":
+        yield calibrate.Interpreted.of(calibrate.opened(checkpoints.read(draft)), n_ctx), "reference"
+    elif options.format == "onnx":
+        with edgelm.load(str(draft), ctx_size=n_ctx, progress=progress) as onnx:
+            yield onnx, onnx.interpreter
+    else:
+        with GGUFModel(gguf.read(draft), ctx_size=n_ctx, packed="memory", progress=progress) as model:
+            yield model, model.interpreter
 
 
 class _Fewer:
@@ -153,7 +175,7 @@ def of_tensors(
 
     Measured on a sample of rows. 0 for tensors that are as they were.
     """
-    steps = list(steps)
+    steps = [step for step in steps if step.name in after]
     with ThreadPoolExecutor(default_threads()) as pool:
         found = pool.map(lambda s: _error(before[s.name], after[s.name], importance.get(s.name)), steps)
         return {step.name: error for step, error in zip(steps, found, strict=True)}

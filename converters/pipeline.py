@@ -92,7 +92,10 @@ def prepare(
     weighed = options.imatrix is not None or (options.calibrate is not None and options.method != "rtn")
     recipe = replace(recipe, has_imatrix=recipe.has_imatrix or weighed)
     plan = make_plan(checkpoint.config, checkpoint.tensors, recipe)
-    keys, notes, n_compared = gguf_export.metadata(checkpoint, plan, options)
+    keys: dict[str, Any] = {}
+    notes, n_compared = list(checkpoint.notes), 0
+    if options.format != "hf":  # a Hugging Face folder keeps the tokenizer's own files
+        keys, notes, n_compared = gguf_export.metadata(checkpoint, plan, options)
     if requantized := [step for step in plan.steps if step.is_requantized]:
         notes.append(
             f"{len(requantized)} tensors were quantized already ({requantized[0].kind}) and lose more than from the "
@@ -145,7 +148,6 @@ def run(conversion: Conversion, path: Path, *, progress: Progress = nothing) -> 
     _need_other_place(conversion, path)
     work = path.with_name(path.name + ".work")
     conversion = rounded(conversion, work, progress)
-    writer = importlib.import_module(f".{WRITERS[conversion.options.format]}", __package__)
     told = loss.Told()
 
     def measure(draft: Path) -> Mapping[str, Any]:
@@ -153,11 +155,19 @@ def run(conversion: Conversion, path: Path, *, progress: Progress = nothing) -> 
         told = loss.measured(conversion, draft, progress)
         return told.keys(conversion)
 
-    hashes = writer.export(conversion, path, measure, progress=progress)
+    writer = importlib.import_module(f".{WRITERS[conversion.options.format]}", __package__)
+    hashes = writer.export(conversion, path, measure, progress=progress, **_own_options(conversion.options))
+    if conversion.options.format == "onnx":
+        measure(path)  # onnxruntime insists on the name that the folder will have
     report = Report.of(conversion, path, hashes, told)
     report.write(conversion.options.html)
     shutil.rmtree(work, ignore_errors=True)
     return report
+
+
+def _own_options(options: Options) -> dict[str, Any]:
+    """What only one writer knows."""
+    return {"ops": options.onnx_ops, "block": options.onnx_block} if options.format == "onnx" else {}
 
 
 def default_out(conversion: Conversion) -> Path:

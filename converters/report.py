@@ -78,8 +78,9 @@ class Report:
 
     @property
     def path(self) -> Path:
-        """Where it is written: model.gguf -> model.report.json."""
-        return Path(self.out).with_suffix(".report.json")
+        """Where it is written: model.gguf -> model.report.json, folder -> folder.report.json."""
+        out = Path(self.out)
+        return out.with_name(f"{out.stem if out.suffix == '.gguf' else out.name}.report.json")
 
     def write(self, html: Path | None = None) -> None:
         """As JSON beside the file; as a page, too, if `html` says where."""

@@ -144,24 +144,55 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: str, tmp_path: Path) -
     assert not (tmp_path / "out.gguf").exists()
 
 
+CALIBRATED = ("--calibrate", "text.txt", "--calibrate-ctx", "32", "--method", "gptq", "--eval-chunks", "2")
+
+
+def whole_and_command(folder: Path, *flags: str) -> tuple[Path, list[str], float]:
+    """(a file that a conversion made in peace, the command that makes out.gguf, how long it takes in seconds)."""
+    source = hf_folder.write(folder, "llama-gqa", hidden_size=256, num_attention_heads=8)
+    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog, and runs. " * 60)
+    command = [sys.executable, "-m", "edgelm", "convert", str(source), "out.gguf", "--type", "q4_k_m", "-q", *flags]
+    for _ in range(2):  # the first one compiles
+        began = time.perf_counter()
+        subprocess.run(command, check=True, cwd=folder, capture_output=True)
+        seconds = time.perf_counter() - began
+    return (folder / "out.gguf").rename(folder / "whole.gguf"), command, seconds
+
+
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 is of POSIX")
-def test_kill_9_at_random_moments(tmp_path: Path) -> None:
-    """Twenty conversions in a row die; the last one goes on and gives the bytes of one that was left in peace."""
-    folder = hf_folder.write(tmp_path, "llama-gqa", hidden_size=256, num_attention_heads=8, num_hidden_layers=2)
-    whole, out = tmp_path / "whole.gguf", tmp_path / "out.gguf"
-    assert edgelm("convert", folder, whole, "--type", "q4_k_m", "-q").exit_code == 0
-    command = [sys.executable, "-m", "edgelm", "convert", str(folder), str(out), "--type", "q4_k_m", "-q"]
-    began = time.perf_counter()
-    subprocess.run([*command[:-4], "x.gguf", *command[-3:]], check=True, cwd=tmp_path, capture_output=True)
-    seconds, rng = time.perf_counter() - began, np.random.default_rng(1)
-    for _ in range(20):
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+@pytest.mark.parametrize(("flags", "n"), [((), 20), (CALIBRATED, 3)], ids=["plain", "calibrated"])
+def test_kill_9_at_random_moments(flags: tuple[str, ...], n: int, tmp_path: Path) -> None:
+    """Conversions in a row die; the last one goes on and gives the bytes of one that was left in peace."""
+    whole, command, seconds = whole_and_command(tmp_path, *flags)
+    rng = np.random.default_rng(1)
+    for _ in range(n):
+        with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
             time.sleep(rng.uniform(0.3, 1.0) * seconds)
             child.send_signal(signal.SIGKILL)
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert out.read_bytes() == whole.read_bytes()
-    assert not list(tmp_path.glob("out.gguf.part*"))
+    assert (tmp_path / "out.gguf").read_bytes() == whole.read_bytes()
+    assert not list(tmp_path.glob("out.gguf.*"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of files are of POSIX")
+@pytest.mark.parametrize("flags", [(), CALIBRATED], ids=["plain", "calibrated"])
+def test_no_room_on_the_disk(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """A clear line, exit code 2, nothing under the final name; with room, the same command makes the same file."""
+    import resource
+
+    whole, command, _ = whole_and_command(tmp_path, *flags)
+    (tmp_path / "out.report.json").unlink()
+    limit = whole.stat().st_size // 2
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "make room" in done.stderr and not (tmp_path / "out.gguf").exists()
+    assert not (tmp_path / "out.report.json").exists()
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    assert (tmp_path / "out.gguf").read_bytes() == whole.read_bytes()
 
 
 def test_another_package_of_the_same_name(tmp_path: Path) -> None:
