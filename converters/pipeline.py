@@ -83,7 +83,7 @@ def prepare(
 
         original = lora.merged(original, folder, scale)
     checkpoint = original
-    if options.prune:
+    if options.prune or options.target_params is not None:
         checkpoint = _pruned(original, options, calibration, progress)
     if options.has_target and recipe.type.lower() in PLAIN_TYPES:
         recipe = replace(recipe, type="q4_k_m")  # only which tensors are quantized is taken from it
@@ -224,9 +224,16 @@ def rounded(conversion: Conversion, work: Path, progress: Progress = nothing) ->
 def _pruned(
     checkpoint: Checkpoint, options: Options, calibration: Calibration | None, progress: Progress
 ) -> Checkpoint:
-    from . import prune
+    from . import prune, prune_target
 
-    spec, text = prune.PruneSpec.parse(",".join(options.prune)), "" if calibration is None else calibration.text.text
+    asked = ",".join(options.prune)
+    if options.target_params is not None:
+        if any(f"{name}=" in asked for name in ("depth", "ffn")):
+            raise UsageError("--target-params says how many layers and channels go; so --prune cannot say it, too")
+        asked = ",".join(filter(None, (asked, prune_target.amounts(checkpoint, options.target_params))))
+    if not asked:
+        return checkpoint
+    spec, text = prune.PruneSpec.parse(asked), "" if calibration is None else calibration.text.text
     chunks = None if calibration is None else calibration.chunks
     return prune.pruned(checkpoint, spec, text, n_ctx=options.n_ctx, chunks=chunks, progress=progress)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +181,39 @@ def test_pruned_and_quantized_in_one_pass(source: str, tmp_path: Path) -> None:
     assert pruned["parameters_after"] == report.n_weights < pruned["parameters_before"]
     assert json.loads(facts.metadata["edgelm.pruned"])["layers_removed"] == pruned["layers_removed"]
     assert report.loss is not None and np.isfinite(report.loss["mean_kl"]) and report.loss["mean_kl"] > 0
+
+
+@pytest.mark.parametrize(("name", "share"), [("llama-gqa", 0.9), ("gpt2", 0.85), ("qwen3", 0.8), ("phi3", 0.7)])
+def test_a_number_of_parameters(name: str, share: float, tmp_path: Path) -> None:
+    folder = hf_folder.write(tmp_path, name, intermediate_size=256)
+    before = prepare(folder, Recipe("f32")).plan.n_weights
+    target = int(share * before)
+    made = prepare(folder, Recipe("f32"), asked(tmp_path, target_params=target)).plan.n_weights
+    assert 0.8 * target < made <= target
+    assert prepare(folder, Recipe("f32"), asked(tmp_path, target_params=before)).plan.n_weights == before
+    with pytest.raises(UsageError, match="embeddings"):
+        prepare(folder, Recipe("f32"), asked(tmp_path, target_params=1000))
+    with pytest.raises(UsageError, match="too"):
+        prepare(folder, Recipe("f32"), asked(tmp_path, target_params=target, prune=("depth=1",)))
+
+
+def test_a_hugging_face_folder_out(tmp_path: Path) -> None:
+    """Pruned, written for transformers, and told: the folder reads back as the model that a GGUF file holds."""
+    pytest.importorskip("converters.hf_export")
+    folder = hf_folder.write(tmp_path, "llama-gqa")
+    options = asked(tmp_path, prune=("ffn=25%",))
+    report = convert(folder, tmp_path / "smaller", Recipe("f32"), replace(options, format="hf"))
+    convert(folder, tmp_path / "f32.gguf", Recipe("f32"), options)
+    convert(tmp_path / "smaller", tmp_path / "again.gguf", Recipe("f32"))
+    one, other = gguf.read(tmp_path / "f32.gguf").tensors, gguf.read(tmp_path / "again.gguf").tensors
+    assert all(np.array_equal(one[name].data, other[name].data) for name in one)
+    assert report.loss is not None and report.loss["interpreter"] == "reference" and report.loss["mean_kl"] > 0
+    assert (tmp_path / "smaller.report.json").exists()
+
+
+def test_an_onnx_folder_out(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    folder = hf_folder.write(tmp_path, "llama-gqa")
+    report = convert(folder, tmp_path / "onnx", Recipe("q4_0"), asked(tmp_path, format="onnx", method="imatrix"))
+    assert report.loss is not None and report.loss["interpreter"] == "onnxruntime" and report.loss["mean_kl"] > 0
+    assert (tmp_path / "onnx" / "model.onnx").exists() and report.format == "onnx"
