@@ -13,15 +13,17 @@ byte (Lagrange, as in Shoham and Gersho, "Efficient bit allocation for an arbitr
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.cache import Batch
-from edgelm.disk import Progress, nothing
+from edgelm.disk import Progress, nothing, replacing
 from edgelm.errors import UsageError
 from edgelm.evaluate import score
 from edgelm.formats import QTensor, by_name
@@ -66,6 +68,22 @@ class Costs:
     tensors: dict[str, list[Cost]] = field(default_factory=dict)
     sensitivity: dict[str, float] = field(default_factory=dict)
     n_fixed: int = 0
+
+    def save(self, path: Path | None) -> None:
+        """As JSON, if there is a path."""
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                file.write(json.dumps(asdict(self)).encode())
+
+    @classmethod
+    def read(cls, path: Path | None) -> Costs | None:
+        """What `save` has written; None if that is not there."""
+        if path is None or not path.exists():
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+        tensors = {name: [Cost(**cost) for cost in costs] for name, costs in found["tensors"].items()}
+        return cls(tensors, found["sensitivity"], found["n_fixed"])
 
 
 # ------------------------------------------------------------------------------------------------------- the choice

@@ -97,7 +97,8 @@ def _convert(source: str, out: Path | None, type_: str, flags: dict[str, Any]) -
     asked: Recipe = recipe(type_, flags)
     options = Options(**{**flags, "overrides": dict(map(override, flags["overrides"]))})
     with bars(manner.quiet) as progress:
-        conversion = pipeline.prepare(source, asked, options, progress=progress)
+        work = None if out is None or manner.dry_run else pipeline.work_folder(out)
+        conversion = pipeline.prepare(source, asked, options, work=work, progress=progress)
         if manner.dry_run:
             progress.close()
             _print_plan(conversion, manner.as_json)

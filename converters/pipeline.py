@@ -12,6 +12,7 @@ stopped. What is written down on the way lies in OUT.part, OUT.part.journal and 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import re
 import shutil
@@ -60,16 +61,28 @@ def convert(
     Raises the errors of `edgelm.errors` for what is wrong with the source or the request, OSError for a disk that is
     full or broken. What was there before is replaced at the very end, or not at all.
     """
-    conversion = prepare(source, recipe, options, progress=progress)
+    work = None if out is None else work_folder(Path(out))
+    conversion = prepare(source, recipe, options, work=work, progress=progress)
     return run(conversion, default_out(conversion) if out is None else Path(out), progress=progress)
 
 
-def prepare(
-    source: str | Path, recipe: Recipe, options: Options | None = None, *, progress: Progress = nothing
-) -> Conversion:
-    """The plan of a conversion and all metadata of its output; writes nothing.
+def work_folder(out: Path) -> Path:
+    """Where a conversion keeps what it has measured, until it is done."""
+    return out.with_name(out.name + ".work")
 
-    Reads weights only if a text has to tell what is to be pruned, or which types cost least.
+
+def prepare(
+    source: str | Path,
+    recipe: Recipe,
+    options: Options | None = None,
+    *,
+    work: Path | None = None,
+    progress: Progress = nothing,
+) -> Conversion:
+    """The plan of a conversion and all metadata of its output.
+
+    Reads weights only if a text has to tell what is to be pruned, or which types cost least; writes nothing but what
+    that has measured, into the folder `work` if there is one, so that the next call need not measure it again.
     """
     options = options or Options()
     if options.format == "onnx":
@@ -109,10 +122,10 @@ def prepare(
     made = Conversion(
         checkpoint, original, recipe, options, plan, keys, tuple(notes), n_compared, calibration, evaluation
     )
-    return _allocated(made, progress) if options.has_target else made
+    return _allocated(made, work, progress) if options.has_target else made
 
 
-def _allocated(conversion: Conversion, progress: Progress) -> Conversion:
+def _allocated(conversion: Conversion, work: Path | None, progress: Progress) -> Conversion:
     """The conversion with the types that cost least for the size that is asked for; those that the user chose stay."""
     from . import allocate, calibrate
 
@@ -123,10 +136,16 @@ def _allocated(conversion: Conversion, progress: Progress) -> Conversion:
     source = calibrate.opened(checkpoint)
     tokens = imatrices.chunked(source, calibration.text.text, calibration.n_ctx, calibration.chunks)
     some = tokens[np.linspace(0, len(tokens) - 1, min(ALLOCATE_CHUNKS, len(tokens))).astype(int)]
-    text = some.reshape(-1).tolist()
-    driven = imatrices.collect(source, text, calibration.n_ctx, None, progress, process_output=True)
-    importance = {name: values for name in checkpoint.tensors if (values := driven.importance(name)) is not None}
-    costs = allocate.measured(source, checkpoint.tensors, plan, _asked(plan, recipe), some, importance, progress)
+    asked = _asked(plan, recipe)
+    facts = (checkpoint.fingerprint(), sorted(checkpoint.facts.items()), sorted(asked), plan, some.tobytes())
+    kept = None if work is None else work / f"costs-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.json"
+    costs = allocate.Costs.read(kept)
+    if costs is None:
+        text = some.reshape(-1).tolist()
+        driven = imatrices.collect(source, text, calibration.n_ctx, None, progress, process_output=True)
+        importance = {name: values for name in checkpoint.tensors if (values := driven.importance(name)) is not None}
+        costs = allocate.measured(source, checkpoint.tensors, plan, asked, some, importance, progress)
+        costs.save(kept)
     n_header = len(gguf_export.layout(conversion).header)
     types = allocate.chosen(costs, allocate.budget(plan, conversion.options, n_header))
     exact = tuple((f"^{re.escape(name)}$", format) for name, format in types.items())
@@ -146,7 +165,7 @@ def _asked(plan: Plan, recipe: Recipe) -> set[str]:
 def run(conversion: Conversion, path: Path, *, progress: Progress = nothing) -> Report:
     """Carry out a conversion that was prepared; see `convert`."""
     _need_other_place(conversion, path)
-    work = path.with_name(path.name + ".work")
+    work = work_folder(path)
     conversion = rounded(conversion, work, progress)
     told = loss.Told()
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from edgelm.disk import replacing
 
 if TYPE_CHECKING:
     from .conversion import Conversion
@@ -92,9 +93,8 @@ class Report:
 
 
 def _write(path: Path, text: str) -> None:
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def _calibration(conversion: Conversion) -> dict[str, Any] | None:

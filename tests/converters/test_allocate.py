@@ -85,6 +85,20 @@ def test_more_bits_lose_less(folder: Path, tmp_path: Path) -> None:
     assert losses == sorted(losses, reverse=True) and losses[0] > 4 * losses[1]
 
 
+def test_what_was_measured_is_not_measured_again(folder: Path, tmp_path: Path) -> None:
+    stages: list[str] = []
+    plans = []
+    for bpw in (4.0, 4.0, 6.0):  # another target needs the same costs
+        stages.append("next")
+        made = prepare(
+            folder, Recipe("auto"), asked(tmp_path, target_bpw=bpw), work=tmp_path / "work",
+            progress=lambda stage, done, total: stages.append(stage),
+        )  # fmt: skip
+        plans.append([(step.name, step.format.name) for step in made.plan.steps])
+    assert plans[0] == plans[1] != plans[2]
+    assert stages[-2:] == ["next", "next"] and "measure sensitivity" in stages
+
+
 def test_what_cannot_be_so_small(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be as small"):
         prepare(folder, Recipe("q4_k_m"), asked(tmp_path, target_bytes=1000))
