@@ -10,7 +10,7 @@ weights as it goes: neither a file of logits nor the whole source is ever held.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -107,12 +107,14 @@ def measured(conversion: Conversion, draft: Path, progress: Progress = nothing) 
     Raises TooMuchLost when it is more than `--max-kld` allows.
     """
     plan, options, evaluation = conversion.plan, conversion.options, conversion.evaluation
-    told = Told(of_tensors(plan.steps, conversion.checkpoint.tensors, _tensors(draft, options), conversion.importance))
+    checkpoint = conversion.checkpoint
+    after, forget = _tensors(draft, options), checkpoint.forget
+    told = Told(of_tensors(plan.steps, checkpoint.tensors, after, conversion.importance, forget))
     if evaluation is None:
         return told
     source: Evaluated = calibrate.Interpreted.of(calibrate.opened(conversion.original), evaluation.n_ctx)
-    if conversion.checkpoint.kept_tokens is not None:
-        source = _Fewer(source, conversion.checkpoint.kept_tokens, calibrate.vocabulary(conversion.checkpoint))
+    if checkpoint.kept_tokens is not None:
+        source = _Fewer(source, checkpoint.kept_tokens, calibrate.vocabulary(checkpoint))
     with _running(draft, options, evaluation.n_ctx, progress) as (model, interpreter):
         told = replace(told, loss=predictions(model, source, evaluation, interpreter, progress))
     mean_kl = told.loss.figures.mean_kl if told.loss is not None else None
@@ -170,14 +172,21 @@ def of_tensors(
     before: Mapping[str, Array],
     after: Mapping[str, QTensor],
     importance: Mapping[str, Floats],
+    forget: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Of each tensor: root of the mean squared error over that of its weights, each column counting as it matters.
 
-    Measured on a sample of rows. 0 for tensors that are as they were.
+    Measured on a sample of rows. 0 for tensors that are as they were. forget: called after each, gives memory back.
     """
     steps = [step for step in steps if step.name in after]
+
+    def error(step: Step) -> float:
+        found = _error(before[step.name], after[step.name], importance.get(step.name))
+        forget()
+        return found
+
     with ThreadPoolExecutor(default_threads()) as pool:
-        found = pool.map(lambda s: _error(before[s.name], after[s.name], importance.get(s.name)), steps)
+        found = pool.map(error, steps)
         return {step.name: error for step, error in zip(steps, found, strict=True)}
 
 
