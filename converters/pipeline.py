@@ -89,8 +89,9 @@ def prepare(
         from .onnx_export import named
 
         recipe = named(recipe)
-    calibration, evaluation = texts(options)
     original = checkpoints.read(resolve(source, options.offline, progress))
+    most = original.config.max_position or options.n_ctx
+    calibration, evaluation = texts(replace(options, n_ctx=min(options.n_ctx, most)))
     for folder, scale in options.lora:
         from . import lora
 
@@ -254,7 +255,8 @@ def _pruned(
         return checkpoint
     spec, text = prune.PruneSpec.parse(asked), "" if calibration is None else calibration.text.text
     chunks = None if calibration is None else calibration.chunks
-    return prune.pruned(checkpoint, spec, text, n_ctx=options.n_ctx, chunks=chunks, progress=progress)
+    n_ctx = options.n_ctx if calibration is None else calibration.n_ctx
+    return prune.pruned(checkpoint, spec, text, n_ctx=n_ctx, chunks=chunks, progress=progress)
 
 
 def _importance(plan: Plan, measured: imatrices.Imatrix) -> tuple[dict[str, Floats], list[str]]:

@@ -124,6 +124,14 @@ def test_a_text_that_is_too_short(tmp_path: Path) -> None:
         prepare(folder, Recipe("q4_0"), asked(tmp_path, calibrate=tmp_path / "bytes.txt"))
 
 
+def test_a_chunk_is_no_longer_than_the_model_can_read(tmp_path: Path) -> None:
+    folder = hf_folder.write(tmp_path, "gpt2")  # which knows 128 positions
+    options = asked(tmp_path, calibrate=text(tmp_path, LINES * 4), n_ctx=512, method="imatrix")
+    report = convert(folder, tmp_path / "out.gguf", Recipe("q4_0"), options)
+    assert report.loss is not None and report.loss["n_ctx"] == 128
+    assert report.calibration is not None and report.calibration["n_ctx"] == 128
+
+
 def test_an_encoder_has_no_loss(tmp_path: Path) -> None:
     folder = hf_folder.write(tmp_path, "bert-mean")
     report = convert(folder, tmp_path / "out.gguf", Recipe("q4_0"), asked(tmp_path))
