@@ -39,8 +39,6 @@ N_CTX = 512  # tokens of a chunk of calibration text
 SCORE_CHUNKS = 8  # of them, for what is decided beforehand
 FIT_BYTES = 256 << 20  # of the widest activations, float32 and of both models together; a few such are alive
 DEPTH_METHOD = "influence"  # docs/LOG.md
-DEPTH_PART = 0.33  # of the parameters that --target-params cuts
-LEAST_FFN = 0.4  # of the channels, below which it takes more layers instead
 _KINDS = ("depth", "ffn", "heads", "queries", "hidden", "vocab", "sparse", "refit", "experts")
 _EXAMPLE = "depth=25%,ffn=20%,heads=1,hidden=10%,vocab=FILE,sparse=2:4"
 
@@ -186,32 +184,6 @@ def pruned(
     }  # fmt: skip
     note = f"pruned ({spec}): {n_before / 1e6:.1f} M -> {n_after / 1e6:.1f} M parameters"
     return dataclasses.replace(checkpoint, notes=(*checkpoint.notes, note), facts={**checkpoint.facts, "pruned": facts})
-
-
-def spec_for(checkpoint: Checkpoint, n_parameters_left: int) -> PruneSpec:
-    """What to cut so that at most so many parameters are left: layers for DEPTH_PART of what goes, then channels.
-
-    Raises UsageError when the model has no more already, or when that cannot be reached so.
-    """
-    c, there = checkpoint.config, checkpoint.tensors
-
-    def left(n_layers: int, ffn_dim: int) -> int:
-        """Parameters of the model with so many layers, each with so many channels."""
-        cut = Cut(c, tuple(range(n_layers)), {}, ({"ffn_dim": np.arange(ffn_dim)},) * n_layers)
-        specs = [(old, new) for old, new, _ in cut.specs() if old.gguf in there]
-        return sum(math.prod(new.shape_for(cut.after())) for _, new in specs)
-
-    whole = left(c.n_layers, c.ffn_dim)
-    if n_parameters_left >= whole:
-        raise UsageError(f"--target-params {n_parameters_left}: the model has no more than {whole}")
-    of_layer, unit = whole - left(c.n_layers - 1, c.ffn_dim), _unit(c.ffn_dim)
-    first = c.n_layers - int(DEPTH_PART * (whole - n_parameters_left) / of_layer)
-    for n_layers in range(min(first, c.n_layers), 0, -1):
-        of_channel = left(n_layers, 2) - left(n_layers, 1)
-        ffn_dim = (n_parameters_left - left(n_layers, 1)) // of_channel // unit * unit
-        if ffn_dim >= LEAST_FFN * c.ffn_dim:
-            return PruneSpec(Amount(number=c.n_layers - n_layers), Amount(number=c.ffn_dim - min(ffn_dim, c.ffn_dim)))
-    raise UsageError(f"--target-params {n_parameters_left}: cutting layers and channels cannot leave so few")
 
 
 def n_parameters(arrays: Mapping[str, Array]) -> int:

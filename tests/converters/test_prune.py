@@ -304,16 +304,3 @@ def test_specs_say_what_they_are() -> None:
     assert PruneSpec.parse(str(spec)) == spec and spec.refit
     spec = PruneSpec.parse("queries=1,sparse=2:4:wanda,refit=no")
     assert PruneSpec.parse(str(spec)) == spec and not spec.refit
-
-
-@pytest.mark.parametrize("share", [0.9, 0.7, 0.5])
-def test_as_many_parameters_as_asked_for(share: float, tmp_path: Path) -> None:
-    source = checkpoints.read(tiny.tiny("qwen3", folder=tmp_path, n_layers=12, vocab_size=400))
-    whole = prune.n_parameters(source.tensors)
-    spec = prune.spec_for(source, int(share * whole))
-    smaller = pruned(source, replace(spec, refit=False), TOKENS, n_ctx=32, chunks=2)
-    n = prune.n_parameters(smaller.tensors)
-    assert share * whole * 0.97 < n <= share * whole
-    for impossible in (whole, 10 * whole, 100, 0, -1):
-        with pytest.raises(UsageError, match="--target-params"):
-            prune.spec_for(source, impossible)
