@@ -71,6 +71,13 @@ def compared(path: Path, folder: Path, tokens: list[int]) -> tuple[float, bool]:
     return float(np.sum((ours - expected) ** 2) / np.sum(expected**2)), same
 
 
+def in_transformers(path: Path, folder: Path) -> str:
+    try:
+        return "NMSE {:.1e}, same tokens {}".format(*compared(path, folder, [5, 6, 7, 9, 11, 17] * 4))
+    except (RuntimeError, ValueError) as error:  # transformers checks sizes that it does not need
+        return f"transformers refuses: {str(error).splitlines()[-1].strip()}"
+
+
 def llama_cpp(program: str, path: Path, text: Path) -> float:
     """Relative difference of the perplexities; nan if the program cannot load the file."""
     ours = perplexity(edgelm.load(path, interpreter="reference"), text.read_text(), n_ctx=64).perplexity
@@ -97,7 +104,7 @@ def main() -> None:
                     path, hf = exported(smaller, folder / str(i))
                     facts = f"no folder: {hf}"
                     if isinstance(hf, Path):
-                        facts = "NMSE {:.1e}, same tokens {}".format(*compared(path, hf, [5, 6, 7, 9, 11, 17] * 4))
+                        facts = in_transformers(path, hf)
                     if args.llama_perplexity and source.config.spec.family == "decoder":
                         facts += f", llama.cpp {llama_cpp(args.llama_perplexity, path, folder / 'text'):.1e}"
                 except EdgelmError as error:
