@@ -128,6 +128,28 @@ def test_integers_of_gguf_are_kept(fmt: str, tmp_path: Path) -> None:
             np.testing.assert_allclose(ours, offsets, rtol=1e-4, atol=1e-6)
 
 
+def test_chosen_bytes_and_importances(tmp_path: Path) -> None:
+    """What GPTQ chose is written as it is; importances reach the quantizer."""
+    case = export(tmp_path, "llama-gqa", "q4_0", recipe={"pure": True})
+    name = "blk.1.ffn_down.weight"
+    plain = onnx_export.weights_of(case.conversion).by_name[name].dequantize()
+    chosen = QTensor.from_array(name, plain * np.float32(0.5), by_name("Q4_0"))
+    importance = np.linspace(0.01, 100, plain.shape[1], dtype=np.float32) ** 2
+    for change, same in (
+        ({"ready": {name: chosen.data}}, chosen.dequantize()),
+        ({"importance": {name: importance}}, None),
+    ):
+        conversion, folder = replace(case.conversion, **change), tmp_path / next(iter(change))
+        onnx_export.export(conversion, folder, settings=EXACT)
+        graph = onnx.load(folder / "model.onnx").graph
+        found = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if t.name.startswith(name)}
+        codes = found[f"{name}.codes"]
+        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1, 32).astype(np.float32)
+        weights = ((codes - 8) * found[f"{name}.scales"][..., None]).reshape(plain.shape)
+        assert np.array_equal(weights, onnx_export.weights_of(conversion).by_name[name].dequantize())
+        assert np.array_equal(weights, same) if same is not None else not np.array_equal(weights, plain)
+
+
 def test_whole_minima_become_zero_points(tmp_path: Path) -> None:
     """Blocks of Q4_1 whose minimum is a multiple of the scale, as GPTQ and AWQ have them, need no floats."""
     codes = np.random.default_rng(0).integers(0, 16, (8, 64))
