@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from edgelm.arch import ARCHS, Config
 ENCODERS = tuple(name for name in tiny.ALL if ARCHS[tiny.VARIANTS[name].arch].family == "encoder")
 DECODERS = tuple(name for name in tiny.ALL if name not in ENCODERS)
 N_CACHED = 32
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 def test_every_architecture_has_a_variant() -> None:
@@ -57,6 +59,16 @@ def test_encoder(name: str, ops: str, tmp_path: Path) -> None:
                 assert nmse(states[i][mask[i] == 1], expected(case, text)) < 1e-6
 
 
+@pytest.mark.parametrize("name", tiny.ALL)
+def test_gives_what_transformers_gives(name: str, tmp_path: Path) -> None:
+    """The very outputs that `transformers` gave for these weights (tools/make_golden.py)."""
+    case = export(tmp_path, name, settings=replace(EXACT, n_ctx=tiny.VARIANTS[name].n_ctx))
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        ids, positions, outputs = file["tokens"].astype(np.int64)[None], file["positions"], file["outputs"]
+    found = Runtime(case.folder).run(ids, np.ones_like(ids))[0]
+    assert nmse(found[positions], outputs) < 1e-10
+
+
 @pytest.mark.parametrize("ops", DIALECTS)
 @pytest.mark.parametrize("name", ["gemma3", "llama-gqa"])
 def test_decoder_that_sees_what_follows(name: str, ops: str, tmp_path: Path) -> None:
@@ -81,8 +93,6 @@ def test_logits_of_the_last_token_alone(ops: str, tmp_path: Path) -> None:
 
 def test_longrope_by_context(tmp_path: Path) -> None:
     """A window up to the original context has the short factors."""
-    from dataclasses import replace
-
     case = export(tmp_path, "phi3-longrope", settings=replace(EXACT, n_ctx=32))
     ids = tokens(case, 20)
     assert nmse(in_steps(Runtime(case.folder), ids, [20]), expected(case, ids)) < 1e-6
