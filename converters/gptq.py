@@ -94,7 +94,7 @@ def inverse_factor(h: NDArray[np.floating], damping: float) -> Floats:
     for more in (1, 10, 100, 1000):
         try:
             factor = np.linalg.cholesky(damped(h, damping * more)[::-1, ::-1])
-            return np.ascontiguousarray(_inverse_lower(factor).astype(np.float32)[::-1, ::-1])
+            return np.ascontiguousarray(inverse_lower(factor).astype(np.float32)[::-1, ::-1])
         except np.linalg.LinAlgError:
             continue
     raise UsageError("the hessian is no sum of squares")
@@ -110,13 +110,13 @@ def damped(h: NDArray[np.floating], damping: float) -> NDArray[Any]:
     return h
 
 
-def _inverse_lower(a: NDArray[Any]) -> NDArray[Any]:
+def inverse_lower(a: NDArray[Any]) -> NDArray[Any]:
     """The inverse of a lower triangular matrix, from those of its quarters: a sixth of the work of a general one."""
     n = len(a)
     if n <= 64:
         return np.tril(np.linalg.inv(a))
     m, out = n // 2, np.zeros_like(a)
-    first, last = _inverse_lower(a[:m, :m]), _inverse_lower(a[m:, m:])
+    first, last = inverse_lower(a[:m, :m]), inverse_lower(a[m:, m:])
     out[:m, :m], out[m:, m:] = first, last
     out[m:, :m] = -(last @ (a[m:, :m] @ first))
     return out

@@ -62,6 +62,9 @@ def quantize(
     searched = format.name in SEARCHED and (search or format.name not in ROUNDED)
     work = _Search(format, x, _weights(importance, x.shape[1]), out) if searched else _Rounding(format, x, out)
     n_rows = max(1, _SLAB // max(1, x.shape[1]))
+    if len(x) <= n_rows:
+        work(0, n_rows)
+        return out
     with ThreadPoolExecutor(n_threads or default_threads()) as pool:
         for done in pool.map(work, range(0, len(x), n_rows), [n_rows] * -(-len(x) // n_rows)):
             assert done is None

@@ -17,8 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .gptq import damped, inverse_lower
+
 Floats = NDArray[np.float32]
 RIDGES = (0.03, 0.3, 3.0)  # of the mean of the diagonal of H
+_SAMPLE = 128  # outputs of a layer by which ridge and factor are chosen
 
 
 @dataclass
@@ -36,6 +39,7 @@ class Moments:
     """Of the inputs of a layer, for each half of a text."""
 
     halves: tuple[Sums, Sums] = field(default_factory=lambda: (Sums(), Sums()))
+    _roots: dict[tuple[int, float], Floats] = field(default_factory=dict)
 
     def add(self, half: int, x: NDArray[Any], original: NDArray[Any]) -> None:
         """x, x*: (n, in). For inputs that several layers share."""
@@ -58,37 +62,50 @@ class Moments:
         return mean
 
 
+    def solved(self, which: int, missing: Floats, ridge: float) -> Floats:
+        """missing @ (xᵀ x + ridge * mean of its diagonal)⁻¹, of a half (0, 1) or of the whole text (2)."""
+        root = self._roots.get((which, ridge))
+        if root is None:
+            one, two = self.halves
+            root = inverse_root(one.squares + two.squares if which == 2 else self.halves[which].squares, ridge)
+            if np.ndim(one.lost):  # other layers have these inputs, too
+                self._roots[which, ridge] = root
+        return np.asarray(missing @ root.T @ root, np.float32)
+
+
+def inverse_root(h: Floats, ridge: float) -> Floats:
+    """L⁻¹, where L Lᵀ = h + ridge * mean of its diagonal."""
+    return np.asarray(inverse_lower(np.linalg.cholesky(damped(h, ridge)).astype(np.float32)), np.float32)
+
+
 def fitted(w: Floats, moments: Moments) -> Floats:
     """Weights (out, in) that give most nearly what w gives in the original model."""
-    problems = [(np.asarray(s.squares), _missing(w, s)) for s in moments.halves if s.n]
-    if len(problems) < 2:  # a single chunk of text: nothing tells what is true
+    one, two = moments.halves
+    if not (one.n and two.n):  # a single chunk of text: nothing tells what is true
         return w
-    total = problems[0][0] + problems[1][0], problems[0][1] + problems[1][1]
+    some = np.linspace(0, len(w) - 1, min(len(w), _SAMPLE)).astype(int)
+    missing = _missing(w, one, some), _missing(w, two, some)
     best, ridge, factor = 0.0, 0.0, 0.0
     for candidate in RIDGES:
-        asked = [solved(*problem, candidate) for problem in problems]
-        others = problems[::-1]
-        linear = sum(_dot(change, missing) for change, (_, missing) in zip(asked, others, strict=True))
-        square = sum(_dot(change @ h, change) for change, (h, _) in zip(asked, others, strict=True))
-        if linear > 0 and square > 0 and linear * min(1.0, linear / square) > best:
-            best, ridge, factor = linear * min(1.0, linear / square), candidate, min(1.0, linear / square)
-    return w + np.float32(factor) * solved(*total, ridge) if factor else w
+        linear = square = 0.0
+        for half in (0, 1):
+            asked = moments.solved(half, missing[half], candidate)
+            linear += _dot(asked, missing[1 - half])
+            square += _dot(asked @ moments.halves[1 - half].squares, asked)
+        share = min(1.0, linear / square) if linear > 0 and square > 0 else 0.0
+        if linear * share > best:
+            best, ridge, factor = linear * share, candidate, share
+    if not factor:
+        return w
+    whole = _missing(w, one, slice(None)) + _missing(w, two, slice(None))
+    return w + np.float32(factor) * moments.solved(2, whole, ridge)
 
 
-def _missing(w: Floats, sums: Sums) -> Floats:
-    """What outputs lack, times x, summed: (out, in)."""
-    missing: Floats = w @ sums.lost + sums.gap if np.ndim(sums.lost) else sums.gap
+def _missing(w: Floats, sums: Sums, rows: Any) -> Floats:
+    """What some outputs lack, times x, summed: (rows, in)."""
+    missing: Floats = w[rows] @ sums.lost if np.ndim(sums.lost) else sums.gap[rows]
     return missing
 
 
 def _dot(a: Floats, b: Floats) -> float:
     return float(np.einsum("ij,ij->", a, b, dtype=np.float64))
-
-
-def solved(h: Floats, missing: Floats, ridge: float) -> Floats:
-    """missing @ (h + ridge * mean of its diagonal)⁻¹, in float32: the ridge sees to it that that is enough."""
-    damped = h.copy()
-    diagonal = np.einsum("ii->i", damped)  # a view
-    diagonal += np.float32(ridge) * (diagonal.mean() or np.float32(1))
-    found: Floats = np.linalg.solve(damped, missing.T).T
-    return found
