@@ -49,7 +49,7 @@ class _Job:
     """What is to be quantized, and what the parts of the text have brought together for the layer that they are at."""
 
     types: Mapping[str, str]
-    adding: Mapping[str, str]  # `structure.adding`
+    adding: frozenset[str]
     give: Callable[[str, Bytes, Floats], None]
     known: Callable[[str], Bytes | None]
     progress: Progress
@@ -114,35 +114,15 @@ class Paired(Chunks):
         if self._number == 0:
             self._job.moments = Moments()
         self._seen, moments = x, self._job.moments
-        chunks, norm = np.arange(len(x) // self._n_ctx // 2) + self._first, self._job.adding.get(name)
+        chunks, adds = np.arange(len(x) // self._n_ctx // 2) + self._first, name in self._job.adding
         mine, others = np.split(x, 2)
-        if norm is not None:
-            mine, others = self._gap(mine, original - mine @ w.T, original, norm)
+        if adds and self._stream is not None:  # what the outputs lack, of themselves and of what they are added to
+            stream, stream_original = np.split(self._stream, 2)
+            others = original - mine @ w.T + (stream_original - stream)
         for half in (0, 1):
             rows = np.repeat(chunks % 2 == half, self._n_ctx)
             if rows.any():
-                (moments.add if norm is None else moments.add_gap)(half, mine[rows], others[rows])
-
-    def _gap(
-        self, x: NDArray[Any], lacking: NDArray[Any], original: NDArray[Any], norm: str
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Inputs, and what the outputs of a layer lack for itself and for the stream that they are added to.
-
-        norm: if one comes between, a token counts as much as it is scaled there.
-        """
-        assert self._stream is not None
-        stream, stream_original = np.split(self._stream, 2)
-        if not norm:
-            return x, lacking + (stream_original - stream)
-        size = 1 / np.sqrt(np.mean(original * original, axis=1, keepdims=True) + self._runner.config.norm_eps)
-        inverse = _inverse(self._dense(self._runner.weights.by_name[norm]))
-        return x * size, lacking * size + (stream_original - stream) * inverse
-
-
-def _inverse(x: Floats) -> Floats:
-    """1 / x; 0 where x is next to nothing."""
-    there = np.abs(x) > 1e-3 * np.abs(x).max()
-    return np.where(there, 1 / np.where(there, x, 1), 0).astype(np.float32)
+                (moments.add_gap if adds else moments.add)(half, mine[rows], others[rows])
 
 
 def _rounded(format_name: str, w: Floats, hessian: Floats, choices: Choices) -> Bytes:

@@ -33,29 +33,22 @@ def _name(linear: Node) -> str:
     return str(linear.args["matrix"].tensor.name)
 
 
-def adding(nodes: list[Node]) -> dict[str, str]:
-    """Weights whose outputs are added to what the last norm before them read, the stream, by name.
-
-    To each the name of the norm that its outputs go through before that; "" if they are added as they are.
-    """
+def adding(nodes: list[Node]) -> frozenset[str]:
+    """Names of weights whose outputs are added, as they are, to what the last norm before them read: the stream."""
     stream: Node | None = None
-    found: dict[int, tuple[str, str, Node | None]] = {}
-    names = {}
+    found: dict[int, tuple[str, Node | None]] = {}
+    names = set()
     for node in nodes:
-        if node.kind == "linear":
-            found[node.serial] = _name(node), "", stream
-        elif node.kind in _NORMS and not node.args.get("heads"):
-            value = node.inputs[0]
-            if value.serial in found:
-                found[node.serial] = found[value.serial][0], node.args["weight"].name, stream
-            else:
-                stream = value
+        if node.kind in _NORMS and not node.args.get("heads"):
+            stream = node.inputs[0]
+        elif node.kind == "linear":
+            found[node.serial] = _name(node), stream
         elif node.kind == "add":
             for value, other in (node.inputs, node.inputs[::-1]):
-                name, norm, before = found.get(value.serial, ("", "", None))
+                name, before = found.get(value.serial, ("", None))
                 if name and before is (other.inputs[0] if other.kind == "outputs" else other):
-                    names[name] = norm
-    return names
+                    names.add(name)
+    return frozenset(names)
 
 
 @dataclass(frozen=True)

@@ -202,14 +202,11 @@ def test_chunks_without_a_cache_are_chunks_with_one(variant: str, tmp_path: Path
     np.testing.assert_allclose(chunks.forward(source, tokens), imatrix.run(runner, tokens), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("variant", "n", "norm"), [("llama-gqa", 4, ""), ("gpt2", 4, ""), ("gemma3", 4, "post_"), ("bert-mean", 0, "")]
-)
-def test_who_adds_to_the_stream(variant: str, n: int, norm: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("variant", "n"), [("llama-gqa", 4), ("gpt2", 4), ("gemma3", 0), ("bert-mean", 0)])
+def test_who_adds_to_the_stream(variant: str, n: int, tmp_path: Path) -> None:
     source = Opened.read(tiny(variant, folder=tmp_path))
     found = structure.adding(structure.recorded(source.config, source.weights))
     assert len(found) == n and all("attn_output" in name or "ffn_down" in name for name in found)
-    assert all(norm in after and bool(norm) == bool(after) for after in found.values())
 
 
 @pytest.mark.parametrize("variant", ["llama-gqa", "gemma3", "gemma2", "gpt2", "bert-mean"])
