@@ -28,7 +28,7 @@ from edgelm.weights import Layer
 from . import block_codes
 from .arrays import Array
 from .checkpoint import Checkpoint
-from .chunks import Chunks, Turns, forward, parts
+from .chunks import Chunks, Turns, forward, need_numbers, parts
 from .imatrix import Source
 from .quantizers import quantize
 from .structure import Fold
@@ -115,6 +115,7 @@ def searched(
         fold = folds[first[name]]
         layers = [(weights[n].dequantize(), types[n]) for n in fold.readers if n in types]
         hessian: Floats = np.asarray(sums[name], np.float32) / np.float32(tokens.size)
+        need_numbers(name, hessian)
         give(first[name], best(hessian, layers, fold))
         sums[name] = 0.0
         done += 1

@@ -25,7 +25,7 @@ from edgelm.reference import Reference
 from edgelm.weights import Layer
 
 from . import block_codes, structure
-from .chunks import Chunks, Turns, forward, parts
+from .chunks import Chunks, Turns, forward, need_numbers, parts
 from .gptq import DAMPING, can, gptq
 from .imatrix import Source
 from .quantizers import quantize
@@ -63,6 +63,7 @@ class _Job:
         data = self.known(name)
         if data is None:
             hessian = self.moments.hessian()
+            need_numbers(name, hessian)
             target = fitted(w, self.moments) if self.choices.mend else w
             data = _rounded(self.types[name], target, hessian, self.choices)
             self.give(name, data, np.diagonal(hessian))
@@ -145,6 +146,8 @@ def quantize_model(
     tokens: int32 (chunks, n_ctx), see `imatrix.chunked`; types: the format of each weight that is wanted; importance:
     mean squares of its inputs, (columns,); known: what an earlier run gave, which is taken instead of computed: the
     rest comes out as it would have then.
+
+    Raises FormatError when the model computes something that is not a number.
     """
     pieces = parts(source, tokens, copies=2)
     turns = Turns(len(pieces))

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.cache import Batch
+from edgelm.errors import FormatError
 from edgelm.models import model_of
 from edgelm.reference import Operations, Reference, visible
 
@@ -77,6 +78,12 @@ def parts(source: Source, tokens: NDArray[np.int32], copies: int = 1) -> list[ND
     width = max(t.shape[0] for t in source.weights if len(t.shape) == 2 and t.name.startswith("blk."))
     at_once = max(1, PART_BYTES // (4 * copies * tokens.shape[1] * width))
     return [tokens[start : start + at_once] for start in range(0, len(tokens), at_once)]
+
+
+def need_numbers(name: str, sums: NDArray[Any]) -> None:
+    """FormatError unless what was summed of the inputs of the layer `name` is finite."""
+    if not np.isfinite(sums).all():
+        raise FormatError(f"the inputs of {name} are no numbers: the model is broken, or needs more than float32")
 
 
 class Stopped(Exception):

@@ -30,7 +30,7 @@ from edgelm.reference import Reference
 from edgelm.tokenizer import Tokenizer
 from edgelm.weights import Layer, Weights
 
-from .chunks import Chunks, forward, parts
+from .chunks import Chunks, forward, need_numbers, parts
 from .gguf_writer import Layout, Planned, write
 
 Floats = NDArray[np.float32]
@@ -257,8 +257,7 @@ def collect(
     if progress:
         progress("imatrix", len(tokens), len(tokens))
     for name, (sums, count) in totals.items():
-        if not np.isfinite(sums).all():
-            raise FormatError(f"the inputs of {name} are no numbers: the model is broken, or needs more than float32")
+        need_numbers(name, sums)
         entries[name] = Entry(sums.astype(np.float32)[None], np.array([count], np.float32))
     return Imatrix(entries, (dataset,) if dataset else (), len(tokens), n_ctx)
 

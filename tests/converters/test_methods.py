@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from converters.finished import Finished
 from converters.imatrix import Opened
 from converters.quantizers import quantize
 from converters.recipe import Plan, Recipe, make_plan
-from edgelm.errors import UsageError
+from edgelm.errors import FormatError, UsageError
 from edgelm.formats import QTensor, by_name
 from edgelm.weights import Weights
 
@@ -168,6 +169,16 @@ def test_damaged_files_are_taken_for_none(damage: Any, tmp_path: Path) -> None:
     np.testing.assert_array_equal(again["b.weight"], rows[:1])
     assert again.get("a.weight") is None
     assert not Finished(tmp_path, "somebody else")
+
+
+@pytest.mark.parametrize("method", ["imatrix", "gptq", "awq"])
+def test_a_model_that_computes_no_numbers(method: str, tmp_path: Path) -> None:
+    read, plan = opened("llama-gqa", tmp_path)
+    norm = read.tensors["blk.1.attn_norm.weight"]
+    broken = replace(norm, rows=lambda start, stop: np.full(stop - start, np.nan, np.float32), as_is=None)
+    read = replace(read, tensors={**read.tensors, "blk.1.attn_norm.weight": broken})
+    with pytest.raises(FormatError, match=r"blk\.1\.attn_q\.weight are no numbers"):
+        methods.rounded(read, plan, method, TEXT, tmp_path / "work")
 
 
 def test_chunks_come_from_all_over_the_text(tmp_path: Path) -> None:
