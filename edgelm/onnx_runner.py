@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cache import Batch
-from .errors import ContextFull, EdgelmError, FormatError, UnsupportedError, UsageError
+from .errors import ContextFull, FormatError, UnsupportedError, UsageError
 from .onnx_cache import OnnxCache, OnnxSequence
 from .onnx_folder import FROM, IDS, MASK, POOLED, POSITIONS, TYPES, OnnxFolder
 from .threads import default_threads
 
+MOST_TOKENS = 512  # of one run
 MAX_LOGIT_BYTES = 64 << 20  # of one run: the graph gives logits of every token, also of those that nobody wants
+SPIN_US = 200  # that threads wait for the next operation before they sleep: others need the cores, too (docs/LOG.md)
 OLDEST = (1, 26)  # of onnxruntime: those before believe lengths that a graph gives attention, and crash
 NOT_INSTALLED = "models in ONNX need the package onnxruntime: pip install edgelm[onnx]"
 
@@ -45,10 +47,9 @@ class OnnxRunner:
         self._chooses = self._has_cache and FROM in folder.graph.defaults
         self._pools = self._output.name in POOLED
         self._n_cols = folder.dim if folder.is_encoder else folder.vocab_size
-        most = max(16, MAX_LOGIT_BYTES // (4 * max(1, self._n_cols)))
-        # What all tokens of a text see, or what is computed anew each time, cannot be cut.
-        most = 512 if self._chooses else min(512, most)
-        self.max_tokens = min(max_tokens or most, n_ctx) if self._has_cache else n_ctx
+        most = MOST_TOKENS if self._chooses else min(MOST_TOKENS, MAX_LOGIT_BYTES // (4 * max(1, self._n_cols)))
+        # A text without a cache cannot be cut: all of its tokens see each other, or are computed anew each time.
+        self.max_tokens = min(max_tokens or max(16, most), n_ctx) if self._has_cache else n_ctx
         self._lock = threading.Lock()
         self._ort: Any = None
         self._session = self._open()
@@ -126,8 +127,6 @@ class OnnxRunner:
         binding.bind_output(self._output.name, "cpu", 0, self._dtype_out, out.shape, out.ctypes.data)
         try:
             self._session.run_with_iobinding(binding)
-        except EdgelmError:
-            raise
         except Exception as error:
             raise FormatError(f"{self.folder.graph.path} failed while it ran: {_reason(error)}") from None
         sequence.advance(tokens)
@@ -168,7 +167,7 @@ class OnnxRunner:
         options.intra_op_num_threads = self.n_threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # what goes wrong is raised, and said once
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others need the cores, too
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
         options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file is called
         path = self.folder.graph.path
         try:
