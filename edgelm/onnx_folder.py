@@ -150,7 +150,7 @@ class OnnxFolder:
             maker = makers.get(tensor.present)
             if users.get(tensor.past) not in ([("GroupQueryAttention", 3)], [("GroupQueryAttention", 4)]):
                 return False
-            if maker is None or tensor.past not in maker.inputs or maker.ints.get("sliding_window_cache"):
+            if maker is None or tensor.past not in maker.inputs:
                 return False
         return bool(self.cache)
 
@@ -261,6 +261,11 @@ class OnnxFolder:
             if name in inputs:
                 self._proven(inputs[name], ("int64", "int32"), 2)
         self._prove_genai()
+        if any(node.ints.get("sliding_window_cache") for node in self.graph.nodes):
+            raise UnsupportedError(
+                f"{self.graph.path}: keys and values of layers with a window go round in a cache of its size "
+                "(sliding_window_cache), from which no text can be taken back; export the model without that"
+            )
         if 0 < self._table[0] < self.vocab_size:
             raise FormatError(
                 f"{self.graph.path}: a table of {self._table[0]} tokens, but {self.vocab_size} are predicted"

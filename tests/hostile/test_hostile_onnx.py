@@ -246,6 +246,10 @@ CASES: dict[str, tuple[Spoil, type[EdgelmError], str]] = {
     "functions_call_each_other": (graph(recursive), FormatError, "calls itself"),
     "graphs_nested": (graph(nested(20)), FormatError, "nested"),
     "for_training": (graph(lambda m: m.training_info.add()), UnsupportedError, "for training"),
+    "cache_goes_round": (
+        graph(lambda m: [n.attribute.append(helper.make_attribute("sliding_window_cache", 1)) for n in m.graph.node
+                         if n.op_type == GQA]), UnsupportedError, "sliding_window_cache",
+    ),
     # weights
     "weight_short": (initializer(data_type=1, dims=[64], raw_data=bytes(8)), FormatError, "takes 256 bytes"),
     "weight_negative": (initializer(data_type=1, dims=[-1], raw_data=bytes(8)), FormatError, "shape"),
