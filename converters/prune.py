@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.arch import Config, Role, tensors
+from edgelm.architectures import SQUARE_ATTENTION
 from edgelm.disk import Progress, nothing
 from edgelm.errors import UnsupportedError, UsageError
 
@@ -182,8 +183,11 @@ def pruned(
         "spec": str(spec), "refit": spec.refit, "parameters_before": n_before, "parameters_after": n_after,
         **checkpoint.facts.get("pruned", {}),
     }  # fmt: skip
-    note = f"pruned ({spec}): {n_before / 1e6:.1f} M -> {n_after / 1e6:.1f} M parameters"
-    return dataclasses.replace(checkpoint, notes=(*checkpoint.notes, note), facts={**checkpoint.facts, "pruned": facts})
+    notes = [f"pruned ({spec}): {n_before / 1e6:.1f} M -> {n_after / 1e6:.1f} M parameters"]
+    after = checkpoint.config
+    if after.arch in SQUARE_ATTENTION and after.q_dim != after.dim:
+        notes.append(f"llama.cpp loads no {after.arch} model whose heads are not as wide as its stream; edgelm does")
+    return dataclasses.replace(checkpoint, notes=(*checkpoint.notes, *notes), facts={**checkpoint.facts, "pruned": facts})
 
 
 def n_parameters(arrays: Mapping[str, Array]) -> int:

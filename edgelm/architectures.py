@@ -112,6 +112,8 @@ POST_NORMS = {
 }
 
 GEMMA_ACTIVATION = {"hidden_activation": "gelu_pytorch_tanh"}  # early files name the exact one, and do not mean it
+# Architectures of which llama.cpp takes it that all heads together are as wide as the stream.
+SQUARE_ATTENTION = frozenset({"qwen2", "gpt2", "phi3", "bert", "nomic-bert"})
 BERT_RENAMED = ((r"^bert\.", ""), (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 
 

@@ -304,3 +304,10 @@ def test_specs_say_what_they_are() -> None:
     assert PruneSpec.parse(str(spec)) == spec and spec.refit
     spec = PruneSpec.parse("queries=1,sparse=2:4:wanda,refit=no")
     assert PruneSpec.parse(str(spec)) == spec and not spec.refit
+
+
+def test_what_other_runtimes_will_not_load_is_said(tmp_path: Path) -> None:
+    for name, is_said in (("llama-gqa", False), ("qwen2", True)):
+        source = checkpoints.read(tiny.tiny(name, folder=tmp_path))
+        smaller = pruned(source, PruneSpec.parse("queries=1"), TOKENS, n_ctx=32, chunks=2)
+        assert any("llama.cpp" in note for note in smaller.notes) is is_said
