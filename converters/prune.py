@@ -187,7 +187,9 @@ def pruned(
     after = checkpoint.config
     if after.arch in SQUARE_ATTENTION and after.q_dim != after.dim:
         notes.append(f"llama.cpp loads no {after.arch} model whose heads are not as wide as its stream; edgelm does")
-    return dataclasses.replace(checkpoint, notes=(*checkpoint.notes, *notes), facts={**checkpoint.facts, "pruned": facts})
+    return dataclasses.replace(
+        checkpoint, notes=(*checkpoint.notes, *notes), facts={**checkpoint.facts, "pruned": facts}
+    )
 
 
 def n_parameters(arrays: Mapping[str, Array]) -> int:
@@ -291,8 +293,6 @@ def _goal(
             n = c.dim - spec.hidden.of(c.dim, "hidden", _unit(c.dim))
             dim = np.sort(np.argsort(-carried, kind="stable")[:n])
     return Goal(gone, n_gone, dim, spec.refit)
-
-
 
 
 def _facts(cut: Cut, goal: Goal, result: Result, tokens: NDArray[np.int32]) -> dict[str, Any]:
