@@ -57,7 +57,7 @@ class Options:
     imatrix: str | Path | None = None
     calibrate: Path | None = None
     n_ctx: int = 512
-    calibrate_chunks: int | None = 64
+    calibrate_chunks: int | None = 16
     method: str = "auto"
     prune: tuple[str, ...] = ()
     target_params: int | None = None

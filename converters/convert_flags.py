@@ -76,7 +76,7 @@ OPTION_FLAGS = (
         help="Tokens of a chunk of text.",
     ),
     click.option(
-        "--calibrate-chunks", type=click.IntRange(0), default=64, show_default=True,
+        "--calibrate-chunks", type=click.IntRange(0), default=16, show_default=True,
         help="Read so many chunks at most (0: all).",
     ),
     click.option(
