@@ -6,7 +6,7 @@
 | imatrix | scales for the columns that a text drives most | importances |
 | gptq | errors are made up for by the weights that are still to come (`calibrated`) | finished tensors |
 | awq | columns that matter are scaled up, and what feeds them down (`awq`) | another checkpoint, importances |
-| auto | gptq if there is a text to read, else rtn: it lost least wherever it was measured (docs/LOG.md) | |
+| auto | gptq if there is a text to read, else rtn: it lost least where all were measured (docs/LOG.md) | |
 
 A calibration that was stopped goes on where it stopped: what is finished lies in a work folder.
 """
