@@ -196,7 +196,8 @@ def _keys_of_ours(conversion: Conversion) -> dict[str, Any]:
     if calibration is not None:
         keys["edgelm.calibration.text"] = calibration.text.name
         keys["edgelm.calibration.text_sha256"] = calibration.text.sha256
-    if (methods := set(conversion.methods.values())) - {"rtn"}:
+    methods = set(conversion.methods.values())
+    if methods and (calibration is not None or methods != {"rtn"}):  # of a plain conversion it goes without saying
         keys["edgelm.methods"] = sorted(methods)
     return {**keys, **Told().keys(conversion), _SEAL: "0" * 64}
 
