@@ -61,7 +61,6 @@ class Moments:
         mean: Floats = (one.squares + two.squares) / np.float32(one.n + two.n)
         return mean
 
-
     def solved(self, which: int, missing: Floats, ridge: float) -> Floats:
         """missing @ (xᵀ x + ridge * mean of its diagonal)⁻¹, of a half (0, 1) or of the whole text (2)."""
         root = self._roots.get((which, ridge))

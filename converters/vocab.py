@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from edgelm.errors import FormatError, SourceError, UnsupportedError
+from edgelm.json_tokenizer import prefixes
 from edgelm.vocabulary import Kind
 
 from . import pretokenizer_names, sentencepiece_model
@@ -195,13 +196,7 @@ def _steps(step: Any) -> list[dict[str, Any]]:
 
 def _prefixes(folder: Folder) -> bool:
     """Whether a space is put before the text."""
-    for step in _steps(folder.tokenizer.get("normalizer")) + _steps(folder.tokenizer.get("pre_tokenizer")):
-        if step.get("type") == "Prepend":
-            return True
-        if step.get("type") == "Metaspace":
-            always = "always" if step.get("add_prefix_space", True) else "never"
-            return bool(step.get("prepend_scheme", always) != "never")
-    return False
+    return prefixes(_steps(folder.tokenizer.get("normalizer")) + _steps(folder.tokenizer.get("pre_tokenizer")))
 
 
 # ---------------------------------------------------------------------------------------------------- SentencePiece
