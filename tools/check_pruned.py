@@ -1,17 +1,14 @@
-"""Do transformers and llama.cpp compute with pruned models what we compute? Every tiny architecture, cut in every way.
+"""Does transformers compute with pruned models what we compute? Every tiny architecture, cut in every way.
 
-    python tools/check_pruned.py [--llama-perplexity PATH] [NAME ...]     with torch and transformers, development only
+    python tools/check_pruned.py [NAME ...]     with torch and transformers, development only
 
 For each model: the NMSE between our logits (the reference interpreter, on the GGUF file) and those of `transformers`
-(on the Hugging Face folder), and whether its tokenizer cuts a text as ours does; with llama.cpp's program, the relative
-difference between the perplexities of a text.
+(on the Hugging Face folder), and whether its tokenizer cuts a text as ours does. For llama.cpp: `check_llama_cpp.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -33,7 +30,6 @@ from converters.prune import PruneSpec, pruned  # noqa: E402
 from converters.recipe import Recipe, make_plan  # noqa: E402
 from edgelm.cache import Batch  # noqa: E402
 from edgelm.errors import EdgelmError  # noqa: E402
-from edgelm.evaluate import perplexity  # noqa: E402
 
 CUTS = ("depth=1", "ffn=32", "heads=1", "queries=1", "hidden=16", "vocab=the quick brown fox", "depth=1,ffn=8,hidden=8")
 TOKENS = np.random.default_rng(0).integers(3, 60, 512).tolist()
@@ -78,25 +74,14 @@ def in_transformers(path: Path, folder: Path) -> str:
         return f"transformers refuses: {str(error).splitlines()[-1].strip()}"
 
 
-def llama_cpp(program: str, path: Path, text: Path) -> float:
-    """Relative difference of the perplexities; nan if the program cannot load the file."""
-    ours = perplexity(edgelm.load(path, interpreter="reference"), text.read_text(), n_ctx=64).perplexity
-    options = ["-c", "64", "-b", "64", "-t", "1", "-ctk", "f32", "-ctv", "f32"]
-    done = subprocess.run([program, "-m", str(path), "-f", str(text), *options], capture_output=True, text=True)
-    found = re.search(r"PPL = ([0-9.]+)", done.stdout + done.stderr)
-    return abs(float(found[1]) / ours - 1) if found else float("nan")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--llama-perplexity", default="")
     parser.add_argument("names", nargs="*", default=tiny.ALL)
     args = parser.parse_args()
     for name in args.names:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             source = checkpoints.read(tiny.tiny(name, folder=folder, n_layers=3))
-            (folder / "text").write_text(tiny_vocabulary.TEXT * 3)
             for i, cut in enumerate(CUTS):
                 (folder / str(i)).mkdir()
                 try:
@@ -105,8 +90,6 @@ def main() -> None:
                     facts = f"no folder: {hf}"
                     if isinstance(hf, Path):
                         facts = in_transformers(path, hf)
-                    if args.llama_perplexity and source.config.spec.family == "decoder":
-                        facts += f", llama.cpp {llama_cpp(args.llama_perplexity, path, folder / 'text'):.1e}"
                 except EdgelmError as error:
                     facts = str(error)
                 print(f"{name:20} {cut:28} {facts}", flush=True)
