@@ -5,14 +5,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.disk import make_folder, replacing
 
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+
 Bytes = NDArray[np.uint8]
+_VERSION = "1"  # of what finished tensors are made by: those of another version are not taken
 _HEAD = 32 + 16  # sha256 of what follows; rows and bytes of a row, int64
+
+
+def made_of(checkpoint: Checkpoint, tokens: NDArray[np.int32]) -> str:
+    """Names everything that a measurement depends on: the source, what was done to it, the text (chunks, n_ctx)."""
+    facts = (_VERSION, checkpoint.fingerprint(), repr(checkpoint.config), dict(checkpoint.facts), tokens.shape)
+    return hashlib.sha256(repr(facts).encode() + tokens.tobytes()).hexdigest()
 
 
 class Finished(Mapping[str, Bytes]):

@@ -29,13 +29,12 @@ from .arrays import Floats
 from .calibrated import Choices
 from .checkpoint import Checkpoint
 from .conversion import METHODS, Calibration
-from .finished import Finished
+from .finished import Finished, made_of
 from .imatrix import Imatrix, Source
 from .quantizers import SEARCHED
 from .recipe import Plan
 
 Bytes = NDArray[np.uint8]
-_VERSION = "1"  # of what finished tensors are made by: those of another version are not taken
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,12 @@ def rounded(
     work: Path,
     progress: Progress = nothing,
     choices: Choices | None = None,
+    given: Imatrix | None = None,
 ) -> Rounded:
     """What the method `method` makes of a checkpoint for the types of a plan.
 
-    work: a folder for what is finished; whoever has written the model removes it.
+    work: a folder for what is finished; whoever has written the model removes it. given: an imatrix that was measured
+    elsewhere, for the method "imatrix", which is then the automatic one.
 
     Raises UsageError for a method that does not exist, or that needs a text and has none; else what running the model
     raises (`imatrix.collect`), and OSError for a disk that is full.
@@ -73,14 +74,16 @@ def rounded(
     if method not in METHODS:
         raise UsageError(f"method {method!r:.40}: there are {', '.join(METHODS)}")
     if method == "auto":
-        method = "rtn" if calibration is None else "gptq"
+        method = "imatrix" if given is not None else "rtn" if calibration is None else "gptq"
     if method == "rtn":
         return Rounded(checkpoint, methods=dict.fromkeys(quantized(checkpoint, plan), "rtn"))
+    if given is not None and method == "imatrix":
+        return _weighed(checkpoint, plan, given)
     if calibration is None:
         raise UsageError(f"the method {method} has to read a text")
     source = calibrate.opened(checkpoint)
     tokens = chunks_of(source, calibration)
-    identity = _identity(checkpoint, tokens)
+    identity = made_of(checkpoint, tokens)
     if method in ("imatrix", "awq"):
         measured = _imatrix(source, tokens, calibration, work, identity, progress)
         made = _weighed(checkpoint, plan, measured)
@@ -99,6 +102,11 @@ def chunks_of(source: Source, calibration: Calibration) -> NDArray[np.int32]:
 def _weighed(checkpoint: Checkpoint, plan: Plan, measured: Imatrix) -> Rounded:
     types = quantized(checkpoint, plan)
     importance = {name: values for name in types if (values := measured.importance(name)) is not None}
+    for name, values in importance.items():
+        if values.shape != (n_cols := checkpoint.tensors[name].shape[-1:]):
+            raise UsageError(f"the imatrix is of another model: rows of {name} are {n_cols[0]} weights long")
+    if types and not importance:
+        raise UsageError("the imatrix is of another model: it knows none of the tensors")
     methods = {name: "imatrix" if name in importance else "rtn" for name in types}
     return Rounded(checkpoint, importance, {}, methods, measured)
 
@@ -132,8 +140,8 @@ def _gptq(
     types = quantized(checkpoint, plan)
     layers = structure.linears(structure.recorded(source.config, source.weights))
     wanted = {name: types[name] for name in layers if name in types}
-    made_of = hashlib.sha256(f"{identity} {choices} {list(wanted.items())}".encode()).hexdigest()
-    finished, weighed = Finished(work / "gptq", made_of), Finished(work / "importance", made_of)
+    name = hashlib.sha256(f"{identity} {choices} {list(wanted.items())}".encode()).hexdigest()
+    finished, weighed = Finished(work / "gptq", name), Finished(work / "importance", name)
 
     def give(name: str, data: Bytes, importance: Floats) -> None:
         weighed.put(name, np.ascontiguousarray(importance, np.float32)[None].view(np.uint8))
@@ -154,12 +162,6 @@ def quantized(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
         if step.format.name in SEARCHED and not step.is_kept and not as_is:
             found[step.name] = step.format.name
     return found
-
-
-def _identity(checkpoint: Checkpoint, tokens: NDArray[np.int32]) -> str:
-    """Of everything that a measurement depends on: the source, what was done to it, the text."""
-    facts = (_VERSION, checkpoint.fingerprint(), repr(checkpoint.config), dict(checkpoint.facts), tokens.shape)
-    return hashlib.sha256(repr(facts).encode() + tokens.tobytes()).hexdigest()
 
 
 def _imatrix(

@@ -23,17 +23,18 @@ from typing import Any
 
 import numpy as np
 
+from edgelm import gguf
 from edgelm.disk import Progress, nothing
 from edgelm.errors import UsageError
 
 from . import checkpoint as checkpoints
 from . import gguf_export, loss, methods
 from . import imatrix as imatrices
-from .arrays import Floats
 from .checkpoint import Checkpoint
 from .conversion import Calibration, Conversion, Options, texts
-from .mixes import MIXES
-from .recipe import Plan, Recipe, make_plan
+from .mixes import MIXES, is_quantizable
+from .quantizers import writable
+from .recipe import PLAIN, Plan, Recipe, exactly, make_plan
 from .report import Report
 from .sources import resolve
 
@@ -98,11 +99,11 @@ def prepare(
         original = lora.merged(original, folder, scale)
     checkpoint = original
     if options.prune or options.target_params is not None:
-        checkpoint = _pruned(original, options, calibration, progress)
+        checkpoint = _pruned(original, options, calibration, work, progress)
     if options.has_target and recipe.type.lower() in PLAIN_TYPES:
         recipe = replace(recipe, type="q4_k_m")  # only which tensors are quantized is taken from it
     elif recipe.type.lower() == "auto":
-        recipe = replace(recipe, type=_own_type(checkpoint))
+        recipe = _own_types(checkpoint, recipe)
     weighed = options.imatrix is not None or (options.calibrate is not None and options.method != "rtn")
     recipe = replace(recipe, has_imatrix=recipe.has_imatrix or weighed)
     plan = make_plan(checkpoint.config, checkpoint.tensors, recipe)
@@ -149,8 +150,7 @@ def _allocated(conversion: Conversion, work: Path | None, progress: Progress) ->
         costs.save(kept)
     n_header = len(gguf_export.layout(conversion).header)
     types = allocate.chosen(costs, allocate.budget(plan, conversion.options, n_header))
-    exact = tuple((f"^{re.escape(name)}$", format) for name, format in types.items())
-    recipe = replace(recipe, overrides=(*recipe.overrides, *exact))
+    recipe = replace(recipe, overrides=(*recipe.overrides, *exactly(types)))
     plan = allocate.named(make_plan(checkpoint.config, checkpoint.tensors, recipe))
     keys = {**conversion.keys, **({} if plan.file_type is None else {"general.file_type": plan.file_type})}
     return replace(conversion, recipe=recipe, plan=plan, keys=keys)
@@ -204,15 +204,27 @@ def _need_other_place(conversion: Conversion, path: Path) -> None:
         raise UsageError(f"{path} is the source itself; choose another name")
 
 
-def _own_type(checkpoint: Checkpoint) -> str:
-    """The type that loses nothing or little: what most of the weights are in; a GGUF file stays what it is."""
+def _own_types(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
+    """The recipe with the types that lose nothing or little: of a GGUF file its own, else what most weights are in.
+
+    A GGUF model that was changed (pruned, merged) has the types that its tensors had, F16 for those that are only read.
+    """
     if checkpoint.is_gguf and not checkpoint.facts:
-        return "copy"
+        return replace(recipe, type="copy")
     sizes: dict[str, int] = {}
     for array in checkpoint.tensors.values():
         sizes[array.kind] = sizes.get(array.kind, 0) + int(np.prod(array.shape, dtype=object))
     kind = max(sizes, key=lambda kind: sizes[kind])
-    return "f16" if kind == "F32" or kind not in MIXES else kind
+    if not checkpoint.is_gguf or kind in PLAIN:
+        return replace(recipe, type="f16" if kind == "F32" or kind not in MIXES else kind)
+    number = gguf.read(checkpoint.path).metadata.get("general.file_type")
+    names = [mix.name for mix in MIXES.values() if mix.file_type == number or (number is None and mix.base == kind)]
+    kinds = {
+        name: array.kind if array.kind in writable() else "F16"
+        for name, array in checkpoint.tensors.items()
+        if is_quantizable(name, len(array.shape))
+    }
+    return replace(recipe, type=(*names, "f16")[0], overrides=(*recipe.overrides, *exactly(kinds)))
 
 
 # ---------------------------------------------------------------------------------------------------- how to round
@@ -220,29 +232,26 @@ def _own_type(checkpoint: Checkpoint) -> str:
 
 def rounded(conversion: Conversion, work: Path, progress: Progress = nothing) -> Conversion:
     """The conversion with everything that its method measures: importances, bytes that are chosen already."""
-    options = conversion.options
-    if options.imatrix is not None and options.method in ("auto", "imatrix"):
-        measured: imatrices.Imatrix | None = (given := imatrices.read(options.imatrix))
-        importance, missing = _importance(conversion.plan, given)
-        methods_used, made = dict.fromkeys(importance, "imatrix"), conversion
-        name = Path(options.imatrix).name
-    else:
-        found = methods.rounded(
-            conversion.checkpoint, conversion.plan, options.method, conversion.calibration, work, progress
-        )
-        measured, importance, methods_used = found.imatrix, dict(found.importance), dict(found.methods)
-        name, missing = "" if conversion.calibration is None else conversion.calibration.text.name, []
-        made = replace(conversion, checkpoint=found.checkpoint, ready=found.ready)
+    options, calibration = conversion.options, conversion.calibration
+    given = None if options.imatrix is None else imatrices.read(options.imatrix)
+    found = methods.rounded(
+        conversion.checkpoint, conversion.plan, options.method, calibration, work, progress, given=given
+    )
     notes, keys = list(conversion.notes), dict(conversion.keys)
-    if missing:
-        notes.append(f"{len(missing)} tensors are not in the imatrix ({missing[0]}): quantized without")
-    if measured is not None:
-        keys |= _keys_of_imatrix(name, measured)
-    return replace(made, importance=importance, methods=methods_used, notes=tuple(notes), keys=keys)
+    if found.imatrix is not None:
+        text = "" if calibration is None else calibration.text.name
+        is_given = options.imatrix is not None and found.imatrix is given
+        keys |= _keys_of_imatrix(Path(options.imatrix or "").name if is_given else text, found.imatrix)
+        if missing := [name for name, method in found.methods.items() if method == "rtn"]:
+            notes.append(f"{len(missing)} tensors are not in the imatrix ({missing[0]}): quantized without")
+    return replace(
+        conversion, checkpoint=found.checkpoint, importance=found.importance, ready=found.ready, methods=found.methods,
+        notes=tuple(notes), keys=keys,
+    )  # fmt: skip
 
 
 def _pruned(
-    checkpoint: Checkpoint, options: Options, calibration: Calibration | None, progress: Progress
+    checkpoint: Checkpoint, options: Options, calibration: Calibration | None, work: Path | None, progress: Progress
 ) -> Checkpoint:
     from . import prune, prune_target
 
@@ -256,26 +265,7 @@ def _pruned(
     spec, text = prune.PruneSpec.parse(asked), "" if calibration is None else calibration.text.text
     chunks = None if calibration is None else calibration.chunks
     n_ctx = options.n_ctx if calibration is None else calibration.n_ctx
-    return prune.pruned(checkpoint, spec, text, n_ctx=n_ctx, chunks=chunks, progress=progress)
-
-
-def _importance(plan: Plan, measured: imatrices.Imatrix) -> tuple[dict[str, Floats], list[str]]:
-    """The importance of each tensor that will be quantized, and the names of those that were not measured."""
-    found: dict[str, Floats] = {}
-    missing = []
-    for step in plan.steps:
-        if step.format.block == 1 or step.is_kept:
-            continue
-        values = measured.importance(step.name)
-        if values is None:
-            missing.append(step.name)
-        elif values.shape != step.shape[-1:]:
-            raise UsageError(f"the imatrix is of another model: rows of {step.name} are {step.shape[-1]} weights long")
-        else:
-            found[step.name] = values
-    if not found and missing:
-        raise UsageError("the imatrix is of another model: it knows none of the tensors")
-    return found, missing
+    return prune.pruned(checkpoint, spec, text, n_ctx=n_ctx, chunks=chunks, progress=progress, folder=work)
 
 
 def _keys_of_imatrix(name: str, measured: imatrices.Imatrix) -> dict[str, Any]:

@@ -29,11 +29,12 @@ from edgelm.errors import UnsupportedError, UsageError
 from . import calibrate, prune_scores, vocab_prune
 from .arrays import Array
 from .checkpoint import Checkpoint
+from .finished import made_of
+from .fits import Fits
 from .imatrix import Source, chunked
 from .prune_cut import Cut, changed_rows, given
 from .prune_fit import Goal, Result, fitted, layer_of
 from .prune_scores import LAYER_CHOICES
-from .scratch import Scratch
 from .sparse import Pattern, thinned, thinned_model
 
 N_CTX = 512  # tokens of a chunk of calibration text
@@ -165,17 +166,18 @@ def pruned(
 
     Args:
         n_ctx, chunks: the text is read in chunks of n_ctx tokens, so many of them at most (None: as FIT_BYTES allows).
-        folder: where fitted matrices lie until they are written, which must have room for them; a temporary one.
+        folder: where fitted matrices lie until they are written, which must have room for them; the next call takes
+            what is there already. None: a temporary one.
 
     Raises UsageError for what cannot be cut so, or a text that is too short; FormatError for a model that computes no
     numbers; UnsupportedError for what no runtime of ours can run.
     """
     before = checkpoint
     if spec.is_structured:
-        checkpoint = _structured(checkpoint, spec, calibration, n_ctx, chunks, progress, Scratch(folder))
+        checkpoint = _structured(checkpoint, spec, calibration, n_ctx, chunks, progress, folder)
     if spec.sparse:
         pattern = Pattern.parse(spec.sparse)
-        checkpoint = _sparse(checkpoint, pattern, calibration, n_ctx, chunks, progress, Scratch(folder))
+        checkpoint = _sparse(checkpoint, pattern, calibration, n_ctx, chunks, progress, folder)
     if spec.vocab:
         checkpoint = _fewer_tokens(checkpoint, vocab_prune.text_of(spec.vocab))
     n_before, n_after = n_parameters(before.tensors), n_parameters(checkpoint.tensors)
@@ -199,14 +201,16 @@ def n_parameters(arrays: Mapping[str, Array]) -> int:
 
 def _structured(
     checkpoint: Checkpoint, spec: PruneSpec, text: str | Sequence[int], n_ctx: int, chunks: int | None,
-    progress: Progress, scratch: Scratch,
+    progress: Progress, folder: Path | None,
 ) -> Checkpoint:  # fmt: skip
     c = checkpoint.config
     n_gone = _sizes(c, spec)
     n_layers_gone = spec.depth.of(c.n_layers, "depth")
     source, tokens = _text(checkpoint, text, n_ctx, chunks)
     goal = _goal(source, tokens[:SCORE_CHUNKS], spec, n_layers_gone, n_gone, progress)
-    result = fitted(source, tokens, goal, scratch, progress) if spec.refit or n_gone else Result()
+    result = Result()
+    if spec.refit or n_gone:
+        result = fitted(source, tokens, goal, _fits(folder, "fits", checkpoint, tokens, spec), progress)
     layers = tuple(i for i in range(c.n_layers) if i not in goal.gone)
     shared = {} if goal.dim is None else {"dim": goal.dim}
     of_layer = tuple(result.stays[i] for i in layers) if n_gone else ()
@@ -217,7 +221,7 @@ def _structured(
 
 def _sparse(
     checkpoint: Checkpoint, pattern: Pattern, text: str | Sequence[int], n_ctx: int, chunks: int | None,
-    progress: Progress, scratch: Scratch,
+    progress: Progress, folder: Path | None,
 ) -> Checkpoint:  # fmt: skip
     """The checkpoint with zeros in the matrices of its layers."""
     arrays, errors = dict(checkpoint.tensors), dict[str, float]()
@@ -227,8 +231,9 @@ def _sparse(
                 arrays[spec.gguf] = changed_rows(arrays[spec.gguf], lambda w: thinned(w, None, pattern))
     else:
         source, tokens = _text(checkpoint, text, n_ctx, chunks)
-        found, errors = thinned_model(source, tokens, pattern, scratch, progress)
-        arrays |= {name: given(name, values) for name, values in found.items()}
+        found = thinned_model(source, tokens, pattern, _fits(folder, "sparse", checkpoint, tokens, pattern), progress)
+        arrays |= {name: given(name, fit.w, arrays[name].kind) for name, fit in found.items()}
+        errors = {name: fit.errors[1] for name, fit in found.items()}
     facts = {"share": pattern.share, "of": pattern.of, "method": pattern.method, "errors": errors}
     facts = {**checkpoint.facts.get("pruned", {}), "sparse": facts}
     return dataclasses.replace(checkpoint, tensors=arrays, facts={**checkpoint.facts, "pruned": facts})
@@ -244,6 +249,13 @@ def _text(
     n_ctx = min(n_ctx, c.max_position or n_ctx)
     affordable = max(1, FIT_BYTES // (2 * 4 * n_ctx * max(c.ffn_dim, c.q_dim, c.dim)))
     return source, chunked(source, text, n_ctx, min(chunks or affordable, affordable))
+
+
+def _fits(
+    folder: Path | None, name: str, checkpoint: Checkpoint, tokens: NDArray[np.int32], asked: PruneSpec | Pattern
+) -> Fits:
+    """What an earlier call has finished of the same, and room for the rest."""
+    return Fits(None if folder is None else folder / name, f"{made_of(checkpoint, tokens)} {asked}")
 
 
 def _fewer_tokens(checkpoint: Checkpoint, text: str) -> Checkpoint:

@@ -98,7 +98,7 @@ class Cut:
             array = checkpoint.tensors[old.gguf]
             stays = [self.stays(size, layer) for size in old.shape]
             if old.gguf in changed:
-                array = given(array.name, changed[old.gguf])
+                array = given(array.name, changed[old.gguf], array.kind)
                 stays = [None if s is None or len(s) == n else s for s, n in zip(stays, array.shape, strict=True)]
             array = cut_array(array, stays)
             factor = scales.get(re.sub(r"^blk\.\d+\.", "blk.{i}.", new.gguf), 1.0)
@@ -153,13 +153,13 @@ def _scales(before: Config, after: Config, there: Mapping[str, Array]) -> dict[s
 # ------------------------------------------------------------------------------------------------------------ arrays
 
 
-def given(name: str, values: Floats) -> Array:
-    """An array that was computed."""
+def given(name: str, values: Floats, kind: str = "F32") -> Array:
+    """An array that was computed. kind: of the one that it takes the place of."""
 
     def rows(start: int, stop: int) -> Floats:
         return np.ascontiguousarray(values[start:stop], np.float32)
 
-    return Array(name, values.shape, "F32", rows)
+    return Array(name, values.shape, kind, rows)
 
 
 def changed_rows(array: Array, change: Callable[[Floats], Floats]) -> Array:

@@ -30,9 +30,9 @@ from edgelm.reference import Operations, Reference
 from edgelm.tensors import COMPOSED
 from edgelm.weights import Layer
 
+from .fits import Fit, Fits
 from .imatrix import Source
 from .refit import Sums, choose, fit
-from .scratch import Scratch
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.intp]
@@ -195,10 +195,10 @@ class Keeping(Streams):
             self._kept[layer] = x.copy()
 
 
-def fitted(
-    source: Source, tokens: NDArray[np.int32], goal: Goal, scratch: Scratch, progress: Progress = nothing
-) -> Result:
+def fitted(source: Source, tokens: NDArray[np.int32], goal: Goal, fits: Fits, progress: Progress = nothing) -> Result:
     """Cuts a model as `goal` says, and fits what stays, on chunks of tokens (chunks, n_ctx).
+
+    What is in `fits` is taken; what is not there yet comes out as if nothing were.
 
     Raises FormatError when the model computes something that is not a number.
     """
@@ -211,7 +211,7 @@ def fitted(
     run(
         source,
         np.concatenate([tokens, tokens]),
-        lambda runner, batch: Fitting(runner, batch, goal, ahead, result, scratch, progress),
+        lambda runner, batch: Fitting(runner, batch, goal, ahead, result, fits, progress),
     )
     return result
 
@@ -221,10 +221,10 @@ class Fitting(Streams):
 
     def __init__(
         self, runner: Reference, batch: Batch, goal: Goal, ahead: Mapping[int, Floats], result: Result,
-        scratch: Scratch, progress: Progress,
+        fits: Fits, progress: Progress,
     ) -> None:  # fmt: skip
         super().__init__(runner, batch)
-        self._goal, self._result, self._scratch, self._progress = goal, result, scratch, progress
+        self._goal, self._result, self._fits, self._progress = goal, result, fits, progress
         self._half = len(batch.tokens) // 2
         self._dim = np.arange(self._c.dim) if goal.dim is None else goal.dim
         before = last_before(goal.gone)
@@ -278,9 +278,14 @@ class Fitting(Streams):
         assert i is not None
         w, b = w[self._dim], None if b is None else b[self._dim]
         student = x[n:]
-        target, weights = self._target(spec, i, y)
         groups, size = self._groups(spec)
         n_gone = goal.n_gone.get(size, 0)
+        if spec.gguf in self._fits:
+            done = self._fits[spec.gguf]
+            if n_gone:
+                self._remember(i, size, groups, done.kept)
+            return self._taken(spec, student[:, done.kept], b, done)
+        target, weights = self._target(spec, i, y)
         missing = target - _affine(student, w, b)
         if not n_gone and not (goal.refit and missing.any()):
             return target - missing
@@ -290,7 +295,7 @@ class Fitting(Streams):
             kept = choose(w, sums[0] + sums[1], groups, n_gone)
             self._remember(i, size, groups, kept)
             sums = (sums[0].without(w, kept), sums[1].without(w, kept))
-        return self._settle(spec, student[:, kept], target, weights, w[:, kept], b, sums)
+        return self._settle(spec, student, target, weights, w, b, kept, sums)
 
     def _sums(self, x: Floats, missing: Floats) -> tuple[Sums, Sums]:
         """Of the tokens to fit, and of the last ones, to judge the fit by."""
@@ -299,28 +304,26 @@ class Fitting(Streams):
 
     def _settle(
         self, spec: TensorSpec, x: Floats, target: Floats, weights: Floats, w: Floats, b: Floats | None,
-        sums: tuple[Sums, Sums],
+        kept: Indices, sums: tuple[Sums, Sums],
     ) -> Floats:  # fmt: skip
-        """Fits w (out, in) to the target, notes what came of it, and returns what the matrix gives from now on."""
-        start = _affine(x, w, b)
+        """Fits the columns of w (out, in) that stay to the target, keeps what came of it, and goes on with that."""
+        x, w = x[:, kept], w[:, kept]
         scale = float(np.sum((target * weights) ** 2, dtype=np.float64)) or 1.0
 
         def error(y: Floats) -> float:
             return float(np.sum(((target - y) * weights) ** 2, dtype=np.float64)) / scale
 
-        done, before = start, error(start)
-        after = before
+        before = after = error(_affine(x, w, b))
         if self._goal.refit:
             better = w + fit(*sums)
-            done = _affine(x, better, b)
-            after = error(done)
-            if after < before:
-                w = better
-            else:
-                done, after = start, before
-        self._result.errors[spec.gguf] = (before, after)
-        self._result.changed[spec.gguf] = self._scratch.keep(w)
-        return done
+            if (left := error(_affine(x, better, b))) < before:
+                w, after = better, left
+        return self._taken(spec, x, b, self._fits.keep(spec.gguf, Fit(w, kept, (before, after))))
+
+    def _taken(self, spec: TensorSpec, x: Floats, b: Floats | None, done: Fit) -> Floats:
+        """What a matrix gives from now on, for the inputs that it has left."""
+        self._result.errors[spec.gguf], self._result.changed[spec.gguf] = done.errors, done.w
+        return _affine(x, done.w, b)
 
     def _target(self, spec: TensorSpec, i: int, y: Floats) -> tuple[Floats, Floats]:
         """What the matrix should give in the pruned model (T, dim that stays), and the weight of each token (T, 1).
@@ -375,12 +378,14 @@ class Fitting(Streams):
     def _reading(self, spec: TensorSpec, x: Floats, y: Floats, w: Floats, b: Floats | None) -> Floats:
         """What a matrix that reads the narrower stream gives, after it was fitted to give what it gave."""
         dim = self._dim
-        student = np.ascontiguousarray(x[self._half :, dim])
+        student, name = np.ascontiguousarray(x[self._half :, dim]), spec.gguf
+        if name in self._fits:
+            return self._taken(spec, student, b, self._fits[name])
         start = _affine(student, w[:, dim], b)
         if not self._goal.refit:
             return start
-        weights = np.ones((len(y), 1), np.float32)
-        return self._settle(spec, student, y, weights, w[:, dim], b, self._sums(student, y - start))
+        weights, kept = np.ones((len(y), 1), np.float32), np.arange(len(dim))
+        return self._settle(spec, student, y, weights, w[:, dim], b, kept, self._sums(student, y - start))
 
 
 def adds_to_stream(spec: TensorSpec) -> bool:

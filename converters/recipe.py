@@ -54,6 +54,11 @@ class Recipe:
     allow_requantize: bool = False
 
 
+def exactly(types: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Overrides of a recipe that give these tensors, and no others, these types."""
+    return tuple((f"^{re.escape(name)}$", format) for name, format in types.items())
+
+
 @dataclass(frozen=True)
 class Step:
     """What becomes of one tensor.

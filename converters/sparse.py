@@ -25,10 +25,10 @@ from edgelm.errors import UsageError
 from edgelm.reference import Reference
 from edgelm.weights import Layer
 
+from .fits import Fit, Fits
 from .gptq import DAMPING, inverse_factor
 from .imatrix import Source
 from .prune_fit import Streams, layer_of, run
-from .scratch import Scratch
 
 Floats = NDArray[np.float32]
 METHODS = ("sparsegpt", "wanda", "magnitude")
@@ -110,12 +110,11 @@ class _Thinning(Streams):
     """Operations that thin the matrices of each layer when their inputs come by, and go on with what is left."""
 
     def __init__(
-        self, runner: Reference, batch: Batch, pattern: Pattern, found: dict[str, Floats], errors: dict[str, float],
-        scratch: Scratch, progress: Progress,
+        self, runner: Reference, batch: Batch, pattern: Pattern, found: dict[str, Fit], fits: Fits,
+        progress: Progress,
     ) -> None:  # fmt: skip
         super().__init__(runner, batch)
-        self._pattern, self._found, self._errors = pattern, found, errors
-        self._scratch, self._progress = scratch, progress
+        self._pattern, self._found, self._fits, self._progress = pattern, found, fits, progress
         self._inputs: Any = None
         self._hessian: Floats = np.empty((0, 0), np.float32)
 
@@ -127,29 +126,28 @@ class _Thinning(Streams):
         self._at(name, x)
         if layer_of(name) is None or self._specs[name].role is not Role.MATMUL:
             return super().linear(x, layer)
+        if name not in self._fits:
+            self._fits.keep(name, self._thin(x, self._dense(layer.weight)))
+        self._found[name] = self._fits[name]
+        y: Floats = x @ self._found[name].w.T
+        return y if layer.bias is None else y + self._dense(layer.bias)
+
+    def _thin(self, x: Floats, w: Floats) -> Fit:
         if self._inputs is not x:  # several matrices read the same
             self._inputs, self._hessian = x, x.T @ x
-        w = self._dense(layer.weight)
         thin = thinned(w, self._hessian, self._pattern)
-        y: Floats = x @ thin.T
         wanted = x @ w.T
-        self._errors[name] = float(np.sum((y - wanted) ** 2, dtype=np.float64) / (np.sum(wanted**2) or 1.0))
-        self._found[name] = self._scratch.keep(thin)
-        return y if layer.bias is None else y + self._dense(layer.bias)
+        error = float(np.sum((x @ thin.T - wanted) ** 2, dtype=np.float64) / (np.sum(wanted**2) or 1.0))
+        return Fit(thin, np.arange(w.shape[1]), (0.0, error))
 
 
 def thinned_model(
-    source: Source, tokens: NDArray[np.int32], pattern: Pattern, scratch: Scratch, progress: Progress
-) -> tuple[dict[str, Floats], dict[str, float]]:
-    """All matrices of a model's layers, thinned for what a text gives them; and the relative errors of their outputs.
+    source: Source, tokens: NDArray[np.int32], pattern: Pattern, fits: Fits, progress: Progress
+) -> dict[str, Fit]:
+    """All matrices of a model's layers, thinned for what a text gives them; errors are relative ones of their outputs.
 
-    tokens: int32 (chunks, n_ctx).
+    tokens: int32 (chunks, n_ctx). What is in `fits` is taken.
     """
-    found: dict[str, Floats] = {}
-    errors: dict[str, float] = {}
-    run(
-        source,
-        tokens,
-        lambda runner, batch: _Thinning(runner, batch, pattern, found, errors, scratch, progress),
-    )
-    return found, errors
+    found: dict[str, Fit] = {}
+    run(source, tokens, lambda runner, batch: _Thinning(runner, batch, pattern, found, fits, progress))
+    return found

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +23,12 @@ from converters import checkpoint as checkpoints
 from converters.arrays import Array
 from converters.checkpoint import Checkpoint
 from converters.conversion import Conversion, Options
+from converters.pipeline import convert
 from converters.prune import PruneSpec, pruned
 from converters.prune_cut import Cut
 from converters.prune_cut import given as computed
 from converters.recipe import Recipe, make_plan
+from edgelm import gguf
 from edgelm.arch import Config, tensors
 from edgelm.cache import Batch
 from edgelm.errors import EdgelmError, UnsupportedError, UsageError
@@ -142,6 +147,63 @@ def test_fitting_helps_on_the_text_it_was_fitted_to(name: str, tmp_path: Path) -
             logits = outputs(written(smaller, tmp_path / "small.gguf"), tokens=TOKENS[:64])
             found.append(float(np.sum((logits - original) ** 2)))
         assert found[1] < found[0], cut
+
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+from converters.conversion import Options
+from converters.pipeline import convert
+from converters.recipe import Recipe
+
+def kill(stage, done, total):
+    if stage == "prune" and done == int(sys.argv[5]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+options = Options(prune=(sys.argv[4],), calibrate=Path(sys.argv[3]), n_ctx=32, calibrate_chunks=4)
+convert(Path(sys.argv[1]), Path(sys.argv[2]), Recipe("q8_0"), options, progress=kill)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX")
+@pytest.mark.parametrize(("cut", "name"), [("depth=1,ffn=16,heads=1,hidden=8", "fits"), ("sparse=2:4", "sparse")])
+def test_a_process_that_was_killed_goes_on(cut: str, name: str, tmp_path: Path) -> None:
+    """It takes what was fitted before, and writes the file that an undisturbed process writes."""
+    source, text, out = tiny.tiny("qwen3", folder=tmp_path, n_layers=4), tmp_path / "text", tmp_path / "out.gguf"
+    text.write_text("the quick brown fox jumps over the lazy dog . " * 40)
+    kill_at = ["-c", CHILD, str(source), str(out), str(text), cut, "2"]
+    assert subprocess.run([sys.executable, *kill_at]).returncode == -signal.SIGKILL
+    files = list((tmp_path / "out.gguf.work" / name).glob("*.rows"))
+    left, seen = {path: path.stat().st_mtime_ns for path in files}, dict[Path, int]()
+    assert {path.name.split(".")[1] for path in files} == {"0", "1"} and not out.exists()
+
+    def look(stage: str, done: int, total: int) -> None:
+        if stage == "write" and not seen:
+            seen.update({path: path.stat().st_mtime_ns for path in left})
+
+    options = Options(prune=(cut,), calibrate=text, n_ctx=32, calibrate_chunks=4)
+    convert(source, out, Recipe("q8_0"), options, progress=look)
+    convert(source, tmp_path / "whole.gguf", Recipe("q8_0"), options)
+    assert seen == left and out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert not (tmp_path / "out.gguf.work").exists()
+
+
+@pytest.mark.parametrize("type_", ["q4_k_m", "q8_0", "bf16"])
+def test_a_pruned_file_keeps_the_types_of_its_tensors(type_: str, tmp_path: Path) -> None:
+    """Without --type; the matrices that were refitted, too."""
+    text, wide = tmp_path / "text", {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 16}
+    text.write_text("the quick brown fox jumps over the lazy dog . " * 40)
+    source, out = tmp_path / "source.gguf", tmp_path / "out.gguf"
+    convert(tiny.tiny("llama-gqa", folder=tmp_path, n_layers=3, **wide), source, Recipe(type_))
+    report = convert(source, out, Recipe("auto"), Options(prune=("depth=1,ffn=256",), calibrate=text, n_ctx=32))
+    before, after = gguf.read(source), gguf.read(out)
+    (gone,) = report.transformations["pruned"]["layers_removed"]
+    new = {f"blk.{i}.": f"blk.{i - (i > gone)}." for i in range(3) if i != gone}
+    for name, tensor in before.tensors.items():
+        layer = name[:6] if name.startswith("blk.") else ""
+        if not layer or layer in new:
+            assert after.tensors[new.get(layer, "") + name.removeprefix(layer)].format is tensor.format, name
+    assert before.metadata["general.file_type"] == after.metadata["general.file_type"]
 
 
 def test_pruned_and_quantized_in_one_pass(tmp_path: Path) -> None:
