@@ -113,10 +113,11 @@ def unpack_packages(architecture: str, names: list[str], folder: Path, dependenc
 
 
 def requirements() -> list[str]:
-    """What edgelm and its tests need, with the versions of Numba and llvmlite that are installed here."""
+    """What edgelm and the tests that run here need, with the versions of Numba and llvmlite that are installed here."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    tests = [name for name in project["optional-dependencies"]["test"] if not name.startswith("edgelm[")]  # ONNX's
     pinned = [f"{name}=={importlib.metadata.version(name)}" for name in ("numba", "llvmlite")]
-    return [*project["dependencies"], *project["optional-dependencies"]["test"], *pinned]
+    return [*project["dependencies"], *tests, *pinned]
 
 
 def install_wheels(site: Path, python: str) -> None:
