@@ -13,21 +13,33 @@ from numpy.typing import NDArray
 
 from edgelm.errors import UnsupportedError
 from edgelm.formats import Format
+from edgelm.formats.codebooks import IQ4_LEVELS
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 
 def lines(format: type[Format], data: Bytes) -> tuple[Floats, Floats]:
-    """What code c of each weight of rows of blocks stands for, start + step * c: two float32 (n_rows, n_cols)."""
+    """What a code of each weight of rows of blocks stands for, start + step * its level: two float32 (n_rows, n_cols)."""
+    if format.name in _LEVELS:  # one of these is 1, none is 0
+        one = with_codes(format, data, np.full(format.block, int(np.flatnonzero(IQ4_LEVELS == 1)[0]), np.uint8))
+        step = decode(format, one)
+        return np.zeros_like(step), step
     start, first = (with_codes(format, data, np.full(format.block, code, np.uint8)) for code in (0, 1))
     base = decode(format, start)
     return base, decode(format, first) - base
 
 
-def n_codes(format: type[Format]) -> int:
-    """How many codes a weight of the format can have."""
-    return 1 << _writer(format)[0]
+def levels(format: type[Format]) -> Floats:
+    """What the codes of the format stand for before they are scaled, ascending: 0, 1, 2 … for most formats."""
+    return _LEVELS.get(format.name, np.arange(1 << _writer(format)[0], dtype=np.float32))
+
+
+def nearest(levels: Floats, x: Floats) -> Bytes:
+    """The codes whose levels are nearest to x, of any shape."""
+    if levels[0] == 0:  # evenly spaced
+        return np.rint(x).clip(0, len(levels) - 1).astype(np.uint8)
+    return np.searchsorted((levels[1:] + levels[:-1]) / 2, x).astype(np.uint8)
 
 
 def scale_fields(format: type[Format]) -> tuple[str, ...]:
@@ -80,11 +92,14 @@ _WRITERS: dict[str, tuple[int, Callable[[Bytes], dict[str, NDArray[Any]]]]] = {
     "Q4_K": (4, lambda codes: {"qs": _planes(codes, 32, 4)}),
     "Q5_K": (5, lambda codes: {"qs": _planes(codes & 15, 32, 4), "qh": _planes(codes >> 4, 32, 1)}),
     "Q6_K": (6, lambda codes: {"ql": _planes(codes & 15, 64, 4), "qh": _planes(codes >> 4, 32, 2)}),
+    "IQ4_NL": (4, lambda codes: {"qs": _planes(codes, 16, 4)}),
+    "IQ4_XS": (4, lambda codes: {"qs": _planes(codes, 16, 4)}),
 }
+_LEVELS: dict[str, Floats] = {"IQ4_NL": IQ4_LEVELS, "IQ4_XS": IQ4_LEVELS}  # of formats whose codes are not even
 FORMATS_WITH_CODES = tuple(_WRITERS)
 
 
 def _writer(format: type[Format]) -> tuple[int, Callable[[Bytes], dict[str, NDArray[Any]]]]:
     if format.name not in _WRITERS:
-        raise UnsupportedError(f"{format.name} has no evenly spaced codes; those that have: {', '.join(_WRITERS)}")
+        raise UnsupportedError(f"{format.name} has no codes to choose one by one; those that have: {', '.join(_WRITERS)}")
     return _WRITERS[format.name]

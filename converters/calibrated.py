@@ -5,7 +5,7 @@ quantized, and through the original ones. When it comes to a linear layer, all i
 there. So one run is enough, and what it holds is the activations of one layer and their moments.
 
 A layer should not give what its own weights make of the inputs that it now gets, but what it gave in the original:
-`targets` finds the weights for that. They are then rounded: by `gptq`, or by a search where a format has no even codes.
+`targets` finds the weights for that, and `gptq` rounds them.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from edgelm.weights import Layer
 
 from . import block_codes, structure
 from .chunks import Chunks, Turns, forward, need_numbers, parts
-from .gptq import DAMPING, can, gptq
+from .gptq import DAMPING, gptq
 from .imatrix import Source
-from .quantizers import quantize
 from .targets import Moments, fitted
 
 Bytes = NDArray[np.uint8]
@@ -65,7 +64,7 @@ class _Job:
             hessian = self.moments.hessian()
             need_numbers(name, hessian)
             target = fitted(w, self.moments) if self.choices.mend else w
-            data = _rounded(self.types[name], target, hessian, self.choices)
+            data = gptq(self.types[name], target, hessian, self.choices.damping, sweeps=self.choices.sweeps)
             self.give(name, data, np.diagonal(hessian))
         self.done += 1
         self.progress("calibrate", self.done, len(self.types))
@@ -124,12 +123,6 @@ class Paired(Chunks):
             rows = np.repeat(chunks % 2 == half, self._n_ctx)
             if rows.any():
                 (moments.add_gap if adds else moments.add)(half, mine[rows], others[rows])
-
-
-def _rounded(format_name: str, w: Floats, hessian: Floats, choices: Choices) -> Bytes:
-    if can(format_name):
-        return gptq(format_name, w, hessian, choices.damping, sweeps=choices.sweeps)
-    return quantize(format_name, w, np.diagonal(hessian))
 
 
 def quantize_model(

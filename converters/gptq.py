@@ -25,7 +25,6 @@ from edgelm.errors import UsageError
 from edgelm.formats import Format, by_name
 
 from . import block_codes
-from .block_codes import FORMATS_WITH_CODES
 from .quantizers import quantize
 
 Floats = NDArray[np.float32]
@@ -34,11 +33,6 @@ Bytes = NDArray[np.uint8]
 DAMPING = 0.01  # of the mean of the diagonal, added to it: the paper's
 SWEEPS = 0  # of coordinate descent: nothing gained with a few thousand tokens (docs/LOG.md), at twice the time
 _SLAB = 32  # columns whose corrections are applied one by one; the columns behind them get theirs by one product
-
-
-def can(format_name: str) -> bool:
-    """Whether a format has a grid that this can round to."""
-    return format_name in FORMATS_WITH_CODES
 
 
 def gptq(
@@ -55,7 +49,7 @@ def gptq(
     w: float32 (out, in); hessian: (in, in), the sum of xᵀ x over inputs x, of any scale.
 
     Raises:
-        FormatError: as `quantize`. UnsupportedError: the format has no evenly spaced codes.
+        FormatError: as `quantize`. UnsupportedError: the format has no codes to choose one by one.
         UsageError: the hessian has another shape, or is no sum of squares.
     """
     format = by_name(format_name)
@@ -136,13 +130,12 @@ def _block(
     start, step = (line[:, columns] for line in block_codes.lines(format, data))
     inverse = np.where(step == 0, 0, 1 / np.where(step == 0, 1, step)).astype(np.float32)
     codes, errors = np.empty(w.shape, np.uint8), np.empty_like(w)
-    highest = block_codes.n_codes(format) - 1
+    levels = block_codes.levels(format)
     for first in range(0, w.shape[1], _SLAB):
         last = min(first + _SLAB, w.shape[1])
         for j in range(first, last):
-            code = np.rint((w[:, j] - start[:, j]) * inverse[:, j]).clip(0, highest)
-            codes[:, j] = code
-            errors[:, j] = (w[:, j] - (start[:, j] + step[:, j] * code)) / pivots[j]
+            codes[:, j] = block_codes.nearest(levels, (w[:, j] - start[:, j]) * inverse[:, j])
+            errors[:, j] = (w[:, j] - (start[:, j] + step[:, j] * levels[codes[:, j]])) / pivots[j]
             w[:, j + 1 : last] -= errors[:, j, None] * upper[j, j + 1 : last]
         w[:, last:] -= errors[:, first:last] @ upper[first:last, last:]
     return block_codes.with_codes(format, data, codes[:, places]), errors
@@ -158,15 +151,15 @@ def _descend(format: type[Format], w: Floats, h: Floats, data: Bytes, sweeps: in
     start, step = block_codes.lines(format, data)
     inverse = np.where(step == 0, 0, 1 / np.where(step == 0, 1, step)).astype(np.float32)
     values, codes = block_codes.decode(format, data), np.empty(w.shape, np.uint8)
-    highest, diagonal = block_codes.n_codes(format) - 1, np.diagonal(h)
+    levels, diagonal = block_codes.levels(format), np.diagonal(h)
     for _ in range(sweeps):
         for first in range(0, w.shape[1], _SLAB):
             slab = slice(first, min(first + _SLAB, w.shape[1]))
             old, local = values[:, slab].copy(), slopes[:, slab].copy()
             for j in range(slab.start, slab.stop):
                 wanted = values[:, j] - local[:, j - first] / diagonal[j]
-                codes[:, j] = np.rint((wanted - start[:, j]) * inverse[:, j]).clip(0, highest)
-                new = start[:, j] + step[:, j] * codes[:, j]
+                codes[:, j] = block_codes.nearest(levels, (wanted - start[:, j]) * inverse[:, j])
+                new = start[:, j] + step[:, j] * levels[codes[:, j]]
                 local += (new - values[:, j])[:, None] * h[j, slab]
                 values[:, j] = new
             slopes += (values[:, slab] - old) @ h[slab]

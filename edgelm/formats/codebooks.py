@@ -21,7 +21,7 @@ __all__ = [
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
 _SIGNS = np.float32(1) - np.float32(2) * _BITS  # (256, 8): what 8 stored signs do
 _EVEN_SIGNS = _SIGNS[np.arange(128) | _BITS[:128].sum(axis=1, dtype=np.int64) % 2 << 7]  # (128, 8): what 7 do
-_IQ4_LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+IQ4_LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 _E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)  # twice its values
 _E2M1_MIDDLES = (_E2M1[:7] + _E2M1[1:8]) / 2
 _IQ1_DELTA = np.float32(0.125)
@@ -116,7 +116,7 @@ class IQ1_M(Format, id=29, block=256, n_bytes=56, layout="32u1 qs, 16u1 qh, 4<u2
 class IQ4_NL(Format, id=20, block=32, n_bytes=18, layout="<f2 d, 16u1 qs"):
     @staticmethod
     def dequantize(blocks: Blocks) -> Floats:
-        return f32(blocks["d"]) * _IQ4_LEVELS[planes(blocks["qs"], 16, 4)]
+        return f32(blocks["d"]) * IQ4_LEVELS[planes(blocks["qs"], 16, 4)]
 
 
 class IQ4_XS(Format, id=23, block=256, n_bytes=136, layout="<f2 d, <u2 scales_h, 4u1 scales_l, 128u1 qs"):
@@ -126,7 +126,7 @@ class IQ4_XS(Format, id=23, block=256, n_bytes=136, layout="<f2 d, <u2 scales_h,
     def dequantize(blocks: Blocks) -> Floats:
         high = _fields(blocks["scales_h"][:, None], *range(0, 16, 2)) & 3
         scale = f32(blocks["d"]) * (f32(planes(blocks["scales_l"], 1, 4) | high << 4) - np.float32(32))
-        return (scale[..., None] * _IQ4_LEVELS[planes(blocks["qs"], 16, 4)].reshape(-1, 8, 32)).reshape(-1, 256)
+        return (scale[..., None] * IQ4_LEVELS[planes(blocks["qs"], 16, 4)].reshape(-1, 8, 32)).reshape(-1, 256)
 
 
 class MXFP4(Format, id=39, block=32, n_bytes=17, layout="u1 e, 16u1 qs"):

@@ -13,7 +13,7 @@ from converters.block_codes import FORMATS_WITH_CODES
 from converters.calibrated import quantize_model
 from converters.gptq import gptq
 from converters.imatrix import Opened, chunked
-from converters.quantizers import quantize
+from converters.quantizers import SEARCHED, quantize
 from edgelm.errors import UnsupportedError, UsageError
 from edgelm.formats import by_name
 
@@ -75,14 +75,22 @@ def test_codes_mean_what_they_say(name: str) -> None:
     format, rng = by_name(name), np.random.default_rng(2)
     data = quantize(name, rng.normal(0, 0.1, (6, 512)).astype(np.float32), search=True)
     start, step = block_codes.lines(format, data)
-    codes = rng.integers(0, block_codes.n_codes(format), (6, 512), dtype=np.uint8)
+    levels = block_codes.levels(format)
+    codes = rng.integers(0, len(levels), (6, 512), dtype=np.uint8)
     decoded = block_codes.decode(format, block_codes.with_codes(format, data, codes))
-    np.testing.assert_allclose(decoded, start + step * codes, atol=1e-5)
+    np.testing.assert_allclose(decoded, start + step * levels[codes], atol=1e-5)
+    values = rng.normal(0, len(levels), 100).astype(np.float32)
+    distances = np.abs(values[:, None] - levels)
+    np.testing.assert_array_equal(block_codes.nearest(levels, values), distances.argmin(axis=1))
 
 
-def test_formats_without_even_codes() -> None:
-    with pytest.raises(UnsupportedError, match="IQ4_NL"):
-        gptq("IQ4_NL", *layer())
+def test_formats_without_codes_of_one_weight() -> None:
+    with pytest.raises(UnsupportedError, match="MXFP4"):
+        gptq("MXFP4", *layer())
+
+
+def test_every_format_that_is_searched_for_can_be_rounded_so() -> None:
+    assert set(SEARCHED) == set(FORMATS_WITH_CODES)
 
 
 @pytest.mark.parametrize("variant", ["llama-gqa", "llama-fused", "gemma3", "gpt2"])
