@@ -22,19 +22,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.cache import Batch
 from edgelm.disk import Progress, nothing, replacing
 from edgelm.errors import UsageError
-from edgelm.evaluate import score
 from edgelm.formats import QTensor, by_name
-from edgelm.models import model_of
-from edgelm.reference import DenseWeights, Reference
 
 from . import block_codes, mixes
 from .arrays import Array, Floats
 from .conversion import Options
 from .gguf_writer import ALIGNMENT
 from .imatrix import Source
+from .probe import Probe
 from .quantizers import quantize
 from .recipe import Plan, Step
 
@@ -44,8 +41,7 @@ CANDIDATES = (
 )  # fmt: skip
 _PROBES = ("Q3_K", "Q4_0")  # by which a tensor's sensitivity is measured: the first that its rows allow
 _SAMPLE = 1 << 19  # weights of a tensor that its errors are measured on
-N_SEQUENCES, N_TOKENS, N_SCORED = 3, 96, 64  # what sensitivities are measured on; of each sequence the end is scored
-_KEPT_BYTES = 1 << 30
+N_SEQUENCES = 3  # that sensitivities are measured on
 _SPARE = 4096  # bytes of metadata that are known later
 
 
@@ -152,8 +148,7 @@ def measured(
     """
     free = [step for step in plan.steps if _is_free(step, fixed)]
     costs = Costs(n_fixed=sum(step.n_bytes for step in plan.steps if not _is_free(step, fixed)))
-    some = np.linspace(0, len(tokens) - 1, min(N_SEQUENCES, len(tokens))).astype(int)
-    probe = _Probe(source, tokens[some, :N_TOKENS])
+    probe = _Probed(source, tokens)
     for i, step in enumerate(free):
         progress("measure sensitivity", i, len(free))
         errors = _errors(step, arrays[step.name], importance.get(step.name))
@@ -202,47 +197,24 @@ def _through(name: str, rows: Floats, importance: Floats | None) -> Floats:
 class _Probed:
     """The weights of a model, one of which is another."""
 
-    def __init__(self, dense: DenseWeights) -> None:
-        self.dense, self.name, self.values = dense, "", np.empty(0, np.float32)
+    def __init__(self, source: Source, tokens: NDArray[np.int32]) -> None:
+        self._probe = Probe(source, tokens, N_SEQUENCES)
+        self._dense, self._name, self._values = self._probe.runner._dense, "", np.empty(0, np.float32)
+        self._probe.runner._dense = self  # type: ignore[assignment]
 
     def __call__(self, tensor: QTensor) -> NDArray[np.float32]:
-        return self.values if tensor.name == self.name else self.dense(tensor)
+        return self._values if tensor.name == self._name else self._dense(tensor)
 
     def rows(self, tensor: QTensor, indices: NDArray[np.integer]) -> NDArray[np.float32]:
-        return self.values[indices] if tensor.name == self.name else self.dense.rows(tensor, indices)
-
-
-class _Probe:
-    """How far predictions move when one tensor has other values."""
-
-    def __init__(self, source: Source, tokens: NDArray[np.int32]) -> None:
-        c = source.config
-        self._tokens, n = tokens, tokens.shape[1]
-        self._first = max(n // 2, n - N_SCORED)
-        self._runner = Reference(model_of(c), c, source.weights, n_ctx=n, max_weight_bytes=_KEPT_BYTES)
-        self._weights = _Probed(self._runner._dense)
-        self._runner._dense = self._weights  # type: ignore[assignment]
-        self._base = self._logits()
-        self._targets = np.zeros(len(self._base), np.int64)
+        return self._values[indices] if tensor.name == self._name else self._dense.rows(tensor, indices)
 
     def kl(self, name: str, values: NDArray[np.float32]) -> float:
         """Mean KL divergence when the tensor `name` holds `values`."""
-        self._weights.name, self._weights.values = name, values
+        self._name, self._values = name, values
         try:
-            return float(score(self._logits(), self._targets, self._base).kl.mean())
+            return self._probe.kl()
         finally:
-            self._weights.name = ""
-
-    def _logits(self) -> NDArray[np.float32]:
-        cache = self._runner.new_cache()
-        sequences = [cache.new_sequence() for _ in self._tokens]
-        try:
-            pairs = list(zip(sequences, self._tokens, strict=True))
-            self._runner.forward(Batch.of([(s, t[: self._first], "none") for s, t in pairs]))
-            return self._runner.forward(Batch.of([(s, t[self._first :], "all") for s, t in pairs]))
-        finally:
-            for sequence in sequences:
-                sequence.release()
+            self._name = ""
 
 
 # ---------------------------------------------------------------------------------------------------- of a conversion

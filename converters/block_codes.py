@@ -20,10 +20,9 @@ Floats = NDArray[np.float32]
 
 
 def lines(format: type[Format], data: Bytes) -> tuple[Floats, Floats]:
-    """What a code of each weight of rows of blocks stands for, start + step * its level: two float32 (n_rows, n_cols)."""
-    if format.name in _LEVELS:  # one of these is 1, none is 0
-        one = with_codes(format, data, np.full(format.block, int(np.flatnonzero(IQ4_LEVELS == 1)[0]), np.uint8))
-        step = decode(format, one)
+    """What a code of a weight stands for, start + step * its level (`levels`): two float32 (n_rows, n_cols)."""
+    if format.name in _LEVELS:
+        step = decode(format, with_codes(format, data, np.full(format.block, IQ4_LEVELS.tolist().index(1), np.uint8)))
         return np.zeros_like(step), step
     start, first = (with_codes(format, data, np.full(format.block, code, np.uint8)) for code in (0, 1))
     base = decode(format, start)
@@ -101,5 +100,5 @@ FORMATS_WITH_CODES = tuple(_WRITERS)
 
 def _writer(format: type[Format]) -> tuple[int, Callable[[Bytes], dict[str, NDArray[Any]]]]:
     if format.name not in _WRITERS:
-        raise UnsupportedError(f"{format.name} has no codes to choose one by one; those that have: {', '.join(_WRITERS)}")
+        raise UnsupportedError(f"{format.name} has no codes of single weights; those that have: {', '.join(_WRITERS)}")
     return _WRITERS[format.name]

@@ -61,11 +61,14 @@ class _Job:
         """The layer's weights, quantized, from what all parts have brought."""
         data = self.known(name)
         if data is None:
-            hessian = self.moments.hessian()
-            need_numbers(name, hessian)
+            importance = np.diagonal(self.moments.hessian()).copy()
+            need_numbers(name, importance)
             target = fitted(w, self.moments) if self.choices.mend else w
+            hessian = self.moments.hessian()
+            if name in self.adding:
+                self.moments = Moments()  # no other layer has these inputs: the room is needed
             data = gptq(self.types[name], target, hessian, self.choices.damping, sweeps=self.choices.sweeps)
-            self.give(name, data, np.diagonal(hessian))
+            self.give(name, data, importance)
         self.done += 1
         self.progress("calibrate", self.done, len(self.types))
         return data

@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from edgelm.errors import UsageError
 from edgelm.formats import Format, by_name
@@ -49,7 +49,7 @@ def gptq(
     w: float32 (out, in); hessian: (in, in), the sum of xᵀ x over inputs x, of any scale.
 
     Raises:
-        FormatError: as `quantize`. UnsupportedError: the format has no codes to choose one by one.
+        FormatError: as `quantize`. UnsupportedError: the format has no codes of single weights.
         UsageError: the hessian has another shape, or is no sum of squares.
     """
     format = by_name(format_name)
@@ -57,7 +57,7 @@ def gptq(
     if hessian.shape != (n_cols, n_cols) or not np.isfinite(hessian).all():
         raise UsageError(f"a hessian of shape {hessian.shape} for {n_cols} columns, or of what is no number")
     order = _order(np.diagonal(hessian), format.block, act_order)
-    upper = inverse_factor(hessian[np.ix_(order, order)], damping)
+    upper = inverse_factor(hessian, order, damping)
     weights = np.ascontiguousarray(w[:, order], np.float32)
     out = np.empty((len(w), format.row_bytes(n_cols)), np.uint8)
     for start in range(0, n_cols, format.block):
@@ -83,20 +83,25 @@ def _order(diagonal: NDArray[np.floating], block: int, act_order: bool) -> NDArr
     return columns[np.argsort(-driven.sum(axis=1), kind="stable")].reshape(-1)
 
 
-def inverse_factor(h: NDArray[np.floating], damping: float) -> Floats:
-    """U of H with damping, upper triangular with H⁻¹ = Uᵀ U: if H = R Rᵀ, Cholesky from the far end, U inverts R."""
+def inverse_factor(hessian: NDArray[np.floating], order: NDArray[np.intp], damping: float) -> Floats:
+    """U, upper triangular with H⁻¹ = Uᵀ U, of H with its columns in an order, and damped.
+
+    From the far end H is R Rᵀ, R upper triangular, and U inverts R.
+    """
+    backwards = np.ix_(order[::-1], order[::-1])
     for more in (1, 10, 100, 1000):
         try:
-            factor = np.linalg.cholesky(damped(h, damping * more)[::-1, ::-1])
-            return np.ascontiguousarray(inverse_lower(factor).astype(np.float32)[::-1, ::-1])
+            h = damped(hessian[backwards], damping * more)
+            invert_root(h)
+            return np.ascontiguousarray(h[::-1, ::-1], np.float32)
         except np.linalg.LinAlgError:
             continue
     raise UsageError("the hessian is no sum of squares")
 
 
-def damped(h: NDArray[np.floating], damping: float) -> NDArray[Any]:
-    """H in float64, with that share of the mean of its diagonal added to it."""
-    h = h.astype(np.float64)
+def damped(h: NDArray[np.floating], damping: float, dtype: DTypeLike = np.float64) -> NDArray[Any]:
+    """A copy of H with that share of the mean of its diagonal added to it."""
+    h = h.astype(dtype)
     diagonal = np.einsum("ii->i", h)  # a view
     mean = diagonal.mean() or 1.0
     diagonal[diagonal <= 0] = mean  # inputs that the text never drives
@@ -104,16 +109,23 @@ def damped(h: NDArray[np.floating], damping: float) -> NDArray[Any]:
     return h
 
 
-def inverse_lower(a: NDArray[Any]) -> NDArray[Any]:
-    """The inverse of a lower triangular matrix, from those of its quarters: a sixth of the work of a general one."""
-    n = len(a)
-    if n <= 64:
-        return np.tril(np.linalg.inv(a))
-    m, out = n // 2, np.zeros_like(a)
-    first, last = inverse_lower(a[:m, :m]), inverse_lower(a[m:, m:])
-    out[:m, :m], out[m:, m:] = first, last
-    out[m:, :m] = -(last @ (a[m:, :m] @ first))
-    return out
+def invert_root(h: NDArray[Any]) -> None:
+    """Turns H = L Lᵀ into L⁻¹, lower triangular, in its own place: beside it there are two quarters of it at most.
+
+    With quarters A, B, Bᵀ and C, L has the root of A, M = B (root of A)⁻ᵀ, and the root of C - M Mᵀ. Raises
+    LinAlgError where H has no root.
+    """
+    n = len(h)
+    if n <= 128:
+        h[:] = np.tril(np.linalg.inv(np.linalg.cholesky(h)))
+        return
+    first, last = slice(None, n // 2), slice(n // 2, None)
+    invert_root(h[first, first])
+    h[last, first] = h[last, first] @ h[first, first].T
+    h[last, last] -= h[last, first] @ h[last, first].T
+    invert_root(h[last, last])
+    h[last, first] = -(h[last, last] @ (h[last, first] @ h[first, first]))
+    h[first, last] = 0
 
 
 def _block(

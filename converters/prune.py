@@ -135,7 +135,7 @@ def _value(name: str, text: str) -> Any:
 
 def _amount(name: str, text: str) -> Amount:
     value, _, method = text.partition(":")
-    methods = tuple(LAYER_CHOICES) if name == "depth" else ()
+    methods = ("loss", *LAYER_CHOICES) if name == "depth" else ()
     if method and method not in methods:
         known = f"; there are {', '.join(methods)}" if methods else ", which has no choice of methods"
         raise UsageError(f"--prune {name}: no method {method!r:.30}{known}")
@@ -297,10 +297,17 @@ def _goal(
 ) -> Goal:  # fmt: skip
     """What is decided before anything is fitted: layers and channels of the stream."""
     c, gone, dim = source.config, frozenset[int](), None
-    if spec.depth or spec.hidden:
+    is_encoder = c.spec.family == "encoder"
+    method = spec.depth.method or ("influence" if is_encoder else DEPTH_METHOD)
+    by_loss = method == "loss"
+    if by_loss and is_encoder:
+        raise UsageError(f"--prune depth={spec.depth}: an encoder predicts nothing; choose by influence or angular")
+    if spec.depth and by_loss:
+        gone = frozenset(prune_scores.least_loss(source, tokens, n_layers_gone, progress))
+    if spec.hidden or (spec.depth and not by_loss):
         cosines, angles, carried = prune_scores.watched(source, tokens, progress)
-        method = spec.depth.method or DEPTH_METHOD
-        gone = frozenset(LAYER_CHOICES[method](angles if method == "angular" else cosines, n_layers_gone))
+        if not by_loss:
+            gone = frozenset(LAYER_CHOICES[method](angles if method == "angular" else cosines, n_layers_gone))
         if spec.hidden:
             n = c.dim - spec.hidden.of(c.dim, "hidden", _unit(c.dim))
             dim = np.sort(np.argsort(-carried, kind="stable")[:n])

@@ -2,7 +2,8 @@
 
 Layers: 1 - cos between the stream before and behind a layer ("block influence", Men et al., ShortGPT, 2403.03853), or
 the angle between the stream before and behind n layers in a row (Gromov et al., "The Unreasonable Ineffectiveness of
-the Deeper Layers", 2403.17887).
+the Deeper Layers", 2403.17887). Or one after the other, each time the one without which predictions move least
+(Song et al., SLEB, 2402.09025).
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from numpy.typing import NDArray
 
 from edgelm.cache import Batch
 from edgelm.disk import Progress, nothing
-from edgelm.reference import Reference
+from edgelm.reference import Operations, Reference
 from edgelm.weights import Layer
 
 from .imatrix import Source
+from .probe import Probe
 from .prune_fit import Streams, layer_of, run
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
+N_SEQUENCES = 4  # that the loss of layers is measured on
+_FEWEST_TRIED = 4  # layers in each round
 
 
 class _Watching(Streams):
@@ -80,6 +84,41 @@ def smallest_angle(angles: Doubles, n: int) -> tuple[int, ...]:
     """The n layers in a row that turn the stream least together."""
     start = int(np.argmin(np.diagonal(angles, n))) if n else 0
     return tuple(range(start, start + n))
+
+
+class _Without(Operations):
+    """Operations in which the layers `gone` add nothing to the stream."""
+
+    def __init__(self, runner: Reference, batch: Batch, gone: set[int]) -> None:
+        super().__init__(runner, batch)
+        self._gone = gone
+
+    def linear(self, x: Floats, layer: Layer) -> Floats:
+        if layer_of(layer.weight.name) in self._gone:
+            return np.zeros((len(x), layer.weight.shape[0]), np.float32)
+        y: Floats = super().linear(x, layer)
+        return y
+
+
+def least_loss(source: Source, tokens: NDArray[np.int32], n: int, progress: Progress = nothing) -> tuple[int, ...]:
+    """The n layers of a decoder that go when each time the one goes without which predictions move least.
+
+    After the first round only the better half, by the round before, is tried again.
+    """
+    gone, losses = set[int](), dict.fromkeys(range(source.config.n_layers), 0.0)
+    without = set[int]()
+    probe = Probe(source, tokens, N_SEQUENCES, partial(_Without, gone=without))
+    for i in range(n):
+        progress("choose layers", i, n)
+        pool = sorted(losses.keys() - gone, key=lambda layer: (losses[layer], layer))
+        tried = pool[: max(_FEWEST_TRIED, len(pool) // 2)] if gone else pool
+        for layer in tried:
+            without.clear()
+            without.update(gone, {layer})
+            losses[layer] = probe.kl()
+        gone.add(min(tried, key=lambda layer: (losses[layer], layer)))
+    progress("choose layers", n, n)
+    return tuple(sorted(gone))
 
 
 LAYER_CHOICES: dict[str, Any] = {"influence": least_influence, "angular": smallest_angle}

@@ -88,7 +88,7 @@ def thinned(w: Floats, hessian: NDArray[np.floating] | None, pattern: Pattern) -
 
 
 def _sparsegpt(w: Floats, hessian: NDArray[np.floating], pattern: Pattern) -> Floats:
-    upper = inverse_factor(hessian, DAMPING)
+    upper = inverse_factor(hessian, np.arange(len(hessian)), DAMPING)
     w, pivots = w.astype(np.float32).copy(), np.diagonal(upper)
     for start in range(0, w.shape[1], _BLOCK):
         end = min(start + _BLOCK, w.shape[1])

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .gptq import damped, inverse_lower
+from .gptq import damped, invert_root
 
 Floats = NDArray[np.float32]
 RIDGES = (0.03, 0.3, 3.0)  # of the mean of the diagonal of H
@@ -58,7 +58,8 @@ class Moments:
     def hessian(self) -> Floats:
         """Mean of xᵀ x over the whole text."""
         one, two = self.halves
-        mean: Floats = (one.squares + two.squares) / np.float32(one.n + two.n)
+        mean: Floats = one.squares + two.squares
+        mean /= np.float32(one.n + two.n)
         return mean
 
     def solved(self, which: int, missing: Floats, ridge: float) -> Floats:
@@ -74,7 +75,13 @@ class Moments:
 
 def inverse_root(h: Floats, ridge: float) -> Floats:
     """L⁻¹, where L Lᵀ = h + ridge * mean of its diagonal."""
-    return np.asarray(inverse_lower(np.linalg.cholesky(damped(h, ridge)).astype(np.float32)), np.float32)
+    try:
+        root = damped(h, ridge, np.float32)
+        invert_root(root)
+    except np.linalg.LinAlgError:  # a few inputs are far larger than all others
+        root = damped(h, ridge)
+        invert_root(root)
+    return np.asarray(root, np.float32)
 
 
 def fitted(w: Floats, moments: Moments) -> Floats:
