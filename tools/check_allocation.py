@@ -1,17 +1,19 @@
 """Types chosen by what they cost, beside llama.cpp's mixes of the same size: KL divergence from the source.
 
-    python tools/check_allocation.py MODEL CALIBRATE.txt EVAL.txt q4_k_m q3_k_m [--free]
+    python tools/check_allocation.py MODEL CALIBRATE.txt EVAL.txt q4_k_m q3_k_m [--method gptq] [--free]
 
-MODEL: a GGUF file of floats. Both files are rounded by the imatrix method. --free: first make another file of the same
+MODEL: a GGUF file of floats. --method: how both files are rounded. --free: first make another file of the same
 function, with random scales folded between norms (or rows) and the columns that read them: a source that was itself
 dequantized lies on the grid of its old type, where the choice of that type loses nothing.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -62,16 +64,25 @@ def scaled(source: Path, out: Path) -> None:
     write(out, Layout(dict(read.metadata), planned), contents)
 
 
-def main(model: str, calibrate: str, evaluate: str, *mixes: str) -> None:
-    with tempfile.TemporaryDirectory(dir=Path(model).parent) as folder:
-        source, out = Path(model), Path(folder) / "out.gguf"
-        if "--free" in mixes:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("calibrate", type=Path)
+    parser.add_argument("eval", type=Path)
+    parser.add_argument("mixes", nargs="+")
+    parser.add_argument("--method", default="imatrix")
+    parser.add_argument("--free", action="store_true")
+    parser.add_argument("--chunks", type=int, default=16)
+    a = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=a.model.parent) as folder:
+        source, out = a.model, Path(folder) / "out.gguf"
+        if a.free:
             source = Path(folder) / "free.gguf"
-            scaled(Path(model), source)
+            scaled(a.model, source)
         options = Options(
-            calibrate=Path(calibrate), calibrate_chunks=16, evaluate=Path(evaluate), evaluate_chunks=8, method="imatrix"
+            calibrate=a.calibrate, calibrate_chunks=a.chunks, evaluate=a.eval, evaluate_chunks=8, method=a.method
         )
-        for mix in (name for name in mixes if name != "--free"):
+        for mix in a.mixes:
             plain = prepare(source, Recipe(mix), options)
             theirs = run(plain, out).loss
             began = time.process_time()
@@ -86,7 +97,9 @@ def main(model: str, calibrate: str, evaluate: str, *mixes: str) -> None:
                 f"{ours.plan.bits_per_weight:.3f} bits, KL {loss['mean_kl']:.5f} ({change:+.1%}), {seconds:.0f} s",
                 flush=True,
             )
+            formats = Counter(step.format.name for step in ours.plan.steps)
+            print(f"  {dict(Counter(step.format.name for step in plain.plan.steps))} -> {dict(formats)}", flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

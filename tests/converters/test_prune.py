@@ -32,6 +32,7 @@ from edgelm import gguf
 from edgelm.arch import Config, tensors
 from edgelm.cache import Batch
 from edgelm.errors import EdgelmError, UnsupportedError, UsageError
+from edgelm.evaluate import score
 from edgelm.tokenizer import Tokenizer
 
 TOKENS = np.random.default_rng(0).integers(3, 60, 512).tolist()
@@ -74,6 +75,34 @@ def test_a_layer_less_is_a_layer_that_adds_nothing(name: str, tmp_path: Path) ->
     found = outputs(written(smaller, tmp_path / "small.gguf"))
     expected = outputs(written(silenced(source, removed), tmp_path / "whole.gguf"))
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "gemma3", "gpt2"])
+def test_layers_that_nobody_misses_go_first(name: str, tmp_path: Path) -> None:
+    source = silenced(checkpoints.read(tiny.tiny(name, folder=tmp_path, n_layers=5)), [1, 3])
+    smaller = pruned(source, PruneSpec.parse("depth=2:loss,refit=no"), TOKENS, n_ctx=64, chunks=4)
+    assert smaller.facts["pruned"]["layers_removed"] == [1, 3]
+
+
+def test_the_layer_without_which_predictions_move_least_goes(tmp_path: Path) -> None:
+    source = checkpoints.read(tiny.tiny("llama-gqa", folder=tmp_path, n_layers=4))
+    smaller = pruned(source, PruneSpec.parse("depth=1:loss,refit=no"), TOKENS, n_ctx=64, chunks=4)
+    read = np.array(TOKENS[:256]).reshape(4, 64)
+
+    def logits(without: list[int]) -> np.ndarray:
+        path = written(silenced(source, without), tmp_path / "silenced.gguf")
+        return np.concatenate([outputs(path, tokens=chunk.tolist())[32:] for chunk in read])
+
+    whole, targets = logits([]), np.zeros(128, np.int64)
+    losses = [float(score(logits([i]), targets, whole).kl.mean()) for i in range(4)]
+    assert smaller.facts["pruned"]["layers_removed"] == [int(np.argmin(losses))]
+
+
+def test_an_encoder_predicts_nothing(tmp_path: Path) -> None:
+    source = checkpoints.read(tiny.tiny("bert-mean", folder=tmp_path, n_layers=3))
+    with pytest.raises(UsageError, match="influence"):
+        pruned(source, PruneSpec.parse("depth=1:loss"), TOKENS, n_ctx=32, chunks=2)
+    assert pruned(source, PruneSpec.parse("depth=1"), TOKENS, n_ctx=32, chunks=2).config.n_layers == 2
 
 
 @pytest.mark.parametrize("name", tiny.ALL)
