@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 EDGELM = [sys.executable, "-m", "edgelm"]
 METHODS = ("llama-quantize", "rtn", "imatrix", "awq", "gptq", "auto")
-IMATRIX_CHUNKS = 64  # llama-imatrix gets more text than our methods: it needs more, and reads it faster
+CHUNKS, IMATRIX_CHUNKS = 16, 64  # of 512 tokens: llama-imatrix is given more text than our methods
 LLAMA_FIGURES = {
     "kl": r"Mean +KLD: +([-0-9.]+)", "perplexity": r"Mean PPL\(Q\) +: +([0-9.]+)", "same_top": r"Same top p: +([0-9.]+)"
 }  # fmt: skip
@@ -45,9 +45,9 @@ def by_llama_quantize(a: argparse.Namespace, out: Path) -> dict[str, Any]:
     if a.prune:  # layers to leave out
         options = ["--prune-layers", a.prune]
     else:
-        imatrix = a.scratch / f"{a.model.stem}.imatrix.gguf"
+        imatrix = a.scratch / f"{a.model.stem}-{a.chunks}.imatrix.gguf"
         if not imatrix.exists():
-            text = ["-m", str(a.model), "-f", str(a.calibrate), "-c", "512", "--chunks", str(IMATRIX_CHUNKS)]
+            text = ["-m", str(a.model), "-f", str(a.calibrate), "-c", "512", "--chunks", str(a.chunks)]
             called([str(a.llama / "llama-imatrix"), *text, "-o", str(imatrix), "-t", "1"])
         options = ["--imatrix", str(imatrix)]
     called([str(a.llama / "llama-quantize"), "--allow-requantize", *options, str(a.model), str(out), a.type, "1"])
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, default="rtn")
     parser.add_argument("--prune", default="", help="as edgelm convert takes it; for llama-quantize: layers, 3,4")
     parser.add_argument("--calibrate", type=absolute)
-    parser.add_argument("--chunks", type=int, default=16)
+    parser.add_argument("--chunks", type=int, help="of the text that is calibrated on")
     parser.add_argument("--eval", type=absolute)
     parser.add_argument("--eval-chunks", type=int, default=8)
     parser.add_argument("--llama", type=absolute, help="folder of llama.cpp's programs")
@@ -157,7 +157,7 @@ def main() -> None:
     if a.model is None:
         print(quantized_table(rows), pruned_table(rows), sep="\n\n")
         return
-    a.chunks = IMATRIX_CHUNKS if a.method == "llama-quantize" and not a.prune else a.chunks
+    a.chunks = a.chunks or (IMATRIX_CHUNKS if a.method == "llama-quantize" and not a.prune else CHUNKS)
     wanted = (a.model.stem, a.type, a.method, a.prune, a.chunks)
     if wanted in {identity(row) for row in rows} and not a.again:
         return
