@@ -11,7 +11,7 @@ from tiny import tiny
 from converters import block_codes
 from converters.block_codes import FORMATS_WITH_CODES
 from converters.calibrated import quantize_model
-from converters.gptq import gptq
+from converters.gptq import gptq, invert_root
 from converters.imatrix import Opened, chunked
 from converters.quantizers import SEARCHED, quantize
 from edgelm.errors import UnsupportedError, UsageError
@@ -68,6 +68,19 @@ def test_inputs_that_never_come(name: str = "Q4_K") -> None:
 def test_hessians_that_cannot_be(bad: np.ndarray) -> None:
     with pytest.raises(UsageError, match="hessian"):
         gptq("Q4_0", layer()[0], bad)
+
+
+@pytest.mark.parametrize("n", [1, 7, 128, 129, 300])
+def test_a_root_is_inverted_in_place(n: int) -> None:
+    x = np.random.default_rng(n).normal(0, 1, (2 * n, n))
+    h = x.T @ x
+    root = h.copy()
+    invert_root(root)
+    np.testing.assert_array_equal(root, np.tril(root))
+    np.testing.assert_allclose(root @ h @ root.T, np.eye(n), atol=1e-9)
+    h[-1, -1] = -1
+    with pytest.raises(np.linalg.LinAlgError):
+        invert_root(h)
 
 
 @pytest.mark.parametrize("name", FORMATS_WITH_CODES)
