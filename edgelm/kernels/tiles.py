@@ -167,7 +167,7 @@ def _each_block(b: ir.IRBuilder, n_blocks: Value, records: list[Value], record_s
 
     After a block that has a remainder in any of them comes the same number again, with the remainders.
     """
-    rest = b.lshr(b.sub(record_stride, I64(RECORD)), I64(1))
+    rest = _to_rest(b, record_stride)
     block, extra = cgutils.alloca_once(b, I64), cgutils.alloca_once(b, I64)
     b.store(I64(0), block)
     b.store(I64(0), extra)
@@ -178,13 +178,23 @@ def _each_block(b: ir.IRBuilder, n_blocks: Value, records: list[Value], record_s
     step = b.add(b.mul(index, I64(RECORD)), b.load(extra))
     here = [b.add(record, step) for record in records]
     yield index, here
-    flags = functools.reduce(b.or_, [load_at(b, at(b, record, FLAG), I32, 4) for record in here])
-    again = b.icmp_signed("!=", flags, I32(0))  # remainders have none themselves
+    again = _has_rest(b, here)  # remainders have none themselves
     following = b.select(again, index, b.add(index, I64(1)))
     b.store(b.select(again, rest, I64(0)), extra)
     b.store(following, block)
     b.cbranch(b.icmp_signed("<", following, n_blocks), body, end)
     b.position_at_end(end)
+
+
+def _to_rest(b: ir.IRBuilder, record_stride: Value) -> Value:
+    """Bytes from a record to its remainder."""
+    return b.lshr(b.sub(record_stride, I64(RECORD)), I64(1))
+
+
+def _has_rest(b: ir.IRBuilder, records: list[Value]) -> Value:
+    """Whether any of the records has a remainder."""
+    flags = functools.reduce(b.or_, [load_at(b, at(b, record, FLAG), I32, 4) for record in records])
+    return b.icmp_signed("!=", flags, I32(0))
 
 
 # --- the functions
@@ -196,8 +206,10 @@ def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_
     record + record_stride * token; out: (token, 2, 16) float32. The last two: groups that this thread will read next.
     """
     first, second, n_units, record, record_stride, out, next_first, next_second = args
-    near = _near(context, n_tokens)
-    n_groups = 1 if near else n_groups
+    in_order, rest = _in_order(context, n_tokens), _to_rest(b, record_stride)
+    n_groups = 1 if in_order else n_groups
+    last = at(b, record, -RECORD, n_units, RECORD * blocks.blocks)
+    all_rest = b.and_(_has_rest(b, [record]), _has_rest(b, [last]))  # as in the inputs of the output matrix
     with cgutils.for_range(b, I64(2 // n_groups), intp=I64) as outer:
         weights = [b.add(first, b.mul(b.sub(second, first), outer.index)), second][:n_groups]
         after = [next_first, next_second]
@@ -215,27 +227,36 @@ def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_
             ahead = [_ahead(b, blocks, *place) for place in zip(units, ends, after, strict=True)]
             records = b.mul(loop.index, I64(RECORD * blocks.blocks))
             here = [b.add(token, records) for token in tokens]
-            with _each_block(b, I64(blocks.blocks), here, record_stride) as (block, inputs):
-                if near:
-                    share = b.mul(block, I64(_share(blocks)))
-                    _prefetch(b, blocks, _behind(b, b.add(units[0], share), NEAR, ends[0], after[0]), near=True)
+            with cgutils.for_range(b, I64(blocks.blocks), intp=I64) as inner:
+                block, inputs = inner.index, [at(b, record, 0, inner.index, RECORD) for record in here]
+                share = b.mul(block, I64(_share(blocks)))
+                if in_order and len(blocks.planes) > 1:
+                    with b.if_else(all_rest) as (long_work, short_work):
+                        with long_work:
+                            _prefetch(b, blocks, b.add(ahead[0], share))
+                        with short_work:
+                            place = _behind(b, b.add(units[0], share), NEAR, ends[0], after[0])
+                            _prefetch(b, blocks, place, near=True)
                 scales, minima = zip(*(blocks.scales(context, b, unit, block) for unit in units), strict=True)
                 values = [_vectors(blocks.quants(b, tile.isa, unit, block, tile.form)) for unit in units]
                 tile.add_block(values, scales, minima, inputs)
-                for unit in [] if near else ahead:
-                    _prefetch(b, blocks, at(b, unit, 0, block, _share(blocks)))
+                with b.if_then(_has_rest(b, inputs)):  # the same weights once more, as they are unpacked
+                    tile.add_block(values, scales, minima, [b.add(record, rest) for record in inputs])
+                for unit in [] if in_order else ahead:
+                    _prefetch(b, blocks, b.add(unit, share))
         place = b.add(out, b.mul(outer.index, I64(ROW)))
         for g, accs in enumerate(tile.acc):
             for t, acc in enumerate(accs):
                 store_at(b, b.load(acc), at(b, place, ROW * (2 * t + g)), 64)
 
 
-def _near(context: Any, n_tokens: int) -> bool:
-    """Whether a processor's own prefetching brings all that the memory gives, if it is left alone.
+def _in_order(context: Any, n_tokens: int) -> bool:
+    """Whether this processor's own prefetching gets all that the memory gives, if it sees one stream of lines in order.
 
-    AMD's does where one group is read after the other, its lines in order; two at a time, or lines asked for far ahead,
-    are slower by a quarter. With more tokens the next lines come too late into the window of instructions under way.
-    Every processor of AMD has SSE4a, and no other.
+    So does AMD's (SSE4a is theirs alone): two groups at a time, or lines asked for far ahead, are slower by a quarter.
+    Where a block has several planes its lines are not loaded in order, so each line is asked for shortly before, in
+    order. That works as long as the window of instructions under way reaches some blocks ahead: not with many tokens,
+    and if all blocks have remainders, lines are asked for far ahead there, too.
     """
     return n_tokens <= 2 and "sse4a" in target(context)[1]
 
