@@ -71,7 +71,7 @@ def store_at(b: ir.IRBuilder, value: ir.Value, address: ir.Value, align: int = 1
 
 
 def prefetch_at(b: ir.IRBuilder, address: ir.Value, near: bool = False) -> None:
-    """Asks for the cache line at `address`, any address, to be brought to the second-level cache; near: to the first."""
+    """Asks for the cache line at `address`, any address, in the second-level cache; near: in the first."""
     level = I32(3 if near else 2)
     call(b, "llvm.prefetch.p0", ir.VoidType(), b.inttoptr(address, I8.as_pointer()), I32(0), level, I32(1))
 

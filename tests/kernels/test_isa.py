@@ -19,6 +19,7 @@ TARGETS = {
     "portable": ("x86-64", "+sse,+sse2", "Portable", ""),
     "sse4": ("nehalem", SSE, "Ssse3", "sse4.2"),
     "avx2": ("haswell", AVX2, "Avx2", "avx2"),
+    "zen3": ("znver3", f"{AVX2},+sse4a", "Avx2", "avx2"),  # weights are read in another order: `tiles._in_order`
     "avxvnni": ("alderlake", f"{AVX2},+avxvnni", "Vnni256", "avxvnni"),
     "avx512": ("skylake-avx512", AVX512, "Avx512", "avx512bw"),
     "avx512vnni": ("cascadelake", f"{AVX512},+avx512vnni", "Vnni512", "avx512vnni"),
