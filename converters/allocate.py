@@ -164,6 +164,11 @@ def measured(
     return costs
 
 
+def subject(plan: Plan, fixed: set[str]) -> list[tuple[str, tuple[int, ...], int]]:
+    """All that costs depend on in a plan: name, shape, and the bytes of what is not to be chosen (0: it is)."""
+    return [(s.name, s.shape, 0 if _is_free(s, fixed) else s.n_bytes) for s in plan.steps]
+
+
 def _is_free(step: Step, fixed: set[str]) -> bool:
     return step.format.block > 1 and not step.is_kept and step.name not in fixed and step.shape[-1] % 32 == 0
 

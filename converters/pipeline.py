@@ -139,7 +139,7 @@ def _allocated(conversion: Conversion, work: Path | None, progress: Progress) ->
     tokens = imatrices.chunked(source, calibration.text.text, calibration.n_ctx, calibration.chunks)
     some = tokens[np.linspace(0, len(tokens) - 1, min(ALLOCATE_CHUNKS, len(tokens))).astype(int)]
     asked = _asked(plan, recipe)
-    facts = (checkpoint.fingerprint(), sorted(checkpoint.facts.items()), sorted(asked), plan, some.tobytes())
+    facts = (checkpoint.fingerprint(), sorted(checkpoint.facts.items()), allocate.subject(plan, asked), some.tobytes())
     kept = None if work is None else work / f"costs-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.json"
     costs = allocate.Costs.read(kept)
     if costs is None:

@@ -88,10 +88,10 @@ def test_more_bits_lose_less(folder: Path, tmp_path: Path) -> None:
 def test_what_was_measured_is_not_measured_again(folder: Path, tmp_path: Path) -> None:
     stages: list[str] = []
     plans = []
-    for bpw in (4.0, 4.0, 6.0):  # another target needs the same costs
+    for bpw, mix in ((4.0, "auto"), (4.0, "q3_k_s"), (6.0, "auto")):  # another target, or mix, needs the same costs
         stages.append("next")
         made = prepare(
-            folder, Recipe("auto"), asked(tmp_path, target_bpw=bpw), work=tmp_path / "work",
+            folder, Recipe(mix), asked(tmp_path, target_bpw=bpw), work=tmp_path / "work",
             progress=lambda stage, done, total: stages.append(stage),
         )  # fmt: skip
         plans.append([(step.name, step.format.name) for step in made.plan.steps])
