@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from edgelm.cache import Batch
 from edgelm.disk import Progress, nothing
 from edgelm.errors import EdgelmError
 from edgelm.evaluate import EvalReport, Evaluated, perplexity
-from edgelm.formats import QTensor
+from edgelm.formats import Format
 from edgelm.gguf_model import GGUFModel
 from edgelm.threads import default_threads
 from edgelm.tokenizer import Tokenizer
@@ -108,7 +108,7 @@ def measured(conversion: Conversion, draft: Path, progress: Progress = nothing) 
     """
     plan, options, evaluation = conversion.plan, conversion.options, conversion.evaluation
     checkpoint = conversion.checkpoint
-    after, forget = _tensors(draft, options), checkpoint.forget
+    after, forget = _tensors(conversion, draft), checkpoint.forget
     told = Told(of_tensors(plan.steps, checkpoint.tensors, after, conversion.importance, forget))
     if evaluation is None:
         return told
@@ -126,11 +126,25 @@ def measured(conversion: Conversion, draft: Path, progress: Progress = nothing) 
     return told
 
 
-def _tensors(draft: Path, options: Options) -> Mapping[str, QTensor]:
-    """The tensors of an output, as far as they can be read one by one."""
+class _Tensor(Protocol):
+    """What an output has in place of a tensor: rows by their numbers, float32 (n, columns)."""
+
+    @property
+    def format(self) -> type[Format]: ...
+
+    def rows(self, indices: NDArray[np.intp]) -> Floats: ...
+
+
+def _tensors(conversion: Conversion, draft: Path) -> Mapping[str, _Tensor]:
+    """The tensors of an output; those of a graph, which joins and turns them, are rounded again."""
+    options = conversion.options
+    if options.format == "onnx":
+        from .onnx_export import weights_of
+
+        return weights_of(conversion, options.onnx_block).by_name
     if options.format == "gguf":
         return gguf.read(draft).tensors
-    return {} if options.format == "onnx" else calibrate.opened(checkpoints.read(draft)).weights.by_name
+    return calibrate.opened(checkpoints.read(draft)).weights.by_name
 
 
 @contextmanager
@@ -170,7 +184,7 @@ def predictions(
 def of_tensors(
     steps: Iterable[Step],
     before: Mapping[str, Array],
-    after: Mapping[str, QTensor],
+    after: Mapping[str, _Tensor],
     importance: Mapping[str, Floats],
     forget: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
@@ -190,7 +204,7 @@ def of_tensors(
         return {step.name: error for step, error in zip(steps, found, strict=True)}
 
 
-def _error(before: Array, after: QTensor, importance: Floats | None) -> float:
+def _error(before: Array, after: _Tensor, importance: Floats | None) -> float:
     if before.as_is is not None and before.as_is.format is after.format:
         return 0.0
     shape = before.shape or (1,)

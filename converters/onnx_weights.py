@@ -22,6 +22,7 @@ from edgelm.formats.k_quants import scales_and_minima
 
 from .arrays import Array, Floats
 from .gguf_export import tensor_bytes
+from .prune_cut import cut_array
 from .recipe import Step
 
 Bytes = NDArray[np.uint8]
@@ -174,10 +175,14 @@ class Tensor:
         """Whether it is integers in ONNX, not floats."""
         return self.format.block > 1
 
+    @property
+    def has_other_blocks(self) -> bool:
+        """Whether more or fewer weights share a scale than in the format itself."""
+        return self.block not in (0, self.format.block) and self.format.name in ("Q4_0", "Q8_0")
+
     def _parts(self) -> Iterator[QTensor]:
         """Its rows in the format of the plan, some at a time."""
-        data = [self.ready] if self.ready is not None else tensor_bytes(self.step, self.array, self.importance)
-        for rows in data:
+        for rows in tensor_bytes(self.step, self.array, self.importance, self.ready):
             n = len(rows) if len(self.shape) > 1 else self.shape[0]
             yield QTensor(self.name, self.format, (n, *self.shape[1:]), rows)
 
@@ -186,6 +191,19 @@ class Tensor:
         if self.is_blocked and len(self.shape) == 2:
             return self.blocked().dequantize()[:, : self.shape[1]]
         return np.concatenate([part.dequantize() for part in self._parts()])
+
+    def rows(self, indices: NDArray[np.intp]) -> Floats:
+        """The same for some of its rows, in ascending order, alone: none of the others is rounded for that."""
+        if len(self.shape) != 2:
+            return self.dequantize().reshape(-1, self.shape[-1])[indices]
+        part = cut_array(self.array, (indices, None))
+        if self.has_other_blocks:
+            values = rounded(part.read(), LAYOUTS[self.format.name].bits, self.block).dequantize()
+            return values[:, : self.shape[1]]
+        step = replace(self.step, shape=part.shape, is_kept=self.format.name in part.kept)
+        ready = None if self.ready is None else self.ready[indices]
+        data = np.concatenate(list(tensor_bytes(step, part, self.importance, ready)))
+        return QTensor(self.name, self.format, part.shape, data).dequantize()
 
     def floats(self) -> Iterator[Floats]:
         """Its rows as float32, some at a time."""
@@ -202,7 +220,7 @@ class Tensor:
 
         Raises FormatError for a matrix that holds infinity or NaN, UnsupportedError for a format that has no integers.
         """
-        if self.block and self.format.name in ("Q4_0", "Q8_0") and self.block != self.format.block:
+        if self.has_other_blocks:
             bits = LAYOUTS[self.format.name].bits
             return joined([rounded(part, bits, self.block) for part in self.trained()])
         if self.format.name not in LAYOUTS:

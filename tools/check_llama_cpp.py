@@ -1,6 +1,6 @@
 """Does llama.cpp load what we write, and compute what we compute? Every type, every architecture, every transformation.
 
-    python tools/check_llama_cpp.py PATH/OF/llama-perplexity [--model F16.gguf --text FILE] [--only WORD]
+    python tools/check_llama_cpp.py PATH/OF/llama-perplexity [--model F16.gguf --text FILE] [--only PATTERN]
 
 Tiny models of every decoder in several types, one of them in every type, pruned in every way, merged with adapters,
 rounded by each method; with --model, that model in every type, pruned, and rounded by each method. llama.cpp keeps the
@@ -207,14 +207,14 @@ def main() -> None:
     parser.add_argument("llama_perplexity")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--text", type=Path)
-    parser.add_argument("--only", default="", help="cases whose name and type contain this")
+    parser.add_argument("--only", default="", help="cases whose name and type fit this pattern")
     args = parser.parse_args()
     n, failed = 0, []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for case in cases(folder, args.model, args.text):
             title = f"{case.name} {case.type}"
-            if args.only not in title:
+            if not re.search(args.only, title):
                 continue
             n, out = n + 1, folder / "out.gguf"
             is_wrong, facts = judged(args.llama_perplexity, case, out)

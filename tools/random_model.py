@@ -69,7 +69,7 @@ def vocabulary(n: int, pre: str) -> dict[str, Any]:
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": alphabet + [f"t{i}" for i in range(n - len(alphabet) - 1)] + ["<|end|>"],
         "tokenizer.ggml.token_type": [1] * (n - 1) + [3],
-        "tokenizer.ggml.merges": ["t h"],
+        "tokenizer.ggml.merges": ["t 1"],
         "tokenizer.ggml.bos_token_id": n - 1,
         "tokenizer.ggml.eos_token_id": n - 1,
         "tokenizer.ggml.add_bos_token": False,

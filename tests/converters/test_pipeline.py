@@ -225,3 +225,18 @@ def test_an_onnx_folder_out(tmp_path: Path) -> None:
     report = convert(folder, tmp_path / "onnx", Recipe("q4_0"), asked(tmp_path, format="onnx", method="imatrix"))
     assert report.loss is not None and report.loss["interpreter"] == "onnxruntime" and report.loss["mean_kl"] > 0
     assert (tmp_path / "onnx" / "model.onnx").exists() and report.format == "onnx"
+    other = convert(folder, tmp_path / "out.gguf", Recipe("q4_0"), asked(tmp_path, method="imatrix"))
+    errors = [{facts["tensor"]: facts["error"] for facts in r.tensors} for r in (report, other)]
+    assert errors[0] == pytest.approx(errors[1]) and max(errors[0].values()) > 0.01
+
+
+@pytest.mark.parametrize("block", [0, 16, 128])
+def test_rows_of_a_graph_are_rounded_as_the_whole(block: int, tmp_path: Path) -> None:
+    """What the errors of ONNX tensors are measured on is what the graph computes with."""
+    from converters.onnx_export import weights_of
+
+    made = prepare(hf_folder.write(tmp_path, "gpt2"), Recipe("q4_0"))
+    for name, tensor in weights_of(made, block).by_name.items():
+        rows = np.arange(3, 9) if len(tensor.shape) == 2 else np.arange(1)
+        whole = tensor.dequantize().reshape(-1, tensor.shape[-1])
+        np.testing.assert_array_equal(tensor.rows(rows), whole[rows], name)
