@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from edgelm import gguf
 from edgelm.arch import Config
 from edgelm.cache import Batch
-from edgelm.disk import Progress
+from edgelm.disk import Progress, replacing
 from edgelm.errors import FormatError, UsageError
 from edgelm.formats import F32, QTensor
 from edgelm.reference import Reference
@@ -84,7 +84,8 @@ def save(path: str | Path, imatrix: Imatrix, form: str | None = None) -> None:
     """Writes an imatrix in the form "gguf" or "dat"; by default "dat" if that is how the name of the file ends."""
     path = Path(path)
     if (form or path.suffix.removeprefix(".")) == "dat":
-        path.write_bytes(_to_dat(imatrix))
+        with replacing(path) as file:
+            file.write(_to_dat(imatrix))
         return
     arrays: dict[str, Floats] = {}
     for name in sorted(imatrix.entries):

@@ -28,6 +28,7 @@ from edgelm.errors import EdgelmError
 from edgelm.evaluate import EvalReport, Evaluated, perplexity
 from edgelm.formats import Format
 from edgelm.gguf_model import GGUFModel
+from edgelm.model import Settings
 from edgelm.threads import default_threads
 from edgelm.tokenizer import Tokenizer
 
@@ -156,7 +157,8 @@ def _running(draft: Path, options: Options, n_ctx: int, progress: Progress) -> I
         with edgelm.load(str(draft), ctx_size=n_ctx, progress=progress) as onnx:
             yield onnx, onnx.interpreter
     else:
-        with GGUFModel(gguf.read(draft), ctx_size=n_ctx, packed="memory", progress=progress) as model:
+        settings = Settings(ctx_size=n_ctx, packed="memory")
+        with GGUFModel(gguf.read(draft), settings, progress) as model:
             yield model, model.interpreter
 
 

@@ -14,7 +14,7 @@ from .describe import describe_file
 from .errors import UnsupportedError, UsageError
 from .formats import QTensor
 from .gguf import GGUF
-from .model import Model, Runner
+from .model import Model, Runner, Settings
 from .models import model_of
 from .session import Progress
 from .threads import default_threads
@@ -35,31 +35,17 @@ class GGUFModel(Model):
         packed_file: the file that the packed weights are in; None: they are in memory.
     """
 
-    def __init__(
-        self,
-        file: GGUF,
-        *,
-        ctx_size: int = 0,
-        threads: int | None = None,
-        threads_batch: int | None = None,
-        kv_type: str | None = None,
-        interpreter: str = "auto",
-        chat_template: str | None = None,
-        max_tokens_per_run: int | None = None,
-        packed: str = "auto",
-        progress: Progress | None = None,
-    ) -> None:
-        self.gguf, self.path = file, file.paths[0]
+    def __init__(self, file: GGUF, settings: Settings, progress: Progress | None = None) -> None:
+        self.gguf, self.path, self._settings = file, file.paths[0], settings
         self.packed_file: Path | None = None
         self.config = Config.from_gguf(file.metadata)
         self.weights = Weights.from_gguf(self.config, file.tensors)
         self.tokenizer = Tokenizer.from_gguf(file.metadata)
-        self.n_ctx = memory.context_window(self.config, ctx_size)
-        self.interpreter = _choose(interpreter)
-        self.kv_type = kv_type or ("f32" if self.interpreter == "reference" else "f16")
-        self._chat_template = chat_template
-        self._threads, self._max_tokens, self._place = (threads, threads_batch), max_tokens_per_run, packed
-        if chat_template is not None:
+        self.n_ctx = memory.context_window(self.config, settings.ctx_size)
+        self.interpreter = _choose(settings.interpreter)
+        self.kv_type = settings.kv_type or ("f32" if self.interpreter == "reference" else "f16")
+        self._chat_template = settings.chat_template
+        if settings.chat_template is not None:
             _ = self.template  # a wrong one is said now
         self.runner = self._new_runner("hidden" if self.is_encoder else "logits", progress)
         if self.interpreter == "program":
@@ -139,15 +125,16 @@ class GGUFModel(Model):
             return Reference(function, self.config, self.weights, head=head, n_ctx=self.n_ctx)
         from .program import Program
 
-        batch = {} if self._max_tokens is None else {"max_tokens": self._max_tokens}
+        settings = self._settings
+        batch = {} if settings.max_tokens_per_run is None else {"max_tokens": settings.max_tokens_per_run}
         return Program(
             function,
             self.config,
             self.weights,
             head=head,
             n_ctx=self.n_ctx,
-            n_threads=self._threads[0],
-            n_threads_batch=self._threads[1],
+            n_threads=settings.threads,
+            n_threads_batch=settings.threads_batch,
             kv_type=self.kv_type,
             shared=shared,
             pack=lambda tensors: self._pack(tensors, progress),
@@ -162,7 +149,7 @@ class GGUFModel(Model):
         # The window may be large and never be filled: room for a conversation is what has to be there.
         need = memory.estimate(self.config, (), min(self.n_ctx, 4096), self.kv_type)
         result, self.packed_file = packed.load(
-            self.gguf, tensors, self._place, need.total, default_threads(), progress
+            self.gguf, tensors, self._settings.packed, need.total, default_threads(), progress
         )
         return result
 

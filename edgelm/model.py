@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,7 +28,7 @@ from .tokenizer import Tokenizer
 if TYPE_CHECKING:
     from .chat import ChatTemplate
 
-__all__ = ["Model", "Runner", "describe", "generate", "load", "stream_generate"]
+__all__ = ["Model", "Runner", "Settings", "describe", "generate", "load", "stream_generate"]
 
 
 class Runner(Protocol):
@@ -38,6 +39,20 @@ class Runner(Protocol):
     def new_cache(self, kv_type: str) -> SequenceCache: ...
 
     def forward(self, batch: Batch) -> NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model runs here, whatever its file: arguments of `load`, which says what they mean."""
+
+    ctx_size: int = 0
+    threads: int | None = None
+    threads_batch: int | None = None
+    kv_type: str | None = None
+    interpreter: str = "auto"
+    chat_template: str | None = None
+    max_tokens_per_run: int | None = None
+    packed: str = "auto"
 
 
 def load(
@@ -80,25 +95,17 @@ def load(
         UsageError: an argument that cannot be meant.
     """
     path = hub.resolve(source, offline=offline, progress=progress)
-    settings: dict[str, Any] = {
-        "ctx_size": ctx_size,
-        "threads": threads,
-        "threads_batch": threads_batch,
-        "kv_type": kv_type,
-        "interpreter": interpreter,
-        "chat_template": chat_template,
-        "max_tokens_per_run": max_tokens_per_run,
-        "packed": packed,
-        "progress": progress,
-    }
+    settings = Settings(
+        ctx_size, threads, threads_batch, kv_type, interpreter, chat_template, max_tokens_per_run, packed
+    )
     if hub.is_onnx(path):
         from .onnx_model import OnnxModel
 
-        return OnnxModel(path, **settings)
+        return OnnxModel(path, settings)
     from . import gguf
     from .gguf_model import GGUFModel
 
-    return GGUFModel(gguf.read(path), **settings)
+    return GGUFModel(gguf.read(path), settings, progress)
 
 
 def tokenizer_of(path: Path) -> Tokenizer:

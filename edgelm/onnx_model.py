@@ -13,11 +13,10 @@ import numpy as np
 from . import json_tokenizer, onnx_folder
 from .errors import UnsupportedError, UsageError
 from .memory import Memory
-from .model import Model, Runner
+from .model import Model, Runner, Settings
 from .onnx_cache import bytes_per_position
 from .onnx_folder import OnnxFolder, read_object, read_text
 from .onnx_runner import OnnxRunner
-from .session import Progress
 
 if TYPE_CHECKING:
     from .chat import ChatTemplate
@@ -30,20 +29,8 @@ _KV_TYPES = {"float32": "f32", "float16": "f16"}
 class OnnxModel(Model):
     """See `Model`. folder: what it was loaded from."""
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        ctx_size: int = 0,
-        threads: int | None = None,
-        threads_batch: int | None = None,
-        kv_type: str | None = None,
-        interpreter: str = "auto",
-        chat_template: str | None = None,
-        max_tokens_per_run: int | None = None,
-        packed: str = "auto",
-        progress: Progress | None = None,
-    ) -> None:
+    def __init__(self, path: Path, settings: Settings) -> None:
+        interpreter, packed, kv_type = settings.interpreter, settings.packed, settings.kv_type
         if interpreter not in ("auto", "onnxruntime"):
             raise UsageError(f"interpreter is {interpreter!r}; an ONNX model is computed by onnxruntime, or auto")
         if packed not in ("auto", "memory"):
@@ -53,14 +40,13 @@ class OnnxModel(Model):
         self.kv_type = _KV_TYPES[folder.cache[0].dtype] if folder.cache else "f32"
         if kv_type not in (None, self.kv_type, f"{self.kv_type}/{self.kv_type}"):
             raise UsageError(f"kv_type is {kv_type!r}, but keys and values of this graph are {self.kv_type}")
-        self.n_ctx = _window(folder, ctx_size)
+        self.n_ctx = _window(folder, settings.ctx_size)
         self.tokenizer = json_tokenizer.read(folder)
-        self._chat_template = chat_template
-        if chat_template is not None:
+        self._chat_template = settings.chat_template
+        if settings.chat_template is not None:
             _ = self.template  # a wrong one is said now
-        self.runner = OnnxRunner(
-            folder, n_ctx=self.n_ctx, n_threads=threads or threads_batch, max_tokens=max_tokens_per_run
-        )
+        n_threads = settings.threads or settings.threads_batch
+        self.runner = OnnxRunner(folder, n_ctx=self.n_ctx, n_threads=n_threads, max_tokens=settings.max_tokens_per_run)
         self._cache = self.runner.new_cache()
 
     @property
@@ -154,9 +140,7 @@ def template_of(folder: OnnxFolder) -> str | None:
     return text if text is not None else said if isinstance(said, str) else None
 
 
-def describe(
-    folder: OnnxFolder, ctx_size: int = 0, *, metadata: bool = False, tensors: bool = False
-) -> dict[str, Any]:
+def describe(folder: OnnxFolder, ctx_size: int = 0, *, metadata: bool = False, tensors: bool = False) -> dict[str, Any]:
     """What `edgelm info` says about a folder; nothing of it is run. See `edgelm.describe.describe`."""
     graph = folder.graph
     counts: Counter[str] = Counter()

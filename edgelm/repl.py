@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgelm.disk import replacing
 from edgelm.errors import EdgelmError, UsageError
 from edgelm.terminal import Bars, note, readable, statistics
 
@@ -296,7 +297,8 @@ class Repl:
         path = conversation_path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         record = {"model": str(self.model.path), "messages": self.messages, "settings": self.settings}
-        path.write_text(json.dumps(record, ensure_ascii=False, indent=2), encoding="utf-8")
+        with replacing(path) as file:
+            file.write(json.dumps(record, ensure_ascii=False, indent=2).encode())
         note(f"saved to {path}")
 
     def load(self, name: str) -> None:

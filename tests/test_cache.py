@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import gc
-import io
 import threading
 from dataclasses import dataclass
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from edgelm.cache import PAGE, Batch, CacheFull, GroupLayout, KVCache, Sequence
-from edgelm.errors import FormatError, UsageError
-from edgelm.flags import CACHE_TYPES, cache_type
-from edgelm.kv_types import KV_TYPES, both, hadamard, named
+from edgelm.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -184,81 +180,6 @@ def test_layout():
             GroupLayout(group, wrong)
 
 
-# --- types
-
-BITS = {"f32": 32, "f16": 16, "q8_0": 8.5, "q4_0": 4.5}
-ERRORS = {"f32": 0, "f16": 3e-4, "q8_0": 7e-3, "q4_0": 0.11}  # of normal numbers, relative, root of mean square
-
-
-def test_flags_name_every_type():
-    assert set(CACHE_TYPES) == set(KV_TYPES) == set(BITS) == set(ERRORS)
-
-
-@pytest.mark.parametrize(("k", "v", "interpreter", "kv_type"), [
-    ("q8_0", "q8_0", None, "q8_0"), ("q8_0", None, None, "q8_0/f16"), (None, "q4_0", None, "f16/q4_0"),
-    ("f16", None, "program", "f16"), ("q4_0", None, "reference", "q4_0/f32"),
-])
-def test_flags(k, v, interpreter, kv_type):
-    """As llama.cpp's: each is for one of the two, and the other stays what it is."""
-    assert cache_type({"cache_type_k": k, "cache_type_v": v, "interpreter": interpreter}) == {"kv_type": kv_type}
-    assert named(*both(kv_type)) == kv_type
-    assert cache_type({"interpreter": interpreter}) == {}
-
-
-@pytest.mark.parametrize("kv_type", [*KV_TYPES])
-@pytest.mark.parametrize("keys", [True, False])
-@pytest.mark.parametrize("dim", [1, 3, 16, 24, 32, 64, 80, 96, 256])
-def test_types(kv_type, keys, dim):
-    """Precision, size, and that a position depends on nothing but itself: neither on the call nor on what was there."""
-    array, rng = KV_TYPES[kv_type](keys, 2, dim), np.random.default_rng(dim)
-    x = rng.standard_normal((PAGE, 2, dim), np.float32)
-    page, other = (np.full(array.n_bytes, fill, np.uint8) for fill in (0, 0xFF))
-    array.write(page, 0, x)
-    for at, n in ((63, 1), (0, 5), (5, 58)):
-        array.write(other, at, x[at : at + n])
-    y = array.read(page)
-    np.testing.assert_array_equal(array.read(other), y)
-    assert np.sqrt(np.mean((x - y) ** 2) / np.mean(x**2)) <= ERRORS[kv_type]
-    if dim % 32 == 0:
-        assert 8 * array.n_bytes == PAGE * 2 * dim * BITS[kv_type]
-    array.keep(other, 7)
-    np.testing.assert_array_equal(array.read(other)[:7], y[:7])
-    assert not array.read(other)[7:].any()
-
-
-@pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])
-def test_outliers_spoil_their_block_alone(kv_type):
-    array = KV_TYPES[kv_type](True, 1, 96)
-    x = np.random.default_rng(0).standard_normal((PAGE, 1, 96)).astype(np.float32)
-    y, page = x.copy(), np.zeros(array.n_bytes, np.uint8)
-    y[:, :, 40] = 1000
-    array.write(page, 0, y)
-    read = array.read(page)
-    assert np.abs(read - y)[:, :, 32:64].max() <= 1000 / 32**0.5 / (127 if kv_type == "q8_0" else 8) * 6
-    assert np.abs(read - y)[:, :, [*range(32), *range(64, 96)]].max() < (0.1 if kv_type == "q8_0" else 1.5)
-
-
-@pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])
-def test_what_is_not_finite_is_not_a_number(kv_type):
-    array, x = KV_TYPES[kv_type](False, 1, 64), np.ones((3, 1, 64), np.float32)
-    page = np.zeros(array.n_bytes, np.uint8)
-    x[0, 0, 5], x[1, 0, 40] = np.nan, -np.inf
-    array.write(page, 0, x)
-    broken = np.isnan(array.read(page)[:3, 0])
-    assert broken.all(axis=1).tolist() == [False] * 3
-    assert broken.sum(axis=1).tolist() == [32, 32, 0]
-
-
-def test_hadamard():
-    h = hadamard(np.eye(32, dtype=np.float32)).astype(np.float64)
-    np.testing.assert_allclose(h @ h.T, np.eye(32), atol=1e-6)
-    np.testing.assert_allclose(np.abs(h), 32**-0.5, atol=1e-7)
-    sylvester = np.ones((1, 1))
-    for _ in range(5):
-        sylvester = np.block([[sylvester, sylvester], [sylvester, -sylvester]])
-    np.testing.assert_array_equal(np.sign(h), sylvester)
-
-
 def test_pages_are_aligned_and_never_move():
     cache = KVCache((Group((0,), head_dim=3, v_head_dim=3),), "f16")
     sequence = cache.new_sequence()
@@ -422,93 +343,6 @@ def test_threads():
         thread.join()
     assert not failures
     gc.collect()
-    assert cache.n_pages == 0
-
-
-# --- files
-
-def saved(kv_type: str = "f16", n: int = 300) -> tuple[KVCache, Sequence, bytes]:
-    cache = KVCache(GROUPS, kv_type, undo=20)
-    sequence, rng = cache.new_sequence(), np.random.default_rng(4)
-    for _ in range(n // 10):
-        append(sequence, rows(cache, 10, rng))
-    return cache, sequence, sequence.to_bytes()
-
-
-@pytest.mark.parametrize("kv_type", [*KV_TYPES, "q8_0/f16", "q4_0/q8_0"])
-@pytest.mark.parametrize("n", [0, 10, 320, 640])
-def test_save_and_load(kv_type, n):
-    _, sequence, data = saved(kv_type, n)
-    other = KVCache(GROUPS, kv_type, undo=20)
-    loaded = other.load(io.BytesIO(data), max_length=n)
-    assert (loaded.length, loaded.floor) == (n, sequence.floor)
-    for layer in range(5):
-        for a, b in zip(loaded.read(layer, n), sequence.read(layer, n), strict=True):
-            np.testing.assert_array_equal(a, b)
-    append(loaded, rows(other, 5, np.random.default_rng(5)))
-    loaded.release()
-    assert other.n_pages == 0
-
-
-@pytest.mark.parametrize("kv_type", [*KV_TYPES])
-def test_saved_bytes_hold_nothing_of_other_texts(kv_type):
-    cache, _, _ = saved(kv_type, n=70)
-    for pool in cache._pools:
-        for address in pool.free:
-            pool.pages[address][:] = 0xAB
-    sequence = cache.new_sequence()
-    append(sequence, rows(cache, 10, np.random.default_rng(6)))
-    assert b"\xab\xab\xab" not in sequence.to_bytes()
-
-
-def test_files_of_other_caches_are_refused():
-    _, _, data = saved()
-    for groups, kv_type in (
-        (GROUPS, "f32"), (GROUPS, "f16/q8_0"), (GROUPS[:2], "f16"), ((*GROUPS[:2], Group((2, 4), window=91)), "f16"),
-    ):
-        with pytest.raises(FormatError, match="another model"):
-            KVCache(groups, kv_type).from_bytes(data)
-    with pytest.raises(FormatError, match="not a saved KV cache"):
-        KVCache(GROUPS).from_bytes(b"GGUF" + data)
-    with pytest.raises(FormatError, match="at most 299 fit"):
-        KVCache(GROUPS).from_bytes(data, max_length=299)
-
-
-def test_truncated_files():
-    cache, sequence, data = saved(n=100)
-    sequence.release()
-    for end in {*range(0, 300, 7), *range(0, len(data), max(1, len(data) // 40)), len(data) - 1}:
-        with pytest.raises(FormatError, match="saved KV cache"):
-            cache.from_bytes(data[:end])
-        assert cache.n_pages == 0
-
-
-@functools.cache
-def whole_file() -> bytes:
-    return saved(n=100)[2]
-
-
-@settings(max_examples=300, deadline=None)
-@given(at=st.floats(0, 1, exclude_max=True), near=st.integers(0, 250), bit=st.integers(0, 7), early=st.booleans())
-def test_damaged_files(at, near, bit, early):
-    data = bytearray(whole_file())
-    data[near if early else int(at * len(data))] ^= 1 << bit
-    cache = KVCache(GROUPS, undo=20, max_bytes=1 << 22)
-    with pytest.raises(FormatError):
-        cache.from_bytes(bytes(data))
-    assert cache.n_pages == 0
-
-
-def test_claims_of_a_file_are_not_believed():
-    """A length of 2**60, or dropped pages inside the window, with everything else as it should be."""
-    cache, sequence, data = saved(n=100)
-    at = data.index((100).to_bytes(8, "little"))
-    for position, value in ((at, 1 << 60), (at, -1), (at + 24, 1), (at + 24, -1), (at + 8, 1)):
-        lie = bytearray(data)
-        lie[position : position + 8] = value.to_bytes(8, "little", signed=True)
-        with pytest.raises(FormatError):
-            KVCache(GROUPS, undo=20).from_bytes(bytes(lie))
-    sequence.release()
     assert cache.n_pages == 0
 
 

@@ -2,71 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-import tiny
+from answers import GREEDY, PROMPT, read, says
 
-import edgelm
-from edgelm.cache import Batch, KVCache
-from edgelm.errors import ContextFull, FormatError, SourceError, TemplateError, UsageError
+from edgelm.cache import KVCache
+from edgelm.errors import ContextFull, TemplateError, UsageError
 from edgelm.model import Model
-from edgelm.session import Response, Session
-
-GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
-PROMPT = "what is the capital of france ? "
-
-
-@pytest.fixture(scope="module", params=["reference", "program"])
-def interpreter(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory, interpreter: str) -> Iterator[Callable[..., Model]]:
-    """Tiny models by name, each made and loaded once."""
-    folder, loaded = tmp_path_factory.mktemp("models"), dict[Any, Model]()
-
-    def load(name: str = "llama-gqa", **options: Any) -> Model:
-        key = (name, *sorted(options.items()))
-        if key not in loaded:
-            path = tiny.tiny(name, fmt="Q8_0", folder=folder)
-            loaded[key] = edgelm.load(path, interpreter=interpreter, **options)
-        return loaded[key]
-
-    yield load
-    for model in loaded.values():
-        model.close()
-
-
-@pytest.fixture
-def model(load: Callable[..., Model]) -> Model:
-    return load()
-
-
-@pytest.fixture
-def computed(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Collects how many tokens each call of the runner computes."""
-    counts: list[int] = []
-    forward = model.runner.forward
-
-    def counting(batch: Batch) -> Any:
-        counts.append(len(batch.tokens))
-        return forward(batch)
-
-    monkeypatch.setattr(model.runner, "forward", counting)
-    return counts
-
-
-def read(responses: Iterator[Response]) -> tuple[str, list[int], Response]:
-    """Text, tokens and last response of an answer."""
-    all_of_them = list(responses)
-    return "".join(r.text for r in all_of_them), [r.token for r in all_of_them], all_of_them[-1]
-
 
 # ------------------------------------------------------------------------------------------------------------ an answer
 
@@ -348,36 +293,6 @@ def test_a_conversation_that_does_not_fit(load: Callable[..., Model]) -> None:
 # --------------------------------------------------------------------------------------------- stopping, text of tokens
 
 
-class Scripted:
-    """A runner that wants to say certain tokens, whatever it is given."""
-
-    max_tokens = 16
-
-    def __init__(self, model: Model, tokens: Sequence[int]) -> None:
-        self.config, self.script = model.config, list(tokens)
-        self.error_at: int | None = None
-
-    def new_cache(self, kv_type: str = "f16") -> KVCache:
-        return KVCache(self.config.cache_groups(), kv_type)
-
-    def forward(self, batch: Batch) -> Any:
-        [sequence] = batch.sequences
-        if self.error_at is not None and sequence.length >= self.error_at:
-            raise KeyboardInterrupt
-        sequence.reserve(len(batch.tokens))
-        sequence.advance(len(batch.tokens))
-        logits = np.zeros((len(batch.outputs), self.config.vocab_size), np.float32)
-        if len(logits):
-            logits[0, self.script.pop(0)] = 50.0
-        return logits
-
-
-def says(model: Model, monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int]) -> Session:
-    """A session of a model that will say these tokens."""
-    monkeypatch.setattr(model, "runner", Scripted(model, tokens))
-    return model.session(temperature=0)
-
-
 def plain(model: Model, text: str) -> list[int]:
     return model.tokenize(text, add_special=False, parse_special=False)
 
@@ -430,142 +345,3 @@ def test_streamed_text_never_has_half_a_character(
     cut = next(i for i, t in enumerate(script) if len(model.tokenizer.token_bytes(t)) == 1 and i > 8)
     session = says(model, monkeypatch, script)
     assert "\ufffd" not in "".join(r.text for r in session.stream([5], max_tokens=cut))
-
-
-# -------------------------------------------------------------------------------------------------------- interruptions
-
-
-def test_an_answer_that_is_not_read_to_its_end(model: Model) -> None:
-    session = model.session()
-    for n in (1, 3):
-        answer = session.stream(PROMPT, max_tokens=8, **GREEDY)
-        for _ in range(n):
-            next(answer)
-        answer.close()
-    assert (
-        read(session.stream(PROMPT, max_tokens=8, **GREEDY))[:2]
-        == read(model.session().stream(PROMPT, max_tokens=8, **GREEDY))[:2]
-    )
-
-
-def test_a_keyboard_interrupt_while_computing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = says(model, monkeypatch, [9] * 99)
-    runner: Any = model.runner
-    runner.error_at = 40  # in the middle of the prompt
-    with pytest.raises(KeyboardInterrupt):
-        list(session.stream([5] * 100))
-    assert len(session.tokens) == session._sequence.length == 48
-    runner.error_at = 103  # in the middle of the answer
-    with pytest.raises(KeyboardInterrupt):
-        list(session.stream([5] * 100))
-    assert len(session.tokens) == session._sequence.length == 103
-    runner.error_at = None
-    assert read(session.stream([5] * 100, max_tokens=3))[2].cached_tokens == 99
-
-
-def test_an_interrupt_between_the_cache_and_the_tokens(model: Model) -> None:
-    session = model.session()
-    list(session.stream(PROMPT, max_tokens=3, **GREEDY))
-    session._tokens.pop()
-    assert (
-        read(session.stream(PROMPT, max_tokens=8, **GREEDY))[:2]
-        == read(model.session().stream(PROMPT, max_tokens=8, **GREEDY))[:2]
-    )
-
-
-def test_a_later_answer_ends_an_earlier_one(model: Model) -> None:
-    session = model.session()
-    first = session.stream(PROMPT, max_tokens=8, **GREEDY)
-    next(first)
-    second = session.stream("the dog", max_tokens=4, **GREEDY)
-    with pytest.raises(UsageError, match="this answer is over"):
-        next(first)
-    assert read(second)[0] == model.generate("the dog", max_tokens=4, **GREEDY)
-
-
-def test_one_session_in_two_threads_is_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    session, inside, go_on = model.session(), threading.Event(), threading.Event()
-    forward = model.runner.forward
-
-    def slow(batch: Batch) -> Any:
-        inside.set()
-        assert go_on.wait(30)
-        return forward(batch)
-
-    monkeypatch.setattr(model.runner, "forward", slow)
-    thread = threading.Thread(target=lambda: list(session.stream(PROMPT, max_tokens=1, **GREEDY)))
-    thread.start()
-    assert inside.wait(30)
-    with pytest.raises(UsageError, match="two threads at once"):
-        session.save("nowhere")
-    go_on.set()
-    thread.join()
-
-
-def test_sessions_in_several_threads(model: Model) -> None:
-    prompts = [PROMPT, "the fox", "once upon a time there was a small model", "hello"]
-    expected = [model.generate(p, max_tokens=20, **GREEDY) for p in prompts]
-    found: list[str] = [""] * len(prompts)
-
-    def work(i: int) -> None:
-        session = model.session()
-        for _ in range(3):
-            found[i] = read(session.stream(prompts[i], max_tokens=20, **GREEDY))[0]
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == expected
-
-
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
-def test_save_and_load(model: Model, tmp_path: Path, computed: list[int]) -> None:
-    session, path = model.session(), tmp_path / "x.session"
-    list(session.stream(PROMPT, max_tokens=70, **GREEDY))
-    session.save(path)
-    other = model.session()
-    list(other.stream("the dog", max_tokens=3, **GREEDY))
-    other.load(path)
-    assert other.tokens == session.tokens
-    computed.clear()
-    one = read(session.stream([*session.tokens, 9], max_tokens=5, **GREEDY))
-    two = read(other.stream([*other.tokens, 9], max_tokens=5, **GREEDY))
-    assert one[:2] == two[:2] and two[2].cached_tokens == len(other.tokens) - 5
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_saved_sessions_that_are_damaged(model: Model, tmp_path: Path) -> None:
-    session, path = model.session(), tmp_path / "x.session"
-    list(session.stream(PROMPT, max_tokens=3, **GREEDY))
-    session.save(path)
-    data, before = path.read_bytes(), model.new_cache().n_pages
-    other = model.session()
-    rng = np.random.default_rng(0)
-    cut = [*range(0, 200, 3), *rng.integers(0, len(data), 20).tolist()]
-    damaged = [data[:n] for n in cut]
-    for at in [*range(0, 200, 3), *rng.integers(0, len(data), 40).tolist()]:
-        damaged.append(data[:at] + bytes([data[at] ^ (1 << int(rng.integers(8)))]) + data[at + 1 :])
-    for bad in damaged:
-        path.write_bytes(bad)
-        with pytest.raises(FormatError):
-            other.load(path)
-    assert other.tokens == () and model.new_cache().n_pages == before
-    with pytest.raises(SourceError):
-        other.load(tmp_path / "missing")
-    with pytest.raises(SourceError):
-        session.save(tmp_path / "no such folder" / "x")
-
-
-def test_saved_sessions_of_other_models(load: Callable[..., Model], tmp_path: Path) -> None:
-    session = load().session()
-    list(session.stream(PROMPT, max_tokens=1, **GREEDY))
-    session.save(tmp_path / "x")
-    for other in (load("llama-mqa"), load("llama-mha")):
-        with pytest.raises(FormatError, match="saved with another model"):
-            other.session().load(tmp_path / "x")
-    with pytest.raises(FormatError, match="context window has 4"):
-        load(ctx_size=4).session().load(tmp_path / "x")
