@@ -20,6 +20,7 @@ from edgelm import gguf
 from edgelm.arch import Config
 from edgelm.disk import Progress, nothing
 from edgelm.errors import FormatError
+from edgelm.formats import QTensor
 from edgelm.tokenizer import Tokenizer
 from edgelm.weights import Weights
 
@@ -67,6 +68,11 @@ def export(
     )
     prove(path)
     return hashes
+
+
+def written(conversion: Conversion, draft: Path) -> Mapping[str, QTensor]:
+    """The tensors of a file, by name."""
+    return gguf.read(draft).tensors
 
 
 def layout(conversion: Conversion) -> Layout:

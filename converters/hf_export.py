@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from edgelm.arch import Role, TensorSpec, tensors
 from edgelm.disk import Progress, nothing
 from edgelm.errors import UnsupportedError, UsageError
+from edgelm.formats import QTensor
 from edgelm.tensors import COMPOSED
 from edgelm.weights import SCALES
 
+from . import calibrate, hf_tokenizer
 from . import checkpoint as checkpoints
-from . import hf_tokenizer
 from .arrays import Array, Floats
 from .checkpoint import Checkpoint
 from .conversion import Conversion
@@ -79,6 +80,11 @@ def export(
         path.rmdir()
     os.replace(draft, path)
     return hashes
+
+
+def written(conversion: Conversion, draft: Path) -> Mapping[str, QTensor]:
+    """The tensors of a folder as GGUF has them, by their names there."""
+    return calibrate.opened(checkpoints.read(draft)).weights.by_name
 
 
 def _kind(conversion: Conversion) -> str:

@@ -1,6 +1,6 @@
 """What a conversion loses: how far its predictions are from the source's, and how far each tensor is from what it was.
 
-    told = measured(conversion, Path("model.gguf.part"))
+    told = measured(conversion, Path("model.gguf.part"), tensors)
     told.loss.figures.mean_kl, told.errors["blk.0.attn_q.weight"]
 
 The source runs beside the result, chunk by chunk (`edgelm.evaluate`), in the reference interpreter, which reads its
@@ -91,6 +91,15 @@ class Told:
         }
 
 
+class Written(Protocol):
+    """What an output has in place of a tensor: rows by their numbers, float32 (n, columns)."""
+
+    @property
+    def format(self) -> type[Format]: ...
+
+    def rows(self, indices: NDArray[np.intp]) -> Floats: ...
+
+
 def why_not(checkpoint: Checkpoint, evaluation: Evaluation) -> str:
     """Why nothing can be measured; "" if it can."""
     if checkpoint.config.spec.family == "encoder":
@@ -102,15 +111,14 @@ def why_not(checkpoint: Checkpoint, evaluation: Evaluation) -> str:
     return ""
 
 
-def measured(conversion: Conversion, draft: Path, progress: Progress = nothing) -> Told:
-    """What a finished output loses, while it has not got its name yet.
+def measured(conversion: Conversion, draft: Path, after: Mapping[str, Written], progress: Progress = nothing) -> Told:
+    """What a finished output loses, while it has not got its name yet. after: its tensors, by their names in GGUF.
 
     Raises TooMuchLost when it is more than `--max-kld` allows.
     """
     plan, options, evaluation = conversion.plan, conversion.options, conversion.evaluation
     checkpoint = conversion.checkpoint
-    after, forget = _tensors(conversion, draft), checkpoint.forget
-    told = Told(of_tensors(plan.steps, checkpoint.tensors, after, conversion.importance, forget))
+    told = Told(of_tensors(plan.steps, checkpoint.tensors, after, conversion.importance, checkpoint.forget))
     if evaluation is None:
         return told
     source: Evaluated = calibrate.Interpreted.of(calibrate.opened(conversion.original), evaluation.n_ctx)
@@ -125,27 +133,6 @@ def measured(conversion: Conversion, draft: Path, progress: Progress = nothing) 
             f"what was made is kept as {draft}, and the same command with another limit only measures it again"
         )
     return told
-
-
-class _Tensor(Protocol):
-    """What an output has in place of a tensor: rows by their numbers, float32 (n, columns)."""
-
-    @property
-    def format(self) -> type[Format]: ...
-
-    def rows(self, indices: NDArray[np.intp]) -> Floats: ...
-
-
-def _tensors(conversion: Conversion, draft: Path) -> Mapping[str, _Tensor]:
-    """The tensors of an output; those of a graph, which joins and turns them, are rounded again."""
-    options = conversion.options
-    if options.format == "onnx":
-        from .onnx_export import weights_of
-
-        return weights_of(conversion, options.onnx_block).by_name
-    if options.format == "gguf":
-        return gguf.read(draft).tensors
-    return calibrate.opened(checkpoints.read(draft)).weights.by_name
 
 
 @contextmanager
@@ -186,7 +173,7 @@ def predictions(
 def of_tensors(
     steps: Iterable[Step],
     before: Mapping[str, Array],
-    after: Mapping[str, _Tensor],
+    after: Mapping[str, Written],
     importance: Mapping[str, Floats],
     forget: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
@@ -206,7 +193,7 @@ def of_tensors(
         return {step.name: error for step, error in zip(steps, found, strict=True)}
 
 
-def _error(before: Array, after: _Tensor, importance: Floats | None) -> float:
+def _error(before: Array, after: Written, importance: Floats | None) -> float:
     if before.as_is is not None and before.as_is.format is after.format:
         return 0.0
     shape = before.shape or (1,)

@@ -154,6 +154,11 @@ def weights_of(conversion: Conversion, block: int = 0) -> Weights:
     return Weights(conversion.checkpoint.config, cast("Mapping[str, QTensor]", found))
 
 
+def written(conversion: Conversion, draft: Path) -> Mapping[str, Tensor]:
+    """What stands for each tensor: rounded once more, since the graph joins and turns them."""
+    return cast("Mapping[str, Tensor]", weights_of(conversion, conversion.options.onnx_block).by_name)
+
+
 def build(graph: Graph, config: Config, weights: Weights, dialect: type[Standard], settings: Settings) -> None:
     """Fill `graph` with a model: its function, run once, with a dialect as interpreter."""
     op = dialect(graph, config, weights, settings)

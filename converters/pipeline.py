@@ -40,7 +40,8 @@ from .sources import resolve
 
 ALLOCATE_CHUNKS = 8  # of the text, for the importances that types are chosen by
 PLAIN_TYPES = ("auto", "copy", "f32", "f16", "bf16")  # that quantize nothing
-# What writes a format: `export(conversion, out, measure, progress)` gives the sha256 of each tensor.
+# What writes a format: `export(conversion, out, measure, progress)` gives the sha256 of each tensor, and
+# `written(conversion, draft)` what stands in their place.
 WRITERS = {"gguf": "gguf_export", "hf": "hf_export", "onnx": "onnx_export"}
 
 
@@ -169,13 +170,13 @@ def run(conversion: Conversion, path: Path, *, progress: Progress = nothing) -> 
     work = work_folder(path)
     conversion = rounded(conversion, work, progress)
     told = loss.Told()
+    writer = importlib.import_module(f".{WRITERS[conversion.options.format]}", __package__)
 
     def measure(draft: Path) -> Mapping[str, Any]:
         nonlocal told
-        told = loss.measured(conversion, draft, progress)
+        told = loss.measured(conversion, draft, writer.written(conversion, draft), progress)
         return told.keys(conversion)
 
-    writer = importlib.import_module(f".{WRITERS[conversion.options.format]}", __package__)
     hashes = writer.export(conversion, path, measure, progress=progress, **_own_options(conversion.options))
     if conversion.options.format == "onnx":
         measure(path)  # onnxruntime insists on the name that the folder will have

