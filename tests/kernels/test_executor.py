@@ -204,7 +204,7 @@ def _child(body: str) -> subprocess.CompletedProcess[str]:
         "import random, sys, os, signal, threading, time; sys.path[:0] = ['tests/kernels', '.']\n"
         "from test_executor import Recorder, Executor\n" + body
     )
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
 
 
 def test_exit_with_live_workers_is_clean() -> None:
