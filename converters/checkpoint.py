@@ -115,6 +115,10 @@ def _stored(tensor: QTensor) -> Array:
 
 
 def _folder(path: Path) -> Checkpoint:
+    if not (path / "config.json").exists():
+        inside = sorted(p.name for p in path.glob("*.gguf"))
+        hint = f"; it holds GGUF files, one of which can be a source: {', '.join(inside[:8])}" if inside else ""
+        raise SourceError(f"{path} has no config.json, so it is no Hugging Face checkpoint{hint}")
     hf = _object(path / "config.json")
     if not isinstance(hf.get("architectures"), list) or not hf["architectures"]:
         raise FormatError(f"{path / 'config.json'}: it does not say which architecture this is")

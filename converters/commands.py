@@ -72,6 +72,8 @@ def quantize_command(arguments: tuple[str, ...], tensor_type_file: Any, **flags:
     if len(given) not in (2, 3):
         raise UsageError("edgelm quantize IN.gguf [OUT.gguf] TYPE [NTHREADS]")
     source, type_ = Path(given[0]), given[-1]
+    if type_.lower().endswith(".gguf"):
+        raise UsageError("which TYPE? edgelm quantize IN.gguf [OUT.gguf] TYPE, such as q4_k_m")
     name = "COPY" if type_.lower() == "copy" else mix(type_).name
     out = Path(given[1]) if len(given) == 3 else source.with_name(f"ggml-model-{name}.gguf")
     if tensor_type_file is not None:

@@ -87,6 +87,9 @@ def prepare(
     that has measured, into the folder `work` if there is one, so that the next call need not measure it again.
     """
     options = options or Options()
+    for place in (work, options.html):
+        if place is not None and not (parent := place.absolute().parent).is_dir():
+            raise UsageError(f"there is no folder {parent} to write into")
     if options.format == "onnx":
         from .onnx_export import named
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from edgelm import hub, huggingface
 from edgelm.disk import Progress, nothing
+from edgelm.errors import SourceError
 
 # What a conversion reads of a repository: never code, and no weights in a format that it would not read.
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -27,4 +28,6 @@ def resolve(source: str | Path, offline: bool = False, progress: Progress = noth
         return Path(text)
     if text.startswith("hf:") and not huggingface.parse(text[3:])[2]:
         return huggingface.fetch_folder(text[3:], (_WEIGHTS, _PICKLES), _REST, hub.is_offline(offline), progress)
+    if ":" not in text and text not in hub.KNOWN:
+        raise SourceError(f"there is no {text}; a source is a Hugging Face folder, a GGUF file, or hf:ORG/REPO")
     return hub.resolve(text, offline=offline, progress=progress)

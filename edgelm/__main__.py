@@ -1,5 +1,17 @@
-"""`python -m edgelm` is the command `edgelm`."""
+"""The command `edgelm`, which is `python -m edgelm`, too."""
 
-from edgelm.cli import main
+import sys
 
-main()
+
+def start() -> None:
+    """Runs the command; Ctrl-C ends it without a traceback, also while its modules are still read."""
+    try:
+        from edgelm.cli import main
+
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    start()

@@ -82,6 +82,13 @@ class Commands(click.Group):
             ctx.exit(130)
 
 
+def one_text(text: str | None, prompt: str | None) -> str | None:
+    """The text of the argument, or of -p; both are an error."""
+    if text is not None and prompt is not None:
+        raise UsageError(f"two texts are given, {text[:20]!r} and -p {prompt[:20]!r}; give one")
+    return text if prompt is None else prompt
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(package_name="edgelm", prog_name="edgelm")
@@ -98,6 +105,7 @@ def main(debug: bool) -> None:
 
 @main.command()
 @of_a_model
+@click.argument("text", required=False)
 @click.option("-sys", "--system-prompt", "system", help="What the model is told before the conversation.")
 @click.option("-sysf", "--system-prompt-file", type=click.File(encoding="utf-8"), help="The same, from a file.")
 @click.option("-p", "--prompt", help="The first message.")
@@ -105,15 +113,20 @@ def main(debug: bool) -> None:
 @with_flags(MODEL_FLAGS, TEMPLATE_FLAGS, SAMPLING_FLAGS, GENERATION_FLAGS)
 def chat(
     choice: Choice,
+    text: str | None,
     system: str | None,
     system_prompt_file: Any,
     prompt: str | None,
     single_turn: bool,
     **flags: Any,
 ) -> None:
-    """Talk with a model. `/?` lists what can be done; a piped standard input is read line by line."""
+    """Talk with a model. `/?` lists what can be done; a piped standard input is read line by line.
+
+    TEXT is the first message, as with -p.
+    """
     from edgelm.repl import Repl
 
+    prompt = one_text(text, prompt)
     if system_prompt_file is not None:
         system = system_prompt_file.read()
     settings = generation_settings(flags)
@@ -123,6 +136,7 @@ def chat(
 
 @main.command()
 @of_a_model
+@click.argument("text", required=False)
 @click.option("-p", "--prompt", help="The text to complete.")
 @click.option(
     "-f", "--file", "prompt_file", type=click.File(encoding="utf-8"), help="The same, from a file (- for stdin)."
@@ -135,6 +149,7 @@ def chat(
 @JSON
 def run(
     choice: Choice,
+    text: str | None,
     prompt: str | None,
     prompt_file: Any,
     echo: bool,
@@ -144,7 +159,8 @@ def run(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Complete a text, streaming the completion to standard output."""
+    """Complete TEXT (or that of -p, -f, standard input), streaming the completion to standard output."""
+    prompt = one_text(text, prompt)
     if prompt is None:
         prompt = (prompt_file or sys.stdin).read()
     settings = generation_settings(flags) | ({} if logprobs is None else {"logprobs": logprobs})
@@ -152,11 +168,11 @@ def run(
     tokens = loaded.tokenize(prompt, parse_special=not no_special)
     if echo and not as_json:
         print(prompt, end="", flush=True)
-    text, last, alternatives = [], None, []
+    parts, last, alternatives = [], None, []
     with bars(choice.quiet) as progress:
         for response in loaded.stream_generate(tokens, progress=progress, **settings):
             progress.close()
-            text.append(response.text)
+            parts.append(response.text)
             last = response
             if logprobs is not None:
                 alternatives.append(
@@ -170,7 +186,7 @@ def run(
             if not as_json:
                 print(response.text, end="", flush=True)
     if as_json:
-        print_json({"text": "".join(text), **summary(last), **({"logprobs": alternatives} if alternatives else {})})
+        print_json({"text": "".join(parts), **summary(last), **({"logprobs": alternatives} if alternatives else {})})
     else:
         print(flush=True)
     if last is not None and last.dropped_tokens:

