@@ -33,7 +33,7 @@ from . import imatrix as imatrices
 from .checkpoint import Checkpoint
 from .conversion import Calibration, Conversion, Options, texts
 from .mixes import MIXES, is_quantizable
-from .quantizers import writable
+from .quantizers import need_writable, writable
 from .recipe import PLAIN, Plan, Recipe, exactly, make_plan
 from .report import Report
 from .sources import resolve
@@ -111,6 +111,10 @@ def prepare(
     weighed = options.imatrix is not None or (options.calibrate is not None and options.method != "rtn")
     recipe = replace(recipe, has_imatrix=recipe.has_imatrix or weighed)
     plan = make_plan(checkpoint.config, checkpoint.tensors, recipe)
+    for step in plan.steps:
+        as_is = checkpoint.tensors[step.name].as_is
+        if not step.is_kept and (as_is is None or as_is.format is not step.format):
+            need_writable(step.format)
     keys: dict[str, Any] = {}
     notes, n_compared = list(checkpoint.notes), 0
     if options.format != "hf":  # a Hugging Face folder keeps the tokenizer's own files

@@ -51,8 +51,7 @@ def quantize(
         UsageError: importance has another length than a row, is negative, or no number.
     """
     format = by_name(format_name)
-    if format.name not in (*PLAIN, *ROUNDED, *SEARCHED):
-        raise UnsupportedError(f"{format.name} can only be read; types that can be written: {', '.join(writable())}")
+    need_writable(format)
     x = np.ascontiguousarray(x, np.float32)
     if x.ndim != 2:
         raise UsageError(f"a matrix has two dimensions, not {x.ndim}")
@@ -69,6 +68,12 @@ def quantize(
         for done in pool.map(work, range(0, len(x), n_rows), [n_rows] * -(-len(x) // n_rows)):
             assert done is None
     return out
+
+
+def need_writable(format: type[Format]) -> None:
+    """Raises UnsupportedError for a format that `quantize` does not know."""
+    if format.name not in (*PLAIN, *ROUNDED, *SEARCHED):
+        raise UnsupportedError(f"{format.name} can only be read; types that can be written: {', '.join(writable())}")
 
 
 def writable() -> tuple[str, ...]:

@@ -189,7 +189,7 @@ def cases(folder: Path, model: Path | None, text: Path | None) -> Iterator[Case]
     for type_ in TYPES:
         yield Case(model.stem, model, type_, text, 128)
     for cut in SHARES:
-        chosen = {**calibrated, "prune": (cut.format(text=text),)}
+        chosen = {**calibrated, "method": "rtn", "prune": (cut.format(text=text),)}
         yield Case(f"{model.stem} {cut.format(text=text.name)}", model, "q8_0", text, 128, chosen)
     for method, type_ in (("gptq", "q4_k_m"), ("gptq", "q2_k"), ("awq", "q4_0"), ("imatrix", "iq4_xs")):
         yield Case(f"{model.stem} {method}", model, type_, text, 128, {**calibrated, "method": method})

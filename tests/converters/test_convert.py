@@ -314,8 +314,9 @@ def test_text_of_the_vocabulary_goes_through(tmp_path: Path) -> None:
 def test_formats_that_are_only_read_cannot_be_asked_for(tmp_path: Path) -> None:
     folder = hf_folder.write(tmp_path, "qwen2", hidden_size=256, num_attention_heads=8, intermediate_size=256)
     assert by_name("IQ2_XS").block == 256
-    with pytest.raises(UnsupportedError):
-        convert(folder, tmp_path / "out.gguf", Recipe("q4_0", overrides=(("attn_q", "iq2_xs"),)))
+    for recipe in (Recipe("q4_0", overrides=(("attn_q", "iq2_xs"),)), Recipe("tq1_0")):
+        with pytest.raises(UnsupportedError, match="only be read"):
+            prepare(folder, recipe)  # before any text is read
 
 
 def test_the_package_is_a_library(tmp_path: Path) -> None:
