@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -240,3 +243,42 @@ def test_rows_of_a_graph_are_rounded_as_the_whole(block: int, tmp_path: Path) ->
         rows = np.arange(3, 9) if len(tensor.shape) == 2 else np.arange(1)
         whole = tensor.dequantize().reshape(-1, tensor.shape[-1])
         np.testing.assert_array_equal(tensor.rows(rows), whole[rows], name)
+
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+from converters.conversion import Options
+from converters.pipeline import convert
+from converters.recipe import Recipe
+
+def kill(stage, done, total):
+    if stage == "write" and done > total // 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+options = Options(format="onnx", calibrate=Path(sys.argv[3]), n_ctx=32, calibrate_chunks=8, evaluate_chunks=4)
+convert(Path(sys.argv[1]), Path(sys.argv[2]), Recipe("q4_0"), options, progress=kill)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX")
+def test_a_killed_onnx_conversion_keeps_what_was_expensive(tmp_path: Path) -> None:
+    """The graph is written again, from the matrices that are quantized already."""
+    pytest.importorskip("onnxruntime")
+    folder, options = hf_folder.write(tmp_path, "llama-gqa"), asked(tmp_path, format="onnx")
+    arguments = [str(folder), str(tmp_path / "onnx"), str(tmp_path / "text.txt")]
+    assert subprocess.run([sys.executable, "-c", CHILD, *arguments]).returncode == -signal.SIGKILL
+    left = {path: path.stat().st_mtime_ns for path in (tmp_path / "onnx.work" / "gptq").glob("*.rows")}
+    assert len(left) == 14 and (tmp_path / "onnx.part").exists() and not (tmp_path / "onnx").exists()
+    seen: dict[Path, int] = {}
+
+    def look(stage: str, done: int, total: int) -> None:
+        if stage == "write" and not seen:
+            seen.update({path: path.stat().st_mtime_ns for path in left})
+
+    convert(folder, tmp_path / "onnx", Recipe("q4_0"), options, progress=look)
+    convert(folder, tmp_path / "whole", Recipe("q4_0"), options)
+    assert seen == left
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (tmp_path / "onnx" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "onnx.part").exists() and not (tmp_path / "onnx.work").exists()
