@@ -128,15 +128,21 @@ class Repl:
     def inputs(self) -> Iterator[str]:
         """Messages and commands: what stands between two lines with triple quotes is one."""
         read = self.terminal_reader() if self.interactive else _piped_line
+        is_leaving = False
         while True:
             try:
                 text = read(">>> ")
                 while text.lstrip().startswith(FENCE) and not _fence_closed(text):
                     text += "\n" + read("... ")
-            except KeyboardInterrupt:  # at an empty prompt: leave; prompt_toolkit clears a line that is not empty
-                return
+            except KeyboardInterrupt:  # one too many to stop an answer must not end the conversation
+                if is_leaving or not self.interactive:
+                    return
+                is_leaving = True
+                note("Ctrl-C once more leaves, as Ctrl-D does")
+                continue
             except EOFError:
                 return
+            is_leaving = False
             stripped = text.strip()
             yield stripped[3:-3].strip("\n") if stripped.startswith(FENCE) and _fence_closed(text) else text
 
@@ -220,7 +226,7 @@ class Repl:
         elif word in ("history", "nohistory"):
             self.keep_history = word == "history"
         else:
-            raise UsageError(f"/set {word or '…'}: system, parameter, verbose, quiet, history or nohistory")
+            raise UsageError(f"/set {word or '…'}: there are system, parameter, verbose, quiet, history and nohistory")
 
     def set_system(self, text: str) -> None:
         """/system TEXT: what the model is told before the conversation; empty takes it away."""

@@ -46,6 +46,23 @@ def test_a_message_is_answered_and_remembered(repl: Repl, capsys: pytest.Capture
     assert repl.last.cached_tokens > 0, "the second turn computes only what is new"
 
 
+def test_one_interrupt_too_many_keeps_the_conversation(
+    repl: Repl, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = iter([KeyboardInterrupt, "hello", KeyboardInterrupt, KeyboardInterrupt, "never read"])
+
+    def read(prompt: str) -> str:
+        key = next(keys)
+        if isinstance(key, str):
+            return key
+        raise key
+
+    monkeypatch.setattr(repl, "interactive", True)
+    monkeypatch.setattr(repl, "terminal_reader", lambda: read)
+    assert list(repl.inputs()) == ["hello"] and next(keys) == "never read"
+    assert capsys.readouterr().err.count("once more leaves") == 2
+
+
 def test_undo_and_regen(repl: Repl) -> None:
     repl.handle("one")
     answer = repl.messages[-1]["content"]
