@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from converters.calibrated import quantize_model
 from converters.gptq import gptq, invert_root
 from converters.imatrix import Opened, chunked
 from converters.quantizers import SEARCHED, quantize
+from converters.targets import Moments, Sums, fitted
 from edgelm.errors import UnsupportedError, UsageError
 from edgelm.formats import by_name
 
@@ -81,6 +83,20 @@ def test_a_root_is_inverted_in_place(n: int) -> None:
     h[-1, -1] = -1
     with pytest.raises(np.linalg.LinAlgError):
         invert_root(h)
+
+
+def test_room_is_that_of_a_few_hessians() -> None:
+    """Of a wide layer these are nearly all that a calibration holds: 256 MB each for 8192 inputs."""
+    n = 1024
+    hessian, w = np.eye(n, dtype=np.float32), np.ones((8, n), np.float32)
+    moments = Moments((Sums(n, hessian, gap=w), Sums(n, hessian, gap=w)))
+    peaks = []
+    for work in (lambda: gptq("Q4_0", w, hessian), lambda: fitted(w, moments)):
+        tracemalloc.start()
+        work()
+        peaks.append(tracemalloc.get_traced_memory()[1] / hessian.nbytes)
+        tracemalloc.stop()
+    assert max(peaks) < 3.5, peaks
 
 
 @pytest.mark.parametrize("name", FORMATS_WITH_CODES)
