@@ -93,7 +93,7 @@ def main(
     output: str,
     startup: bool,
     memory: bool,
-    ctx_size: int,
+    ctx_size: int | None,
     packed: str | None,
     no_warmup: bool,
     quiet: bool,
@@ -284,7 +284,7 @@ def as_csv(records: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def print_memory(path: str, n_ctx: int, settings: dict[str, Any], output: str) -> None:
+def print_memory(path: str, n_ctx: int | None, settings: dict[str, Any], output: str) -> None:
     """What a fresh process with the model takes, beside what `edgelm info` says it will need."""
     from edgelm.footprint import measure
     from edgelm.terminal import size
@@ -315,6 +315,8 @@ def print_startup(path: str, repetitions: int, output: str, packed: str | None =
             process.stdout.read(1)
             firsts.append(time.perf_counter() - began)
             process.communicate()
+        if process.returncode:
+            raise UsageError(f"{path}: `edgelm run` ended with exit code {process.returncode}; it says why above")
         ends.append(time.perf_counter() - began)
     if output == "md":
         print("| | best | median |\n| --- | ---: | ---: |")

@@ -392,7 +392,7 @@ def evaluate(
 @click.option("-o", "--output", type=click.Choice(["md", "json", "jsonl", "csv"]), default="md", show_default=True)
 @click.option("--startup", is_flag=True, help="Time from process start to the first token instead.")
 @click.option("--memory", is_flag=True, help="Measure the memory of a fresh process instead.")
-@click.option("-c", "--ctx-size", type=click.IntRange(1), default=4096, help="Context window for --memory.")
+@click.option("-c", "--ctx-size", type=click.IntRange(1), help="Context window for --memory; 4096, or the model's.")
 @click.option("--packed", help="Where packed weights are, for --memory and --startup: see `run`.")
 @click.option("--no-warmup", is_flag=True, help="Count the first run as well.")
 @click.option("--offline", is_flag=True, help="Never touch the network.")

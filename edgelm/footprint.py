@@ -1,8 +1,9 @@
 """How much memory a process takes, as its system counts it; and what a fresh process takes that answers with a model.
 
-    python -m edgelm.footprint MODEL TOKENS-OF-CONTEXT TOKENS-OF-PROMPT
+    python -m edgelm.footprint MODEL TOKENS-OF-CONTEXT TOKENS-OF-PROMPT SETTINGS
 
-prints a JSON object: see `measure`.
+prints a JSON object: see `measure`, which runs it; or, if the model cannot be loaded so, the class and the text of the
+error.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ import ctypes
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+from edgelm import errors
+
+CONTEXT = 4096  # tokens, if nothing is said and the model can do as much
 STEPS = 16  # tokens that are generated one by one
 _LINUX = {"VmHWM": "peak", "VmRSS": "resident", "RssAnon": "anonymous", "RssFile": "files"}
 
@@ -36,17 +41,30 @@ def footprint() -> dict[str, int]:
     return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)}
 
 
-def measure(path: str, n_ctx: int, n_prompt: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """What a fresh process takes with the model `path`, loaded with `settings` of `edgelm.load`.
+def measure(path: str, n_ctx: int | None, n_prompt: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a fresh process takes with the model `path`, loaded with `settings` of `edgelm.load`; n_ctx None: `CONTEXT`.
 
     Gives "loaded" and "answered", as of `footprint`, after a prompt of `n_prompt` tokens and `STEPS` more; "estimate",
-    what `edgelm.memory` says to that; "packed_file"; "n_ctx".
+    what `edgelm.memory` says to that; "packed_file"; "n_ctx". Raises what `edgelm.load` raises.
     """
+    n_ctx = n_ctx or _context(path)
     command = [sys.executable, "-m", "edgelm.footprint", path, str(n_ctx), str(n_prompt), json.dumps(settings)]
     for _ in range(2):  # the first one compiles what is not compiled
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    result: dict[str, Any] = json.loads(done.stdout)
+        result: dict[str, Any] = json.loads(done.stdout)
+        if "error" in result:
+            raise getattr(errors, result["error"], errors.EdgelmError)(result["message"])
     return result
+
+
+def _context(path: str) -> int:
+    """`CONTEXT`, or as many tokens as a model has a table of positions for."""
+    from . import gguf, hub
+    from .arch import Config
+
+    if hub.is_onnx(Path(path)):
+        return CONTEXT
+    return min(CONTEXT, Config.from_gguf(gguf.read(path).metadata).max_position or CONTEXT)
 
 
 def main(path: str, n_ctx: int, n_prompt: int, settings: dict[str, Any]) -> dict[str, Any]:
@@ -75,4 +93,8 @@ def main(path: str, n_ctx: int, n_prompt: int, settings: dict[str, Any]) -> dict
 
 if __name__ == "__main__":
     model, context, prompt, rest = sys.argv[1:]
-    print(json.dumps(main(model, int(context), int(prompt), json.loads(rest))))
+    try:
+        found = main(model, int(context), int(prompt), json.loads(rest))
+    except errors.EdgelmError as error:
+        found = {"error": type(error).__name__, "message": str(error)}
+    print(json.dumps(found))

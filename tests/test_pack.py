@@ -381,6 +381,15 @@ def test_bench_says_what_a_process_takes(model: Path) -> None:
     assert "| context 100 | peak |" in table and "after 100 tokens" in table and "estimate" in table
 
 
+def test_bench_memory_of_a_model_with_a_table_of_positions(tmp_path: Path) -> None:
+    model = str(tiny("gpt2", folder=tmp_path))
+    most = json.loads(CliRunner().invoke(main, ["bench", model, "--memory", "-o", "json"]).stdout)["n_ctx"]
+    assert most == 128
+    result = CliRunner().invoke(main, ["bench", model, "--memory", "-c", "4096"])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "4096" in result.stderr and f"{most} positions" in result.stderr
+
+
 def test_nothing_is_said_about_packed_files_when_all_is_well(model: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
