@@ -382,7 +382,7 @@ def test_bench_says_what_a_process_takes(model: Path) -> None:
 
 
 def test_bench_memory_of_a_model_with_a_table_of_positions(tmp_path: Path) -> None:
-    model = str(tiny("gpt2", folder=tmp_path))
+    model = str(tiny.tiny("gpt2", folder=tmp_path))
     most = json.loads(CliRunner().invoke(main, ["bench", model, "--memory", "-o", "json"]).stdout)["n_ctx"]
     assert most == 128
     result = CliRunner().invoke(main, ["bench", model, "--memory", "-c", "4096"])
