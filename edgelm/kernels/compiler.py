@@ -171,8 +171,8 @@ def only_wanted() -> Iterator[list[Kernel | str]]:
 def compile_all(kernels: Iterable[Kernel | str], progress: Callable[[str, int, int], None] | None = None) -> None:
     """Compiles or loads all of `kernels`. `progress(name of the kernel, done, total)` is called after each one.
 
-    Where several given by name have to be compiled, other processes on the other cores take a part of them: Numba
-    compiles on one core only.
+    Those given by name are compiled by other processes, one for each core, because Numba compiles on one core only, and
+    because Numba, once imported, takes more memory than many a model. Where no process can be started this one does it.
     """
     todo = list(dict.fromkeys(kernels))
     missing = [kernel for kernel in todo if isinstance(kernel, str) and not _path_of(kernel)[1].is_file()]
@@ -191,21 +191,22 @@ def compile_all(kernels: Iterable[Kernel | str], progress: Callable[[str, int, i
         for helper in set(theirs.values()):
             helper.terminate()
             helper.wait()
+        _forget_llvm()
 
 
 def _start_helpers(missing: list[str]) -> dict[Kernel | str, subprocess.Popen[bytes]]:
-    """Starts processes that compile a part of `missing` into the cache: which of them will find which."""
+    """Starts processes that compile `missing` into the cache: which of them will find which."""
     import subprocess
 
-    n = min(os.cpu_count() or 1, MOST_PROCESSES, len(missing) // 2)
-    if n < 2 or not sys.executable or getattr(sys, "frozen", False):
+    n = min(os.cpu_count() or 1, MOST_PROCESSES, -(-len(missing) // 2))
+    if not missing or not sys.executable or getattr(sys, "frozen", False):
         return {}
     code = "import sys; from edgelm.kernels import compiler; [compiler.address(name) for name in sys.argv[1:]]"
     settings = {
         **os.environ, "NUMBA_CACHE_DIR": str(cache_dir().parent), "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     helpers: dict[Kernel | str, subprocess.Popen[bytes]] = {}
-    for i in range(1, n):
+    for i in range(n):
         names = missing[i::n]
         with contextlib.suppress(OSError):  # then this process compiles them
             helper = subprocess.Popen(
@@ -319,6 +320,22 @@ def _load(code: bytes, symbol: str) -> int:
     engine.add_object_file(_llvm().ObjectFileRef.from_data(code))
     engine.finalize_object()
     return int(engine.get_function_address(symbol))
+
+
+def _forget_llvm() -> None:
+    """Gives back the pages of LLVM's code, 30 MB that loading has touched: those of the file, which come again."""
+    import ctypes
+    import mmap
+
+    if not sys.platform.startswith("linux"):
+        return
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    with contextlib.suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+        for line in maps:
+            if "libllvmlite" in line and line.split()[1] == "r-xp":  # never written to
+                start, end = (int(address, 16) for address in line.split()[0].split("-"))
+                madvise(start, end - start, mmap.MADV_DONTNEED)
 
 
 # --- compiling: the only part that needs Numba, and its insides -----------------------------------------------------

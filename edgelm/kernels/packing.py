@@ -161,6 +161,7 @@ def pack_into(
     `progress(bytes done, bytes in all)`, of packed weights, is called from one thread at a time. `lend(rows)` is where
     rows of a weight can be read, for as long as that takes: see `GGUF.lend`.
     """
+    compiler.compile_all(dict.fromkeys(map(_kernel, tensors, forms)))
     total, done, lock, failures = sum(form.n_bytes for form in forms), 0, threading.Lock(), []
     pieces = (
         (tensor, form, first, min(first + step, form.n_groups))
@@ -224,21 +225,25 @@ def _zeros(n_bytes: int) -> np.ndarray:
     return np.frombuffer(area, np.uint8, n_bytes)
 
 
+def _kernel(tensor: QTensor, form: Packed) -> str:
+    """Name, for `compiler`, of the kernel that packs a weight."""
+    name = form.format if form.format != "INT16" else f"int16_{tensor.format.name}"
+    return f"packing_kernels:pack_{name.lower()}"
+
+
 def _pack_piece(target: Target, tensor: QTensor, form: Packed, first: int, last: int, lend: Lend) -> int:
     """Packs groups `first` to `last`, not included; how many bytes these are."""
     start, n_bytes = form.address + first * form.group_bytes, (last - first) * form.group_bytes
-    room, kernel = target.room(start, n_bytes), f"pack_{form.format.lower()}"
+    room = target.room(start, n_bytes)
     with lend(tensor.data[first * ROWS : min(last * ROWS, form.n_rows)]) as data:
-        if form.format == "INT16":
-            kernel = f"pack_int16_{tensor.format.name.lower()}"
-        elif form.transcoded_from is not None:
+        if form.transcoded_from is not None and form.format != "INT16":
             data = _transcoded(tensor, data, form.format)
         if data.strides[-1] != 1:
             data = np.ascontiguousarray(data)
         job = np.array(
             [data.ctypes.data, data.strides[0], len(data), form.n_cols, room.ctypes.data, form.group_bytes], np.int64
         )
-        _Native(compiler.address(f"packing_kernels:{kernel}"))(job.ctypes.data, 0, 0, last - first)
+        _Native(compiler.address(_kernel(tensor, form)))(job.ctypes.data, 0, 0, last - first)
     target.done(start, room)
     return n_bytes
 

@@ -156,16 +156,16 @@ print(len(compiled))
 """
 
 
-@pytest.mark.parametrize(("executable", "expected"), [(sys.executable, range(1, 9)), ("/nowhere/python", [9])])
-def test_many_are_compiled_by_several_processes(package: Path, executable: str, expected: list[int]) -> None:
-    """Two helpers take two thirds, unless they are slow to start; without any, this process compiles all."""
+@pytest.mark.parametrize(("executable", "expected"), [(sys.executable, 0), ("/nowhere/python", 9)])
+def test_many_are_compiled_by_several_processes(package: Path, executable: str, expected: int) -> None:
+    """Helpers compile all, one for each core; without any, this process does."""
     kernels = "".join(f"\ndef k{i}(op, env, begin, end):\n    store(env, begin + {i})\n" for i in range(9))
     (package / "pkg" / "mod.py").write_text("from edgelm.kernels.simd import store\n" + kernels)
     code = SEVERAL.format(folder=str(package), executable=executable)
     settings = {**os.environ, "NUMBA_CACHE_DIR": str(package / "cache")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=settings, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) in expected
+    assert int(done.stdout) == expected
     assert len(list((package / "cache").rglob("*.o"))) == 9
 
 
