@@ -23,6 +23,8 @@ def config_json(config: Config, start: Mapping[str, Any] | None = None) -> dict[
     Raises UnsupportedError for a hyperparameter that such a file cannot express.
     """
     out = dict(start or _new(config))
+    if config.q_dim != config.dim:  # else it is what follows from the other two, which may be no whole number
+        _say(out, config, "head_dim")
     for _ in dataclasses.fields(config):
         different = _difference(config, Config.from_hf(out))
         if not different:

@@ -13,12 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgelm.errors import UnsupportedError
-from edgelm.pretokenizers import PRE_TOKENIZERS
-from edgelm.subwords import SPACE
-from edgelm.vocabulary import Kind, Vocabulary
 from edgelm.vocabulary import read as read_vocabulary
 
-from . import calibrate, vocab_prune
+from . import calibrate, tokenizer_files, vocab_prune
 from .checkpoint import Checkpoint
 
 _COPIED = (
@@ -26,8 +23,6 @@ _COPIED = (
     "chat_template.jinja", "chat_template.json", "modules.json",
 )  # fmt: skip
 _OLDER = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
-_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "cls": "cls", "sep": "seperator",
-            "mask": "mask"}  # fmt: skip
 _SAMPLING = {"top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "temp": "temperature",
              "penalty_repeat": "repetition_penalty"}  # fmt: skip
 
@@ -91,18 +86,7 @@ def _json(value: Any) -> bytes:
 def _made(checkpoint: Checkpoint) -> dict[str, bytes]:
     keys = calibrate.vocabulary(checkpoint)
     v = read_vocabulary(keys)
-    kinds = {"gpt2": _byte_pairs, "llama": _sentencepiece, "bert": _wordpiece}
-    if v.model not in kinds:
-        raise UnsupportedError(f"a tokenizer of the kind {v.model!r} can be read, but not written as tokenizer.json")
-    found = {"tokenizer.json": _json({"version": "1.0", "truncation": None, "padding": None, **kinds[v.model](v)})}
-    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    for name, ours in _SPECIAL.items():
-        token = keys.get(f"tokenizer.ggml.{ours}_token_id")
-        if token is not None and 0 <= int(token) < len(v.pieces):
-            settings[f"{name}_token"] = _own_text(v, int(token))
-    if template := keys.get("tokenizer.chat_template"):
-        settings["chat_template"] = template
-    found["tokenizer_config.json"] = _json(settings)
+    found = {name: tokenizer_files.content(value) for name, value in tokenizer_files.made(keys).items()}
     named = {new: keys.get(f"general.sampling.{old}") for old, new in _SAMPLING.items()}
     sampling = {new: value for new, value in named.items() if value is not None}
     ends = sorted(v.eog_ids)
@@ -112,115 +96,3 @@ def _made(checkpoint: Checkpoint) -> dict[str, bytes]:
         plain = {name: value.item() if hasattr(value, "item") else value for name, value in sampling.items()}
         found["generation_config.json"] = _json({**generation, **plain})
     return found
-
-
-def _own_text(v: Vocabulary, token: int) -> str:
-    """A token as tokenizer.json spells it: WordPiece marks continuations, GGUF beginnings."""
-    text = v.pieces[token]
-    if v.model != "bert" or v.kinds[token] != Kind.NORMAL:
-        return text
-    return text[1:] if text.startswith(SPACE) else "##" + text
-
-
-def _added(v: Vocabulary) -> list[dict[str, Any]]:
-    flags = {"single_word": False, "normalized": False}
-    kinds = (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED)
-    return [
-        {"id": i, "content": piece, **flags, "lstrip": i in v.strip_left, "rstrip": i in v.strip_right,
-         "special": kind in (Kind.CONTROL, Kind.UNKNOWN)}
-        for i, (piece, kind) in enumerate(zip(v.pieces, v.kinds.tolist(), strict=True))
-        if kind in kinds
-    ]  # fmt: skip
-
-
-def _ids(v: Vocabulary) -> dict[str, int]:
-    return {_own_text(v, i): i for i, kind in enumerate(v.kinds.tolist()) if kind != Kind.UNUSED}
-
-
-def _around(v: Vocabulary, first: int | None, last: int | None) -> dict[str, Any] | None:
-    """What puts special tokens around a text."""
-    texts = [None if token is None else v.pieces[token] for token in (first, last)]
-    if texts == [None, None]:
-        return None
-
-    def template(letter: str, with_first: bool) -> list[dict[str, Any]]:
-        number = 0 if letter == "A" else 1
-        parts: list[dict[str, Any]] = [{"Sequence": {"id": letter, "type_id": number}}]
-        if texts[0] and with_first:
-            parts.insert(0, {"SpecialToken": {"id": texts[0], "type_id": number}})
-        if texts[1]:
-            parts.append({"SpecialToken": {"id": texts[1], "type_id": number}})
-        return parts
-
-    tokens = [(text, token) for text, token in zip(texts, (first, last), strict=True) if text is not None]
-    single = template("A", True)
-    return {
-        "type": "TemplateProcessing", "single": single, "pair": [*single, *template("B", v.model != "bert")],
-        "special_tokens": {text: {"id": text, "ids": [token], "tokens": [text]} for text, token in tokens},
-    }  # fmt: skip
-
-
-def _byte_pairs(v: Vocabulary) -> dict[str, Any]:
-    row = PRE_TOKENIZERS.get(v.pre_name, v.pre)
-    splits = [{"type": "Split", "pattern": {"Regex": r}, "behavior": "Isolated", "invert": False} for r in row.splits]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    if not row.byte_level:
-        raise UnsupportedError(f"the pre-tokenizer {v.pre_name!r} can be read, but not written as tokenizer.json")
-    return {
-        "added_tokens": _added(v),
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, level]},
-        "post_processor": _around(v, v.bos_id if v.add_bos else None, v.eos_id if v.add_eos else None) or level,
-        "decoder": level,
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": row.ignore_merges,
-            "vocab": _ids(v), "merges": [merge.split(" ", 1) for merge in v.merges],
-        },
-    }  # fmt: skip
-
-
-def _sentencepiece(v: Vocabulary) -> dict[str, Any]:
-    """SentencePiece as byte pairs with byte fallback: a merge for each way to make a piece of two others."""
-    ids = _ids(v)
-    pairs = [
-        (-float(v.scores[i]), len(text[:cut]), [text[:cut], text[cut:]])
-        for text, i in ids.items()
-        if v.kinds[i] == Kind.NORMAL
-        for cut in range(1, len(text))
-        if text[:cut] in ids and text[cut:] in ids
-    ]
-    prefix = [{"type": "Prepend", "prepend": SPACE}] if v.add_space_prefix else []
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if v.add_space_prefix else []
-    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
-    return {
-        "added_tokens": _added(v),
-        "normalizer": {"type": "Sequence", "normalizers": [*prefix, spaces]},
-        "pre_tokenizer": None,
-        "post_processor": _around(v, v.bos_id if v.add_bos else None, v.eos_id if v.add_eos else None),
-        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": None if v.unk_id is None else v.pieces[v.unk_id],
-            "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True,
-            "ignore_merges": False, "vocab": ids,
-            "merges": [pair for _, _, pair in sorted(pairs, key=lambda item: item[:2])],
-        },
-    }  # fmt: skip
-
-
-def _wordpiece(v: Vocabulary) -> dict[str, Any]:
-    return {
-        "added_tokens": _added(v),
-        "normalizer": {
-            "type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True,
-            "strip_accents": v.strip_accents, "lowercase": v.lowercase,
-        },
-        "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "post_processor": _around(v, v.bos_id, v.sep_id),
-        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
-        "model": {
-            "type": "WordPiece", "unk_token": None if v.unk_id is None else v.pieces[v.unk_id],
-            "continuing_subword_prefix": "##", "max_input_chars_per_word": 100, "vocab": _ids(v),
-        },
-    }  # fmt: skip

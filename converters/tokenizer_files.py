@@ -44,6 +44,15 @@ def write(folder: Path, keys: Mapping[str, Any], source: Path | None = None) -> 
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source / name, folder / name)
         return
+    for name, value in made(keys).items():
+        (folder / name).write_bytes(content(value))
+
+
+def made(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The files that say what a vocabulary says, by name: values of JSON, and the text of the template.
+
+    Raises UnsupportedError for a kind of tokenizer that tokenizer.json has none of.
+    """
     v = vocabulary.read(keys)
     build = {"gpt2": _byte_pairs, "llama": _sentencepiece, "t5": _unigram, "bert": _wordpiece}.get(v.model)
     if build is None:
@@ -56,9 +65,10 @@ def write(folder: Path, keys: Mapping[str, Any], source: Path | None = None) -> 
         "clean_up_tokenization_spaces": False,
         **special,
     }
-    if isinstance(keys.get(_TEMPLATE), str):
-        settings["chat_template"] = keys[_TEMPLATE]
-        (folder / "chat_template.jinja").write_text(keys[_TEMPLATE], encoding="utf-8")
+    template = keys.get(_TEMPLATE)
+    templates = {"chat_template.jinja": template} if isinstance(template, str) else {}
+    if templates:
+        settings["chat_template"] = template
     tokenizer = {
         "version": "1.0",
         "truncation": None,
@@ -69,13 +79,17 @@ def write(folder: Path, keys: Mapping[str, Any], source: Path | None = None) -> 
         "post_processor": _around(v),
         **build(v),
     }
-    _json(folder / "tokenizer.json", tokenizer)
-    _json(folder / "tokenizer_config.json", settings)
-    _json(folder / "special_tokens_map.json", special)
+    return {
+        "tokenizer.json": tokenizer,
+        "tokenizer_config.json": settings,
+        "special_tokens_map.json": special,
+        **templates,
+    }
 
 
-def _json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")  # indenting would be slow
+def content(value: Any) -> bytes:
+    """What a file of `made` holds; indenting would be slow."""
+    return (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) + "\n").encode()
 
 
 def _special(v: Vocabulary, keys: Mapping[str, Any]) -> dict[str, int]:
@@ -142,7 +156,8 @@ def _byte_pairs(v: Vocabulary) -> dict[str, Any]:
     each = {"type": "Split", "behavior": "Isolated", "invert": False}
     splits = [{**each, "pattern": {"Regex": regex}} for regex in v.pre.splits]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    around = _around(v)
+    around, used = _around(v), _used(v)
+    pairs = (merge.split(" ", 1) for merge in v.merges)  # some vocabularies have merges that make no token
     after = {**level, "trim_offsets": False}
     return {
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, level]},
@@ -157,8 +172,8 @@ def _byte_pairs(v: Vocabulary) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": v.pre.ignore_merges,
-            "vocab": _used(v),
-            "merges": [merge.split(" ", 1) for merge in v.merges],
+            "vocab": used,
+            "merges": [[left, right] for left, right in pairs if {left, right, left + right} <= used.keys()],
         },
     }
 

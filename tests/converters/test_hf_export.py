@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -90,6 +91,15 @@ def test_gguf_files_become_folders_of_the_same_model(name: str, tmp_path: Path) 
         np.testing.assert_array_equal(
             np.concatenate([back.tensors[f"blk.0.attn_{x}.weight"].read() for x in "qkv"]), qkv
         )
+
+
+def test_heads_whose_size_does_not_follow_from_the_width(tmp_path: Path) -> None:
+    """Three heads of 16 in a width of 64, as pruning leaves them."""
+    config = dataclasses.replace(
+        checkpoints.read(tiny.tiny("llama-mha", folder=tmp_path)).config, n_heads=3, n_kv_heads=3
+    )
+    for start in (None, {**tiny.hf_config("llama-mha"), "num_attention_heads": 3}):
+        assert Config.from_hf(config_json(config, start)) == config
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-mha", "gemma3", "qwen3", "bert-mean", "gpt2"])
