@@ -23,8 +23,11 @@ def config_json(config: Config, start: Mapping[str, Any] | None = None) -> dict[
     Raises UnsupportedError for a hyperparameter that such a file cannot express.
     """
     out = dict(start or _new(config))
-    if config.q_dim != config.dim:  # else it is what follows from the other two, which may be no whole number
-        _say(out, config, "head_dim")
+    was = None if start is None else Config.from_hf(dict(start))
+    if was is None or (was.n_heads, was.n_kv_heads) != (config.n_heads, config.n_kv_heads):  # alone they make no sense
+        names = ("n_heads", "n_kv_heads", "head_dim") if config.q_dim != config.dim else ("n_heads", "n_kv_heads")
+        for name in names:
+            _say(out, config, name)
     for _ in dataclasses.fields(config):
         different = _difference(config, Config.from_hf(out))
         if not different:
