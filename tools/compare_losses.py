@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EDGELM = [sys.executable, "-m", "edgelm"]
 METHODS = ("llama-quantize", "rtn", "imatrix", "awq", "gptq", "auto")
 CHUNKS, IMATRIX_CHUNKS = 16, 64  # of 512 tokens: llama-imatrix is given more text than our methods
+_IDENTITY = ("model", "type", "method", "prune", "chunks", "eval_chunks")  # of a cell
 LLAMA_FIGURES = {
     "kl": r"Mean +KLD: +([-0-9.]+)", "perplexity": r"Mean PPL\(Q\) +: +([0-9.]+)", "same_top": r"Same top p: +([0-9.]+)"
 }  # fmt: skip
@@ -87,6 +88,7 @@ def cell(a: argparse.Namespace) -> dict[str, Any]:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         row = {
             "model": a.model.stem, "type": a.type, "method": a.method, "prune": a.prune, "chunks": a.chunks,
+            "eval_chunks": a.eval_chunks,
             "bytes": out.stat().st_size, "kl": loss["mean_kl"], "kl_stderr": loss["mean_kl_stderr"],
             "perplexity": loss["perplexity"], "base_perplexity": loss["base_perplexity"], "same_top": loss["same_top"],
             "seconds": round(used.ru_utime + used.ru_stime), "peak_mb": used.ru_maxrss // 1024,
@@ -99,7 +101,7 @@ def cell(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def identity(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("model", "type", "method", "prune", "chunks"))
+    return tuple(row[name] for name in _IDENTITY)
 
 
 def quantized_table(rows: list[dict[str, Any]]) -> str:
@@ -109,6 +111,7 @@ def quantized_table(rows: list[dict[str, Any]]) -> str:
     for model, type in dict.fromkeys((row["model"], row["type"]) for row in rows):
         of = {row["method"]: row for row in rows if (row["model"], row["type"]) == (model, type)}
         cells = [f"{of[m]['kl']:.4f} ({of[m]['perplexity']:.3f})" if m in of else "" for m in METHODS]
+        type += "".join(f", {row['eval_chunks']} chunks" for row in list(of.values())[:1] if row["eval_chunks"] != 8)
         ours, theirs = of.get("gptq"), of.get("llama-quantize")
         change = f"{ours['kl'] / theirs['kl'] - 1:+.0%}" if ours and theirs else ""
         if ours and theirs and "llama_cpp" in ours and "llama_cpp" in theirs:
@@ -158,7 +161,7 @@ def main() -> None:
         print(quantized_table(rows), pruned_table(rows), sep="\n\n")
         return
     a.chunks = a.chunks or (IMATRIX_CHUNKS if a.method == "llama-quantize" and not a.prune else CHUNKS)
-    wanted = (a.model.stem, a.type, a.method, a.prune, a.chunks)
+    wanted = (a.model.stem, a.type, a.method, a.prune, a.chunks, a.eval_chunks)
     if wanted in {identity(row) for row in rows} and not a.again:
         return
     made = cell(a)
