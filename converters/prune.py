@@ -34,7 +34,7 @@ from .fits import Fits
 from .imatrix import Source, chunked
 from .prune_cut import Cut, changed_rows, given
 from .prune_fit import Goal, Result, fitted, layer_of
-from .prune_scores import LAYER_CHOICES
+from .prune_scores import LAYER_CHOICES, least_influence
 from .sparse import Pattern, thinned, thinned_model
 
 N_CTX = 512  # tokens of a chunk of calibration text
@@ -299,15 +299,14 @@ def _goal(
     c, gone, dim = source.config, frozenset[int](), None
     is_encoder = c.spec.family == "encoder"
     method = spec.depth.method or ("influence" if is_encoder else DEPTH_METHOD)
-    by_loss = method == "loss"
-    if by_loss and is_encoder:
+    if method == "loss" and is_encoder:
         raise UsageError(f"--prune depth={spec.depth}: an encoder predicts nothing; choose by influence or angular")
-    if spec.depth and by_loss:
-        gone = frozenset(prune_scores.least_loss(source, tokens, n_layers_gone, progress))
-    if spec.hidden or (spec.depth and not by_loss):
+    if spec.depth or spec.hidden:
         cosines, angles, carried = prune_scores.watched(source, tokens, progress)
-        if not by_loss:
-            gone = frozenset(LAYER_CHOICES[method](angles if method == "angular" else cosines, n_layers_gone))
+        chosen = LAYER_CHOICES.get(method, least_influence)(angles if method == "angular" else cosines, n_layers_gone)
+        if spec.depth and method == "loss":
+            chosen = prune_scores.least_loss(source, tokens, n_layers_gone, chosen, progress)
+        gone = frozenset(chosen)
         if spec.hidden:
             n = c.dim - spec.hidden.of(c.dim, "hidden", _unit(c.dim))
             dim = np.sort(np.argsort(-carried, kind="stable")[:n])

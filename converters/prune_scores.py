@@ -8,6 +8,7 @@ the Deeper Layers", 2403.17887). Or one after the other, each time the one witho
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -100,25 +101,37 @@ class _Without(Operations):
         return y
 
 
-def least_loss(source: Source, tokens: NDArray[np.int32], n: int, progress: Progress = nothing) -> tuple[int, ...]:
+def least_loss(
+    source: Source, tokens: NDArray[np.int32], n: int, rival: tuple[int, ...], progress: Progress = nothing
+) -> tuple[int, ...]:
     """The n layers of a decoder that go when each time the one goes without which predictions move least.
 
-    After the first round only the better half, by the round before, is tried again.
+    After the first round only the better half, by the round before, is tried again. What is least on a few tokens need
+    not be least on others: chunks that were not looked at decide between this choice and a rival, another n layers.
     """
-    gone, losses = set[int](), dict.fromkeys(range(source.config.n_layers), 0.0)
     without = set[int]()
-    probe = Probe(source, tokens, N_SEQUENCES, partial(_Without, gone=without))
+
+    def probe(chunks: NDArray[np.int32]) -> Callable[[Iterable[int]], float]:
+        made = Probe(source, chunks, N_SEQUENCES, partial(_Without, gone=without))
+
+        def loss(gone: Iterable[int]) -> float:
+            without.clear()
+            without.update(gone)
+            return made.kl()
+
+        return loss
+
+    loss, gone, losses = probe(tokens[::2]), list[int](), dict.fromkeys(range(source.config.n_layers), 0.0)
     for i in range(n):
         progress("choose layers", i, n)
         pool = sorted(losses.keys() - gone, key=lambda layer: (losses[layer], layer))
         tried = pool[: max(_FEWEST_TRIED, len(pool) // 2)] if gone else pool
-        for layer in tried:
-            without.clear()
-            without.update(gone, {layer})
-            losses[layer] = probe.kl()
-        gone.add(min(tried, key=lambda layer: (losses[layer], layer)))
+        losses |= {layer: loss([*gone, layer]) for layer in tried}
+        gone.append(min(tried, key=lambda layer: (losses[layer], layer)))
+    without.clear()
+    judge = probe(tokens[1::2] if len(tokens) > 1 else tokens)
     progress("choose layers", n, n)
-    return tuple(sorted(gone))
+    return min(tuple(sorted(gone)), rival, key=judge)
 
 
 LAYER_CHOICES: dict[str, Any] = {"influence": least_influence, "angular": smallest_angle}
