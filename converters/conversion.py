@@ -83,6 +83,8 @@ class Options:
             raise UsageError(f"--method {self.method} has to read a text: --calibrate FILE")
         if self.method == "imatrix" and self.calibrate is None and self.imatrix is None:
             raise UsageError("--method imatrix needs --calibrate FILE, or --imatrix FILE")
+        if self.imatrix is not None and self.method not in ("auto", "imatrix"):
+            raise UsageError(f"--method {self.method} does not use --imatrix; leave one of them out")
         if self.has_target and self.calibrate is None:
             raise UsageError("choosing types by what they cost has to read a text: --calibrate FILE")
         if self.max_kld is not None and self.calibrate is None and self.evaluate is None:

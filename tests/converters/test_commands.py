@@ -149,7 +149,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: str, said: str, tmp_pa
     assert not (tmp_path / "out.gguf").exists()
 
 
-CALIBRATED = ("--calibrate", "text.txt", "--calibrate-ctx", "32", "--method", "gptq", "--eval-chunks", "2")
+TEXT = ("--calibrate", "text.txt", "--calibrate-ctx", "32", "--eval-chunks", "2")
+CALIBRATED, PRUNED = (*TEXT, "--method", "gptq"), (*TEXT, "--method", "rtn", "--prune", "ffn=32,hidden=32")
 
 
 def whole_and_command(folder: Path, *flags: str) -> tuple[Path, list[str], float]:
@@ -165,7 +166,9 @@ def whole_and_command(folder: Path, *flags: str) -> tuple[Path, list[str], float
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 is of POSIX")
-@pytest.mark.parametrize(("flags", "n"), [((), 20), (CALIBRATED, 3)], ids=["plain", "calibrated"])
+@pytest.mark.parametrize(
+    ("flags", "n"), [((), 20), (CALIBRATED, 3), (PRUNED, 2)], ids=["plain", "calibrated", "pruned"]
+)
 def test_kill_9_at_random_moments(flags: tuple[str, ...], n: int, tmp_path: Path) -> None:
     """Conversions in a row die; the last one goes on and gives the bytes of one that was left in peace."""
     whole, command, seconds = whole_and_command(tmp_path, *flags)

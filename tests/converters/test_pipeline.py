@@ -150,6 +150,7 @@ def test_an_encoder_has_no_loss(tmp_path: Path) -> None:
         ({"method": "magic"}, "there are auto"),
         ({"method": "gptq"}, "--calibrate"),
         ({"method": "imatrix"}, "--imatrix"),
+        ({"method": "rtn", "imatrix": "x.gguf"}, "does not use --imatrix"),
         ({"target_bpw": 4.5}, "--calibrate"),
         ({"target_bytes": 10**8}, "--calibrate"),
         ({"max_kld": 0.1}, "--eval"),
