@@ -70,6 +70,25 @@ def store_at(b: ir.IRBuilder, value: ir.Value, address: ir.Value, align: int = 1
     b.store(value, b.inttoptr(address, value.type.as_pointer()), align=align)
 
 
+def opaque(b: ir.IRBuilder, address: ir.Value, after: list[ir.Value] | None = None) -> ir.Value:
+    """`address`, of which LLVM knows no more than that it depends on the vectors `after`: an empty piece of assembler.
+
+    So nothing is loaded from there before they are computed, and no chain of additions is made of it.
+    """
+    _assembler()
+    values = [address, *(after or [])]
+    places = ",".join(["=r", "0", *("v" for _ in values[1:])])
+    return b.call(ir.InlineAsm(ir.FunctionType(I64, [v.type for v in values]), "", places), values)
+
+
+@cache
+def _assembler() -> None:
+    """Loads LLVM's assembler: without it LLVM ends the process where it meets some."""
+    from llvmlite.binding import initialize_native_asmparser
+
+    initialize_native_asmparser()
+
+
 def prefetch_at(b: ir.IRBuilder, address: ir.Value, near: bool = False) -> None:
     """Asks for the cache line at `address`, any address, in the second-level cache; near: in the first."""
     level = I32(3 if near else 2)

@@ -35,7 +35,8 @@ class Code(IntEnum):
     SLAB_BLOCKS = 21  # that a tile goes over at a time
     SLAB_BYTES = 22
     FACTOR = 23  # of the sums: a power of two, as the bits of a float32
-    SIZE = 24
+    REST = 24  # adds the remainders of a slab; 0: there are none
+    SIZE = 25
 
 
 def tile_fields(sizes: tuple[int, ...], function: Any, first: Code = Code.TILES) -> dict[int, Any]:

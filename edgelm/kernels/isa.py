@@ -73,6 +73,9 @@ class Isa:
     two_by_two: ClassVar[bool] = False  # tiles multiply two rows with two tokens at a time: `step_pair`
     shifts_bytes: ClassVar[bool] = False  # by an instruction, not only larger lanes
     magic: ClassVar[bool] = False  # whether sums start at MAGIC_BITS; only where there is a fused multiply-add
+    joins_halves: ClassVar[bool] = False  # whether both halves of a block are added before a scale that they share
+    tile_pass: ClassVar[int] = 0  # tokens of a matrix tile whose sums are under way at the same time; 0: all
+    rest_tokens: ClassVar[int] = 1  # of a tile of remainders
 
     def form(self, bits: int, zero: bool) -> Form:
         """The form in which weights of `bits` bits, with a zero point or without, are wanted."""
@@ -82,16 +85,20 @@ class Isa:
         """The same for what is multiplied straight from packed weights. Of both `Blocks.factor` must be the same."""
         return self.form(bits, zero)
 
+    @property
+    def first(self) -> int:
+        """What a sum of products starts at."""
+        return MAGIC_BITS if self.magic else 0
+
     def start(self, b: ir.IRBuilder, record: Value, field: int, form: Form, bits: int, zero: bool) -> Any:
-        """An empty accumulator. `record` + `field`: address of MAGIC_BITS - 128 times the sum of the inputs to come."""
-        first = MAGIC_BITS if self.magic else 0
+        """An empty accumulator. `record` + `field`: address of `first` - 128 times the sum of the inputs to come."""
         if not zero or form is Form.SIGNED:
-            return self.empty(b, repeat(I32x16, first))
+            return self.empty(b, repeat(I32x16, self.first))
         offset = spread(b, load_at(b, b.add(record, record.type(field)), I32, 4), I32x16)
         shift = 8 - bits if form is Form.LOW else 0
         if shift:
             offset = b.ashr(offset, repeat(I32x16, shift))
-        if change := first - (MAGIC_BITS >> shift):
+        if change := self.first - (self.first >> shift):
             offset = b.add(offset, repeat(I32x16, change))
         return self.empty(b, offset)
 

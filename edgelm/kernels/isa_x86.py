@@ -35,6 +35,7 @@ class Vnni512(_Bytes):
     magic = True
     direct, direct_groups, direct_most = (4, 2, 1), 2, 4
     tokens, groups = (6, 4, 2, 1), 2  # 12 sums and 12 accumulators: all but a few of 32 registers
+    rest_tokens = 2
     float_tokens, float_groups = (8, 2, 1), 2
     shuffle = "llvm.x86.avx512.pshuf.b.512"
     dot = "llvm.x86.avx512.vpdpbusd.512"
@@ -52,12 +53,24 @@ class Vnni512(_Bytes):
         return joined(b, done)
 
 
+class Vnni512Zen(Vnni512):
+    """The same on AMD (SSE4a is theirs alone). What counts there are products and FMA (docs/LOG.md).
+
+    With one group in a tile, every product reads its activations as it goes: a load and a product are one instruction.
+    """
+
+    needs = (frozenset({"avx512vnni", "avx512bw", "sse4a"}),)
+    magic, joins_halves = False, True
+    tokens, groups, tile_pass, rest_tokens = (12, 4, 2, 1), 1, 3, 4
+
+
 class Vnni256(Vnni512):
     """The same on 32 bytes: AVX-VNNI, or AVX-512 VNNI on 256 bits."""
 
     needs = (frozenset({"avxvnni", "fma"}), frozenset({"avx512vnni", "avx512vl"}))
     direct, direct_groups, direct_most = (2, 1), 1, 2
     tokens, groups = (4, 2, 1), 1
+    rest_tokens = 1
     float_tokens, float_groups = (4, 2, 1), 1
     n_parts = 2
     shuffle = "llvm.x86.avx2.pshuf.b"

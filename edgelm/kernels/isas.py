@@ -9,7 +9,7 @@ from llvmlite import ir
 from edgelm.kernels.emit import I32x16, repeat, target
 from edgelm.kernels.isa import Form, Isa, Value
 from edgelm.kernels.isa_arm import Neon, NeonDot, NeonI8mm
-from edgelm.kernels.isa_x86 import Avx2, Avx512, Ssse3, Vnni256, Vnni512
+from edgelm.kernels.isa_x86 import Avx2, Avx512, Ssse3, Vnni256, Vnni512, Vnni512Zen
 
 
 class Portable(Isa):
@@ -31,7 +31,9 @@ class Portable(Isa):
         return sums
 
 
-ISAS: tuple[type[Isa], ...] = (Vnni512, Vnni256, Avx512, Avx2, Ssse3, NeonI8mm, NeonDot, Neon, Portable)
+ISAS: tuple[type[Isa], ...] = (
+    Vnni512Zen, Vnni512, Vnni256, Avx512, Avx2, Ssse3, NeonI8mm, NeonDot, Neon, Portable,
+)  # fmt: skip
 
 
 def select(context: Any) -> Isa:

@@ -2,25 +2,29 @@
 
 A unit of work is up to UNITS_PER tokens times two groups of 16 rows: neighbours of one matrix, or the same group of the
 gate and the up projection, whose activation and product are then part of it. Few tokens are multiplied straight from
-the packed weights. More: eight blocks at a time are unpacked to a slab on the stack, and all tokens go over it.
+the packed weights. More: eight blocks at a time are unpacked to a slab on the stack, and all tokens go over it; then
+those go over it again that have remainders there, listed once for all units with the same tokens.
 
 `linear` builds the rows of the op table for these kernels.
 """
 
 from __future__ import annotations
 
-from numba import njit
+from numba import int8, njit
 
 from edgelm.kernels.abi import WORD, Env, Row
 from edgelm.kernels.float_tiles import float_linear_code
 from edgelm.kernels.functions import Code, call_function, scratch
 from edgelm.kernels.int16_tiles import int16_linear_code
 from edgelm.kernels.linear import MAX_TOKENS, Arg
+from edgelm.kernels.records import FLAG, LIST, RECORD
 from edgelm.kernels.simd import (
     add_f32,
     load_f32,
     load_f32x16,
+    load_i32,
     load_i64,
+    load_u8,
     mul_f32,
     splat_f32,
     store,
@@ -31,6 +35,8 @@ from edgelm.kernels.vector_math import gelu_f32, silu_f32
 ROW = 64  # bytes of 16 float32
 PAIR = 2 * ROW
 SLAB_SCRATCH, OUT_SCRATCH = 2 * MAX_SLAB_BYTES, MAX_TOKENS * PAIR
+LISTED = 256  # blocks of which lists are kept: more are listed again for each unit
+LISTS_SCRATCH = LISTED * LIST
 (
     _WEIGHTS, _SECOND, _GROUP_BYTES, _N_GROUPS, _N_UNITS, _X, _X_STRIDE, _Y, _Y_STRIDE, _N_ROWS, _BIAS, _RESIDUAL,
     _RESIDUAL_STRIDE, _ACTIVATION,
@@ -40,21 +46,36 @@ _WORKSPACE, _LOGITS, _COUNT, _UNITS, _UNITS_PER = (
 )
 (
     _DIRECT, _DIRECT_TOKENS, _DIRECT_MOST, _TILES, _TILE_TOKENS, _UNPACK, _BLOCKS, _UNIT_BYTES, _RECORD_BYTES,
-    _SLAB_BLOCKS, _SLAB_BYTES, _FACTOR,
+    _SLAB_BLOCKS, _SLAB_BYTES, _FACTOR, _REST,
 ) = (
     WORD * field
     for field in (
         Code.DIRECT, Code.DIRECT_TOKENS, Code.DIRECT_MOST, Code.TILES, Code.TILE_TOKENS, Code.UNPACK, Code.BLOCKS,
-        Code.UNIT_BYTES, Code.RECORD_BYTES, Code.SLAB_BLOCKS, Code.SLAB_BYTES, Code.FACTOR,
+        Code.UNIT_BYTES, Code.RECORD_BYTES, Code.SLAB_BLOCKS, Code.SLAB_BYTES, Code.FACTOR, Code.REST,
     )
 )  # fmt: skip
 
 
 @njit
-def products(code, first, second, n_units, records, stride, n_tokens, slab, out, step):
+def list_remainders(records, stride, n_tokens, n_blocks, lists):
+    """For each block of records the tokens that have a remainder of it, as `records.LIST` says, to `lists`."""
+    for i in range(n_blocks):
+        store(lists + i * LIST, int8(0))
+    for t in range(n_tokens):
+        for i in range(n_blocks):
+            if load_i32(records + t * stride + i * RECORD + FLAG) != 0:
+                own = lists + i * LIST
+                n = load_u8(own) + 1
+                store(own, int8(n))
+                for k in range(LIST - MAX_TOKENS):
+                    store(own + n + k, int8(t))
+
+
+@njit
+def products(code, first, second, n_units, records, stride, n_tokens, slab, out, rests, lists, known, step):
     """Sums of two groups at `first` and `second` with `n_tokens` records, as (token, 2, 16) float32 at `out`.
 
-    step: from these groups to the ones that come next.
+    rests: room for as many; lists: of remainders, if `known` they are there; step: from these groups to the next.
     """
     if n_tokens <= load_i64(code + _DIRECT_MOST):
         t = 0
@@ -68,10 +89,11 @@ def products(code, first, second, n_units, records, stride, n_tokens, slab, out,
     zero = splat_f32(0.0)
     for i in range(0, n_tokens * PAIR, ROW):
         store(out + i, zero)
+        store(rests + i, zero)
     unit_blocks, unit_bytes = load_i64(code + _BLOCKS), load_i64(code + _UNIT_BYTES)
     unpack, slab_blocks = load_i64(code + _UNPACK), load_i64(code + _SLAB_BLOCKS)
     slab_bytes, record_bytes = load_i64(code + _SLAB_BYTES), load_i64(code + _RECORD_BYTES)
-    n_blocks, group_bytes = n_units * unit_blocks, n_units * unit_bytes
+    n_blocks, group_bytes, rest = n_units * unit_blocks, n_units * unit_bytes, load_i64(code + _REST)
     if unpack == 0:  # equal pieces: while one is worked on, as much of the next is fetched
         n_slabs = (n_blocks + slab_blocks - 1) // slab_blocks
         slab_blocks = (n_blocks + n_slabs - 1) // n_slabs
@@ -93,7 +115,17 @@ def products(code, first, second, n_units, records, stride, n_tokens, slab, out,
                 record = records + t * stride + block * record_bytes
                 call_function(tile, low, high, n, record, stride, out + t * PAIR, next_low, next_high)
                 t += tokens
+        if rest != 0:
+            listed = block % LISTED
+            if listed == 0 and not (known and n_blocks <= LISTED):
+                some = min(LISTED, n_blocks - block)
+                list_remainders(records + block * record_bytes, stride, n_tokens, some, lists)
+            record = records + (stride - record_bytes) // 2 + block * record_bytes
+            call_function(rest, low, high, n, record, stride, rests, lists + listed * LIST)
         block += n
+    if rest != 0:
+        for i in range(0, n_tokens * PAIR, ROW):
+            store(out + i, add_f32(load_f32x16(out + i), load_f32x16(rests + i)))
 
 
 @njit
@@ -130,7 +162,8 @@ def units(code, op, env, begin, end):
     y = load_i64(env + _LOGITS) if y < 0 else workspace + y
     residual, residual_stride = load_i64(op + _RESIDUAL), load_i64(op + _RESIDUAL_STRIDE)
     residual = residual + workspace if residual >= 0 else 0
-    slab, out = scratch(SLAB_SCRATCH), scratch(OUT_SCRATCH)
+    slab, out, rests, lists = scratch(SLAB_SCRATCH), scratch(OUT_SCRATCH), scratch(OUT_SCRATCH), scratch(LISTS_SCRATCH)
+    listed = -1  # chunk of tokens that `lists` are of
     power = splat_f32(load_f32(code + _FACTOR))
     for unit in range(begin, end):
         chunk = unit // units_per_chunk
@@ -145,7 +178,8 @@ def units(code, op, env, begin, end):
             second = first + group_bytes if group + 1 < n_groups else first
         record = x + first_token * x_stride
         step = 0 if unit + 1 == end else second - first + group_bytes if up == 0 else group_bytes
-        products(code, first, second, n_units, record, x_stride, n_tokens, slab, out, step)
+        known, listed = listed == chunk, chunk
+        products(code, first, second, n_units, record, x_stride, n_tokens, slab, out, rests, lists, known, step)
         column, left = group * ROW, n_rows - group * 16
         for t in range(n_tokens):
             low, high = mul_f32(load_f32x16(out + t * PAIR), power), mul_f32(load_f32x16(out + t * PAIR + ROW), power)

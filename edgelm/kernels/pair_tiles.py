@@ -43,7 +43,7 @@ def doubled(b: ir.IRBuilder, vectors: list[Value]) -> list[Value]:
 
 
 class PairTile:
-    """What a tile of `tiles` does, with its accumulators; its tokens are even in number."""
+    """What a tile of `block_tile` does, with its accumulators; its tokens are even in number."""
 
     def __init__(self, tile: Any) -> None:
         self.tile, self.b = tile, tile.b
@@ -61,11 +61,13 @@ class PairTile:
             for acc, value in zip(accs, _both(self.b, [self.b.load(acc) for acc in accs], orders), strict=True):
                 self.b.store(value, acc)
 
-    def add_block(self, weights: list[Any], scales: list[Any], minima: list[Any], records: list[Value]) -> None:
-        """As `_Tile.add_block`, from `paired` weights and `doubled` scales and minima."""
+    def add_block(
+        self, weights: list[Any], scales: list[Any], minima: list[Any], records: list[Value], first: int = 0
+    ) -> list[Value]:
+        """As `Tile.add_block`, from `paired` weights and `doubled` scales and minima."""
         b, tile = self.b, self.tile
-        for first in range(0, len(records), 2):
-            pair = records[first : first + 2]
+        for place in range(first, first + len(records), 2):
+            pair = records[place - first :][:2]
             for half in range(2):
                 inputs = [load_at(b, at(b, record, 16 * half), I64x2, 16) for record in pair]
                 inputs = [b.bitcast(_shuffled(b, *inputs, [i, 2 + i]), I8x16) for i in range(2)]
@@ -76,11 +78,12 @@ class PairTile:
                         for i, x in enumerate(inputs):
                             total = tile.isa.step_pair(b, total, group(half * CHUNKS // 2 + 2 * i + odd), x)
                         scaled = b.fmul(b.sitofp(total, F32x16), factor)
-                        tile.add(g, first + odd, scaled, scales[g][(2 * half + odd) % len(scales[g])])
+                        tile.add(g, place + odd, scaled, scales[g][(2 * half + odd) % len(scales[g])])
             factors = map(self._of_tokens, zip(*(tile.minimum_factors(record) for record in pair), strict=True))
             for i, factor in enumerate(factors):
                 for g, odd in itertools.product(range(len(weights)), range(2)):
-                    tile.add(g, first + odd, minima[g][2 * i + odd], factor)
+                    tile.add(g, place + odd, minima[g][2 * i + odd], factor)
+        return []  # there are no passes here
 
     def _of_tokens(self, values: list[Value]) -> Value:
         """Two vectors that each have one value in all lanes, as the lanes of an accumulator."""

@@ -8,6 +8,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from edgelm.kernels import isas
 from edgelm.kernels.abi import WORD, Env, Row
 from edgelm.kernels.emit import (
     F32,
@@ -30,7 +31,6 @@ from edgelm.kernels.records import (
     BLOCK,
     FLAG,
     MAGIC,
-    MAGIC_BITS,
     MAGIC_LOW,
     OFFSET_LOW,
     RECORD,
@@ -100,7 +100,8 @@ def _write_block(context: Any, b: ir.IRBuilder, halves: list[Value], target: Val
     total = b.fadd(*(b.extract_element(scaled, I32(i)) for i in range(2)))
     store_at(b, total, at(SCALED_SUM), 4)
     _pair(b, b.fmul(scales, repeat(F32x4, -MAGIC)), at(MAGIC_LOW))
-    _pair(b, b.sub(repeat(I32x4, MAGIC_BITS), b.mul(sums, repeat(I32x4, 128))), at(OFFSET_LOW))
+    first = repeat(I32x4, isas.select(context).first)
+    _pair(b, b.sub(first, b.mul(sums, repeat(I32x4, 128))), at(OFFSET_LOW))
     store_at(b, I32(0), at(FLAG), 4)
 
 

@@ -7,7 +7,8 @@ A record holds one row of activations: for each block of 32 inputs 64 bytes, one
     36  float32      d of inputs 16-31
     40  float32      sum of d * q over the block, for weights that have a minimum
     44  float32      -MAGIC * d of inputs 0-15, exactly; at 48 of inputs 16-31
-    52  int32        bits of MAGIC, less 128 * sum(q) of inputs 0-15, for weights stored with an offset; at 56 of 16-31
+    52  int32        `Isa.first`, at which sums start, less 128 * sum(q) of inputs 0-15, for weights stored with an
+                     offset; at 56 of inputs 16-31
     60  int32        not 0 if the block has a remainder
 
 The number of blocks is rounded up to even; a block that pads is zero. As many blocks follow for remainders: what q * d
@@ -32,6 +33,7 @@ MAGIC_LOW, MAGIC_HIGH = 44, 48
 OFFSET_LOW, OFFSET_HIGH = 52, 56
 FLAG = 60
 LIMIT = 2.0  # how many times the mean d² of its row that of a block must be for a remainder: 6-10 % are (docs/LOG.md)
+LIST = 136  # bytes: how many of at most 132 tokens have a remainder of a block, their numbers, the last one thrice more
 MAGIC, MAGIC_BITS = 1.5 * 2.0**23, 0x4B400000
 
 

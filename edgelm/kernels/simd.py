@@ -97,6 +97,7 @@ def _scalar_loader(numba_type: types.Type, llvm_type: ir.Type) -> Any:
 
 load_i64 = _scalar_loader(types.int64, I64)
 load_i32 = _scalar_loader(types.int32, I32)
+load_u8 = _scalar_loader(types.uint8, I8)
 load_i16 = _scalar_loader(types.int16, I16)
 load_f32 = _scalar_loader(types.float32, F32)
 

@@ -3,23 +3,18 @@
     direct   32 rows x few tokens, straight from packed weights
     unpack   packed weights to a slab: eight int8 vectors, scales and minima of each block, ready to multiply
     tile     32 rows x several tokens, from two slabs
+    rest     the remainders of the same, for the tokens that have one
     embed    one row of packed weights as float32
     pack     16 rows of a file to packed weights
 
-For every row and token, `direct` and `tile` do the same operations in the same order, so that the number of tokens in a
-call changes no bit of the result:
-
-    acc = fma(float(sum) * d, scale, acc), for the first half of each block and then for the second
-    acc = fma(minimum, sum of d * x, acc), after both, if there are minima; then the same for the block's remainder
-
-where sum is an exact integer, of 16 inputs, and d the scale of these activations.
+Sums of products are those of `block_tile`, the same to the bit for any number of tokens. `tile` and `rest` come from
+`slab_tiles`.
 
 Knows formats as `blocks.Blocks`, machines as `isa.Isa`, activations as the record of `quantize`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from typing import Any
@@ -34,156 +29,24 @@ from edgelm.kernels import (
     block_formats,  # noqa: F401  (defines them)
     isas,
 )
+from edgelm.kernels.block_tile import ROW, Tile
 from edgelm.kernels.blocks import BLOCKS, CHUNKS, Blocks, Int, at
-from edgelm.kernels.emit import (
-    F32,
-    I8,
-    I32,
-    I64,
-    F32x16,
-    I8x64,
-    I32x16,
-    emit_fma,
-    load_at,
-    prefetch_at,
-    spread,
-    store_at,
-    target,
-)
+from edgelm.kernels.emit import F32, I8, I32, I64, F32x16, I32x16, load_at, prefetch_at, spread, store_at, target
 from edgelm.kernels.functions import Code, address_of, code_address, function_address, stack, tile_fields
-from edgelm.kernels.isa import Form, Isa
-from edgelm.kernels.pair_tiles import PairTile, doubled, paired
-from edgelm.kernels.records import (
-    FLAG,
-    MAGIC_BITS,
-    MAGIC_HIGH,
-    MAGIC_LOW,
-    OFFSET_HIGH,
-    OFFSET_LOW,
-    RECORD,
-    SCALE_HIGH,
-    SCALE_LOW,
-    SCALED_SUM,
-)
+from edgelm.kernels.isa import Form
+from edgelm.kernels.pair_tiles import doubled, paired
+from edgelm.kernels.records import FLAG, RECORD
+from edgelm.kernels.slab_tiles import _rest, _tile, slab_block_bytes
 
 Value = ir.Value
-ROW = 64  # bytes of 16 float32
-HALVES = ((OFFSET_LOW, SCALE_LOW, MAGIC_LOW), (OFFSET_HIGH, SCALE_HIGH, MAGIC_HIGH))  # of a record
 AHEAD = 4096  # how many bytes before they are needed weights are asked for: the processor's own prefetching comes late
 NEAR = 448  # the same where it does not: only so that no line is touched before those that lie in front of it
 SLAB = 8  # blocks that are unpacked at a time: they stay in the first-level cache
-
-
-def slab_block_bytes(fmt: Blocks, pairs: bool = False) -> int:
-    """Bytes of a block in a slab: quants, scales, minima; for `pair_tiles` the latter twice."""
-    return 64 * (CHUNKS + fmt.halves * (2 if fmt.minimum else 1) * (2 if pairs else 1))
-
-
 MAX_SLAB_BYTES = SLAB * 64 * (CHUNKS + 8)
-
-
-# --- one block
-
-
-class _Tile:
-    """Accumulators of `groups` x `tokens` vectors of 16 rows, in registers."""
-
-    def __init__(self, context: Any, b: ir.IRBuilder, fmt: Blocks, form: Form, groups: int, tokens: int) -> None:
-        self.context, self.b, self.fmt, self.form = context, b, fmt, form
-        self.isa: Isa = isas.select(context)
-        zero = ir.Constant(F32x16, None)
-        self.acc = [[cgutils.alloca_once_value(b, zero) for _ in range(tokens)] for _ in range(groups)]
-
-    def add_block(self, weights: list[Any], scales: list[Any], minima: list[Any], records: list[Value]) -> None:
-        """Adds the products of one block. weights[group](chunk), scales[group][half], minima[group][half]."""
-        b, isa, fmt = self.b, self.isa, self.fmt
-        places = [(g, t) for t in range(len(records)) for g in range(len(weights))]
-        for half, (offset, d, magic) in enumerate(HALVES):
-            sums: dict[tuple[int, int], Any] = {}
-            for g, t in places:
-                sums[g, t] = isa.start(b, records[t], offset, self.form, fmt.bits, fmt.zero)
-            for chunk in range(half * CHUNKS // 2, (half + 1) * CHUNKS // 2):
-                w = [group(chunk) for group in weights]
-                for t, record in enumerate(records):
-                    x = isa.input(b, record, chunk)
-                    for g in range(len(weights)):
-                        sums[g, t] = isa.step(b, sums[g, t], w[g], x, self.form, fmt.bits)
-            for g, t in places:
-                scaled = self._scaled(isa.end(b, sums[g, t]), records[t], d, magic)
-                self.add(g, t, scaled, scales[g][half % fmt.halves])
-        for g, t in places:
-            for minimum, factor in zip(minima[g], self.minimum_factors(records[t]), strict=True):
-                self.add(g, t, minimum, factor)
-
-    def load(self, addresses: list[list[Value]]) -> None:
-        """Goes on from the sums at addresses[group][token]."""
-        for acc, address in zip(itertools.chain(*self.acc), itertools.chain(*addresses), strict=True):
-            self.b.store(load_at(self.b, address, F32x16, 64), acc)
-
-    def store(self, addresses: list[list[Value]]) -> None:
-        for acc, address in zip(itertools.chain(*self.acc), itertools.chain(*addresses), strict=True):
-            store_at(self.b, self.b.load(acc), address, 64)
-
-    def add(self, g: int, t: int, x: Value, y: Value) -> None:
-        self.b.store(emit_fma(self.context, self.b, x, y, self.b.load(self.acc[g][t])), self.acc[g][t])
-
-    def _scaled(self, total: Value, record: Value, d: int, magic: int) -> Value:
-        """An exact sum of products, as float32, times d."""
-        b, factor = self.b, self._float(record, d)
-        if self.isa.magic:  # (MAGIC + total) * d - MAGIC * d, rounded once
-            return emit_fma(self.context, b, b.bitcast(total, F32x16), factor, self._float(record, magic))
-        return b.fmul(b.sitofp(total, F32x16), factor)
-
-    def factor(self, record: Value, half: int) -> Value:
-        """d of half a block, in all lanes."""
-        return self._float(record, HALVES[half][1])
-
-    def minimum_factors(self, record: Value) -> list[Value]:
-        """What minima are multiplied with, in all lanes."""
-        if not self.fmt.minimum:
-            return []
-        if self.fmt.halves == 1:
-            return [self._float(record, SCALED_SUM)]
-        return [self._scaled_sum(record, offset, d) for offset, d, _ in HALVES]
-
-    def _scaled_sum(self, record: Value, offset: int, d: int) -> Value:
-        """d times the sum of half a block."""
-        b = self.b
-        total = b.sub(I32(MAGIC_BITS), load_at(b, at(b, record, offset), I32, 4))
-        scaled = b.fmul(b.sitofp(total, F32), load_at(b, at(b, record, d), F32, 4))
-        return spread(b, b.fmul(scaled, ir.Constant(F32, 1 / 128)), F32x16)
-
-    def _float(self, record: Value, field: int) -> Value:
-        return spread(self.b, load_at(self.b, at(self.b, record, field), F32, 4), F32x16)
 
 
 def _vectors(values: list[Value]) -> Any:
     return lambda chunk: values[chunk]
-
-
-@contextlib.contextmanager
-def _each_block(b: ir.IRBuilder, n_blocks: Value, records: list[Value], record_stride: Value) -> Any:
-    """A loop over the blocks of records: yields the number of a block and its address in each record.
-
-    After a block that has a remainder in any of them comes the same number again, with the remainders.
-    """
-    rest = _to_rest(b, record_stride)
-    block, extra = cgutils.alloca_once(b, I64), cgutils.alloca_once(b, I64)
-    b.store(I64(0), block)
-    b.store(I64(0), extra)
-    body, end = b.append_basic_block("block"), b.append_basic_block("blocks.end")
-    b.cbranch(b.icmp_signed(">", n_blocks, I64(0)), body, end)
-    b.position_at_end(body)
-    index = b.load(block)
-    step = b.add(b.mul(index, I64(RECORD)), b.load(extra))
-    here = [b.add(record, step) for record in records]
-    yield index, here
-    again = _has_rest(b, here)  # remainders have none themselves
-    following = b.select(again, index, b.add(index, I64(1)))
-    b.store(b.select(again, rest, I64(0)), extra)
-    b.store(following, block)
-    b.cbranch(b.icmp_signed("<", following, n_blocks), body, end)
-    b.position_at_end(end)
 
 
 def _to_rest(b: ir.IRBuilder, record_stride: Value) -> Value:
@@ -217,9 +80,7 @@ def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_
             after = [b.select(b.icmp_signed("==", outer.index, I64(0)), second, next_first)]
         ends = [b.add(group, b.mul(n_units, I64(blocks.unit_bytes))) for group in weights]
         form = isas.select(context).direct_form(blocks.bits, blocks.zero)
-        tile = _Tile(context, b, blocks, form, n_groups, n_tokens)
-        for acc in itertools.chain(*tile.acc):
-            b.store(ir.Constant(F32x16, None), acc)
+        tile, rests = (Tile(context, b, blocks, form, n_groups, n_tokens) for _ in range(2))
         tokens = [b.add(record, b.mul(record_stride, I64(t))) for t in range(n_tokens)]
         with cgutils.for_range(b, n_units, intp=I64) as loop:
             step = b.mul(loop.index, I64(blocks.unit_bytes))
@@ -241,13 +102,13 @@ def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_
                 values = [_vectors(blocks.quants(b, tile.isa, unit, block, tile.form)) for unit in units]
                 tile.add_block(values, scales, minima, inputs)
                 with b.if_then(_has_rest(b, inputs)):  # the same weights once more, as they are unpacked
-                    tile.add_block(values, scales, minima, [b.add(record, rest) for record in inputs])
+                    rests.add_block(values, scales, minima, [b.add(record, rest) for record in inputs])
                 for unit in [] if in_order else ahead:
                     _prefetch(b, blocks, b.add(unit, share))
         place = b.add(out, b.mul(outer.index, I64(ROW)))
-        for g, accs in enumerate(tile.acc):
-            for t, acc in enumerate(accs):
-                store_at(b, b.load(acc), at(b, place, ROW * (2 * t + g)), 64)
+        for g, t in itertools.product(range(n_groups), range(n_tokens)):
+            total = b.fadd(b.load(tile.acc[g][t]), b.load(rests.acc[g][t]))
+            store_at(b, total, at(b, place, ROW * (2 * t + g)), 64)
 
 
 def _in_order(context: Any, n_tokens: int) -> bool:
@@ -307,50 +168,6 @@ def _unpack_block(context, b, isa, blocks: Blocks, unit, block, target, form, pa
         quants, scales, minima = paired(b, quants), doubled(b, scales), doubled(b, minima)
     for k, vector in enumerate([*quants, *scales, *minima]):
         store_at(b, vector, at(b, target, 64 * k), 64)
-
-
-def _tile(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_tokens: int) -> None:
-    """(slab, second, n_blocks, record, record_stride, out, …): adds products of two groups of rows to `out`.
-
-    slab, second: blocks from `unpack` of either group; record + record_stride * token; out: (token, 2, 16) float32.
-    """
-    slab, second, n_blocks, record, record_stride, out = args[:6]
-    n_groups = isas.select(context).groups
-    with cgutils.for_range(b, I64(2 // n_groups), intp=I64) as loop:
-        slab = b.add(slab, b.mul(b.sub(second, slab), loop.index))
-        out = b.add(out, b.mul(loop.index, I64(ROW)))
-        slabs = [slab, second][:n_groups]
-        records = [b.add(record, b.mul(record_stride, I64(t))) for t in range(n_tokens)]
-        outs = [[at(b, out, ROW * (2 * t + g)) for t in range(n_tokens)] for g in range(n_groups)]
-        _slab_products(context, b, blocks, slabs, n_blocks, records, record_stride, outs)
-
-
-def _slab_products(context, b, blocks: Blocks, slabs, n_blocks, records, record_stride, outs) -> None:
-    isa = isas.select(context)
-    if isa.two_by_two and len(records) == 1:  # with itself
-        records, outs = records * 2, [places * 2 for places in outs]
-    tile = _Tile(context, b, blocks, blocks.form(isa), len(slabs), len(records))
-    if isa.two_by_two:
-        tile = PairTile(tile)
-    n_scales = blocks.halves * (2 if isa.two_by_two else 1)
-    tile.load(outs)
-    with _each_block(b, n_blocks, records, record_stride) as (block, inputs):
-        here = [at(b, slab, 0, block, slab_block_bytes(blocks, isa.two_by_two)) for slab in slabs]
-        tile.add_block(
-            [_loads(b, address) for address in here],
-            [_floats(b, address, CHUNKS, n_scales) for address in here],
-            [_floats(b, address, CHUNKS + n_scales, n_scales * blocks.minimum) for address in here],
-            inputs,
-        )
-    tile.store(outs)
-
-
-def _loads(b: ir.IRBuilder, slab: Value) -> Any:
-    return lambda chunk: load_at(b, at(b, slab, 64 * chunk), I8x64, 64)
-
-
-def _floats(b: ir.IRBuilder, slab: Value, first: int, n: int) -> list[Value]:
-    return [load_at(b, at(b, slab, 64 * (first + i)), F32x16, 64) for i in range(n)]
 
 
 def _embed(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) -> None:
@@ -424,6 +241,7 @@ def code_fields(context: Any, b: ir.IRBuilder, blocks: Blocks) -> dict[int, Any]
         **tile_fields(isa.tokens, lambda tokens: function(_tile, 8, tokens)),
         Code.DIRECT_MOST: isa.direct_most,
         Code.UNPACK: function(_unpack, 5),
+        Code.REST: function(_rest, 7),
         Code.BLOCKS: blocks.blocks,
         Code.UNIT_BYTES: blocks.unit_bytes,
         Code.RECORD_BYTES: RECORD,

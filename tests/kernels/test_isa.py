@@ -23,6 +23,7 @@ TARGETS = {
     "avxvnni": ("alderlake", f"{AVX2},+avxvnni", "Vnni256", "avxvnni"),
     "avx512": ("skylake-avx512", AVX512, "Avx512", "avx512bw"),
     "avx512vnni": ("cascadelake", f"{AVX512},+avx512vnni", "Vnni512", "avx512vnni"),
+    "zen4": ("znver4", f"{AVX512},+avx512vnni,+sse4a", "Vnni512Zen", "avx512vnni"),
 }
 CHOSEN = """
 from edgelm.kernels import isas
@@ -52,7 +53,7 @@ def test_every_format_on(target: str) -> None:
     )
     assert chosen.stdout.strip() == expected
     tests = Path(__file__).with_name("test_linear.py")
-    chosen_tests = "products_are or looked_up or any_number or one_pass"
+    chosen_tests = "products_are or looked_up or any_number or one_pass or short_of or records"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen_tests, str(tests)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -1,0 +1,135 @@
+"""Sums of products of one block after the other, in registers: what `tiles` and `slab_tiles` are made of.
+
+For every row and token the operations and their order are always the same, so that the number of tokens in a call
+changes no bit of the result:
+
+    acc = fma(float(sum) * d, scale, acc), for the first half of each block and then for the second
+    acc = fma(minimum, sum of d * x, acc), after both, if there are minima
+
+where sum is an exact integer, of 16 inputs, and d the scale of these activations. Where `Isa.joins_halves` and there is
+one scale, both halves go to acc at once, as fma(float(sum of the second), d, float(sum of the first) * d). Remainders
+are summed up by themselves, in the same way, and that is added at the end.
+
+Knows formats as `blocks.Blocks`, machines as `isa.Isa`, activations as the record of `quantize`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from edgelm.kernels import isas
+from edgelm.kernels.blocks import CHUNKS, Blocks, at
+from edgelm.kernels.emit import F32, I32, F32x16, emit_fma, load_at, spread, store_at
+from edgelm.kernels.isa import Form, Isa
+from edgelm.kernels.records import (
+    MAGIC_HIGH,
+    MAGIC_LOW,
+    OFFSET_HIGH,
+    OFFSET_LOW,
+    SCALE_HIGH,
+    SCALE_LOW,
+    SCALED_SUM,
+)
+
+Value = ir.Value
+HALVES = ((OFFSET_LOW, SCALE_LOW, MAGIC_LOW), (OFFSET_HIGH, SCALE_HIGH, MAGIC_HIGH))  # of a record
+ROW = 64  # bytes of 16 float32
+Sums = dict[tuple[int, int, int], Any]
+
+
+class Tile:
+    """Accumulators of `groups` x `tokens` vectors of 16 rows, in registers."""
+
+    def __init__(self, context: Any, b: ir.IRBuilder, fmt: Blocks, form: Form, groups: int, tokens: int) -> None:
+        self.context, self.b, self.fmt, self.form = context, b, fmt, form
+        self.isa: Isa = isas.select(context)
+        zero = ir.Constant(F32x16, None)
+        self.acc = [[cgutils.alloca_once_value(b, zero) for _ in range(tokens)] for _ in range(groups)]
+
+    def add_block(
+        self, weights: list[Any], scales: list[Any], minima: list[Any], records: list[Value], first: int = 0
+    ) -> list[Value]:
+        """Adds the products of one block. weights[group](chunk), scales[group][half], minima[group][half].
+
+        records: of the tokens from `first` on. Returns what depends on all products: their sums.
+        """
+        isa, fmt = self.isa, self.fmt
+        places = [(g, t) for t in range(len(records)) for g in range(len(weights))]
+        sums = Sums()
+        for halves in ((0, 1),) if isa.joins_halves else ((0,), (1,)):
+            sums = self._sums(weights, records, halves)
+            for g, t in places:
+                if isa.joins_halves and fmt.halves == 1:
+                    self.add(g, first + t, self._joined(sums[0, g, t], sums[1, g, t], records[t]), scales[g][0])
+                    continue
+                for half in halves:
+                    scaled = self._scaled(sums[half, g, t], records[t], half)
+                    self.add(g, first + t, scaled, scales[g][half % fmt.halves])
+        for g, t in places:
+            for minimum, factor in zip(minima[g], self.minimum_factors(records[t]), strict=True):
+                self.add(g, first + t, minimum, factor)
+        return list(sums.values())
+
+    def _sums(self, weights: list[Any], records: list[Value], halves: tuple[int, ...]) -> Sums:
+        """Exact sums of products by (half, group, token)."""
+        b, isa, fmt, sums = self.b, self.isa, self.fmt, Sums()
+        for half, (t, record), g in itertools.product(halves, enumerate(records), range(len(weights))):
+            sums[half, g, t] = isa.start(b, record, HALVES[half][0], self.form, fmt.bits, fmt.zero)
+        for i, half in itertools.product(range(CHUNKS // 2), halves):
+            chunk = half * CHUNKS // 2 + i
+            w = [group(chunk) for group in weights]
+            for t, record in enumerate(records):
+                x = isa.input(b, record, chunk)
+                for g in range(len(weights)):
+                    sums[half, g, t] = isa.step(b, sums[half, g, t], w[g], x, self.form, fmt.bits)
+        return {place: isa.end(b, total) for place, total in sums.items()}
+
+    def load(self, addresses: list[list[Value]]) -> None:
+        """Goes on from the sums at addresses[group][token]."""
+        for acc, address in zip(itertools.chain(*self.acc), itertools.chain(*addresses), strict=True):
+            self.b.store(load_at(self.b, address, F32x16, 64), acc)
+
+    def store(self, addresses: list[list[Value]]) -> None:
+        for acc, address in zip(itertools.chain(*self.acc), itertools.chain(*addresses), strict=True):
+            store_at(self.b, self.b.load(acc), address, 64)
+
+    def add(self, g: int, t: int, x: Value, y: Value) -> None:
+        self.b.store(emit_fma(self.context, self.b, x, y, self.b.load(self.acc[g][t])), self.acc[g][t])
+
+    def _scaled(self, total: Value, record: Value, half: int) -> Value:
+        """An exact sum of products, as float32, times d."""
+        b, factor = self.b, self.factor(record, half)
+        if self.isa.magic:  # (MAGIC + total) * d - MAGIC * d, rounded once
+            return emit_fma(self.context, b, b.bitcast(total, F32x16), factor, self._float(record, HALVES[half][2]))
+        return b.fmul(b.sitofp(total, F32x16), factor)
+
+    def _joined(self, low: Value, high: Value, record: Value) -> Value:
+        """Exact sums of both halves, each times its d."""
+        high = self.b.sitofp(high, F32x16)
+        return emit_fma(self.context, self.b, high, self.factor(record, 1), self._scaled(low, record, 0))
+
+    def factor(self, record: Value, half: int) -> Value:
+        """d of half a block, in all lanes."""
+        return self._float(record, HALVES[half][1])
+
+    def minimum_factors(self, record: Value) -> list[Value]:
+        """What minima are multiplied with, in all lanes."""
+        if not self.fmt.minimum:
+            return []
+        if self.fmt.halves == 1:
+            return [self._float(record, SCALED_SUM)]
+        return [self._scaled_sum(record, offset, d) for offset, d, _ in HALVES]
+
+    def _scaled_sum(self, record: Value, offset: int, d: int) -> Value:
+        """d times the sum of half a block."""
+        b = self.b
+        total = b.sub(I32(self.isa.first), load_at(b, at(b, record, offset), I32, 4))
+        scaled = b.fmul(b.sitofp(total, F32), load_at(b, at(b, record, d), F32, 4))
+        return spread(b, b.fmul(scaled, ir.Constant(F32, 1 / 128)), F32x16)
+
+    def _float(self, record: Value, field: int) -> Value:
+        return spread(self.b, load_at(self.b, at(self.b, record, field), F32, 4), F32x16)

@@ -1,0 +1,142 @@
+"""Tiles that multiply unpacked weights, a slab of two groups of 16 rows, with many tokens.
+
+    tile     several tokens, one after the other in memory
+    rest     the remainders of a slab's blocks, of those tokens that have one
+
+A slab has, for each block, eight int8 vectors, scales and minima, ready to multiply; sums lie as (token, 2, 16) float32.
+A processor's registers do not hold the sums of all tokens of a tile twice, exact and as floats, so a tile may go over
+a block in passes of some tokens (`Isa.tile_pass`): the sums of one become floats while the products of the next run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from edgelm.kernels import isas
+from edgelm.kernels.block_tile import ROW, Tile
+from edgelm.kernels.blocks import CHUNKS, Blocks, at
+from edgelm.kernels.emit import I8, I64, F32x16, I8x64, load_at, opaque
+from edgelm.kernels.pair_tiles import PairTile
+from edgelm.kernels.records import LIST, RECORD
+
+Value = ir.Value
+PAIR = 2 * ROW  # bytes of a token's sums
+
+
+def slab_block_bytes(fmt: Blocks, pairs: bool = False) -> int:
+    """Bytes of a block in a slab: quants, scales, minima; for `pair_tiles` the latter twice."""
+    return 64 * (CHUNKS + fmt.halves * (2 if fmt.minimum else 1) * (2 if pairs else 1))
+
+
+class _SlabTile:
+    """Sums of some tokens with one or two groups of a slab. slabs: addresses of one block of each."""
+
+    def __init__(self, context: Any, b: ir.IRBuilder, fmt: Blocks, slabs: list[Value], n_tokens: int) -> None:
+        self.b, self.fmt, self.isa, self.slabs = b, fmt, isas.select(context), slabs
+        self.copies = 2 if self.isa.two_by_two and n_tokens == 1 else 1  # a token goes with itself
+        self.tile: Any = Tile(context, b, fmt, fmt.form(self.isa), len(slabs), n_tokens * self.copies)
+        self.sums = self.tile.acc
+        if self.isa.two_by_two:
+            self.tile = PairTile(self.tile)
+
+    def load(self, outs: list[Value]) -> None:
+        """Goes on from the sums of each token."""
+        self.tile.load(self._places(outs))
+
+    def store(self, outs: list[Value]) -> None:
+        self.tile.store(self._places(outs))
+
+    def _places(self, outs: list[Value]) -> list[list[Value]]:
+        return [[at(self.b, out, ROW * g) for out in outs * self.copies] for g in range(len(self.slabs))]
+
+    def add_block(self, slabs: list[Value], records: list[Value], first: int = 0) -> list[Value]:
+        """Adds the products of a block with the tokens from `first` on. Returns their exact sums."""
+        b, n = self.b, self.fmt.halves * (2 if self.isa.two_by_two else 1)
+        return self.tile.add_block(
+            [_loads(b, slab) for slab in slabs],
+            [_floats(b, slab, CHUNKS, n) for slab in slabs],
+            [_floats(b, slab, CHUNKS + n, n * self.fmt.minimum) for slab in slabs],
+            records * self.copies,
+            first,
+        )
+
+    def add_in_passes(self, slabs: list[Value], record: Value, stride: Value, n_tokens: int) -> None:
+        """The same for all tokens, `stride` apart: no more at a time than `Isa.tile_pass`.
+
+        LLVM would begin all passes at once. But the addresses of the next depend on this one's sums, and on what became
+        of the ones before.
+        """
+        b, size = self.b, self.isa.tile_pass or n_tokens
+        done: list[Value] = []
+        for first in range(0, n_tokens, size):
+            n = min(size, n_tokens - first)
+            if first:
+                slabs = [opaque(b, slab, done) for slab in slabs]
+                record = opaque(b, b.add(record, b.mul(stride, I64(size))), done)
+            done = self.add_block(slabs, [b.add(record, b.mul(stride, I64(t))) for t in range(n)], first)
+            done += [b.load(acc) for accs in self.sums for acc in accs[max(0, first - size) : first]]
+
+
+def _loads(b: ir.IRBuilder, slab: Value) -> Any:
+    return lambda chunk: load_at(b, at(b, slab, 64 * chunk), I8x64, 64)
+
+
+def _floats(b: ir.IRBuilder, slab: Value, first: int, n: int) -> list[Value]:
+    return [load_at(b, at(b, slab, 64 * (first + i)), F32x16, 64) for i in range(n)]
+
+
+@contextlib.contextmanager
+def _groups(context: Any, b: ir.IRBuilder, slab: Value, second: Value, out: Value) -> Iterator[Any]:
+    """Both groups, at once or one after the other: addresses of their slabs, and of the sums of the first."""
+    n = isas.select(context).groups
+    with cgutils.for_range(b, I64(2 // n), intp=I64) as loop:
+        slab = b.add(slab, b.mul(b.sub(second, slab), loop.index))
+        yield [slab, second][:n], b.add(out, b.mul(loop.index, I64(ROW)))
+
+
+def _at_block(b: ir.IRBuilder, context: Any, fmt: Blocks, slabs: list[Value], block: Value) -> list[Value]:
+    size = slab_block_bytes(fmt, isas.select(context).two_by_two)
+    return [at(b, slab, 0, block, size) for slab in slabs]
+
+
+def _tile(context: Any, b: ir.IRBuilder, fmt: Blocks, args: list[Value], n_tokens: int) -> None:
+    """(slab, second, n_blocks, record, record_stride, out, …): adds products of two groups of rows to `out`.
+
+    slab, second: blocks from `unpack` of either group; record + record_stride * token; out: (token, 2, 16) float32.
+    """
+    slab, second, n_blocks, record, stride, out = args[:6]
+    with _groups(context, b, slab, second, out) as (slabs, sums):
+        outs = [at(b, sums, PAIR * t) for t in range(n_tokens)]
+        tile = _SlabTile(context, b, fmt, slabs, n_tokens)
+        tile.load(outs)
+        with cgutils.for_range(b, n_blocks, intp=I64) as loop:
+            here = b.add(record, b.mul(loop.index, I64(RECORD)))
+            tile.add_in_passes(_at_block(b, context, fmt, slabs, loop.index), here, stride, n_tokens)
+        tile.store(outs)
+
+
+def _rest(context: Any, b: ir.IRBuilder, fmt: Blocks, args: list[Value]) -> None:
+    """(slab, second, n_blocks, record, record_stride, out, lists): adds products with remainders to `out`.
+
+    record: of the first token's remainders; lists: for each block the tokens that have one, see `records.LIST`. Where
+    they do not fill the last tile, one token stands there more than once: the same is stored for it more than once.
+    """
+    slab, second, n_blocks, record, stride, out, lists = args
+    n = isas.select(context).rest_tokens
+    with _groups(context, b, slab, second, out) as (slabs, sums), cgutils.for_range(b, n_blocks, intp=I64) as loop:
+        here, own = _at_block(b, context, fmt, slabs, loop.index), b.add(record, b.mul(loop.index, I64(RECORD)))
+        tokens = b.add(lists, b.mul(loop.index, I64(LIST)))
+        count = b.zext(load_at(b, tokens, I8), I64)
+        with cgutils.for_range(b, b.udiv(b.add(count, I64(n - 1)), I64(n)), intp=I64) as tiles:
+            first = b.add(tokens, b.mul(tiles.index, I64(n)))
+            chosen = [b.zext(load_at(b, at(b, first, 1 + t), I8), I64) for t in range(n)]
+            outs = [b.add(sums, b.mul(token, I64(PAIR))) for token in chosen]
+            tile = _SlabTile(context, b, fmt, slabs, n)
+            tile.load(outs)
+            tile.add_block(here, [b.add(own, b.mul(token, stride)) for token in chosen])
+            tile.store(outs)
