@@ -3,7 +3,7 @@
     tile     several tokens, one after the other in memory
     rest     the remainders of a slab's blocks, of those tokens that have one
 
-A slab has, for each block, eight int8 vectors, scales and minima, ready to multiply; sums lie as (token, 2, 16) float32.
+A slab has for each block eight int8 vectors, scales and minima, ready to multiply; sums lie as (token, 2, 16) float32.
 A processor's registers do not hold the sums of all tokens of a tile twice, exact and as floats, so a tile may go over
 a block in passes of some tokens (`Isa.tile_pass`): the sums of one become floats while the products of the next run.
 """
