@@ -15,8 +15,10 @@ Knows formats as `blocks.Blocks`, machines as `isa.Isa`, activations as the reco
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -47,6 +49,34 @@ MAX_SLAB_BYTES = SLAB * 64 * (CHUNKS + 8)
 
 def _vectors(values: list[Value]) -> Any:
     return lambda chunk: values[chunk]
+
+
+@contextlib.contextmanager
+def _each_block(b: ir.IRBuilder, n: int, records: list[Value], tile: Tile, rests: Tile, rest: Value) -> Iterator[Any]:
+    """A loop over n blocks: yields the number of a block and its address in each record.
+
+    Where registers do not hold the weights of a block, after a block that has a remainder in any of the records comes
+    the same number again, with the remainders, while the sums of `tile` and `rests` have changed places.
+    """
+    if tile.isa.n_parts == 1:
+        with cgutils.for_range(b, I64(n), intp=I64) as loop:
+            yield loop.index, [at(b, record, 0, loop.index, RECORD) for record in records]
+        return
+    block, extra = cgutils.alloca_once_value(b, I64(0)), cgutils.alloca_once_value(b, I64(0))
+    body, end = b.append_basic_block("block"), b.append_basic_block("blocks.end")
+    b.branch(body)
+    b.position_at_end(body)
+    index, shift = b.load(block), b.load(extra)
+    here = [b.add(at(b, record, 0, index, RECORD), shift) for record in records]
+    yield index, here
+    again = _has_rest(b, here)  # remainders have none themselves
+    with b.if_then(b.or_(again, b.icmp_signed("!=", shift, I64(0))), likely=False):
+        tile.exchange(rests)
+    following = b.select(again, index, b.add(index, I64(1)))
+    b.store(b.select(again, rest, I64(0)), extra)
+    b.store(following, block)
+    b.cbranch(b.icmp_signed("<", following, I64(n)), body, end)
+    b.position_at_end(end)
 
 
 def _to_rest(b: ir.IRBuilder, record_stride: Value) -> Value:
@@ -88,8 +118,7 @@ def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_
             ahead = [_ahead(b, blocks, *place) for place in zip(units, ends, after, strict=True)]
             records = b.mul(loop.index, I64(RECORD * blocks.blocks))
             here = [b.add(token, records) for token in tokens]
-            with cgutils.for_range(b, I64(blocks.blocks), intp=I64) as inner:
-                block, inputs = inner.index, [at(b, record, 0, inner.index, RECORD) for record in here]
+            with _each_block(b, blocks.blocks, here, tile, rests, rest) as (block, inputs):
                 share = b.mul(block, I64(_share(blocks)))
                 if in_order and len(blocks.planes) > 1:
                     with b.if_else(all_rest) as (long_work, short_work):
@@ -101,8 +130,9 @@ def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_
                 scales, minima = zip(*(blocks.scales(context, b, unit, block) for unit in units), strict=True)
                 values = [_vectors(blocks.quants(b, tile.isa, unit, block, tile.form)) for unit in units]
                 tile.add_block(values, scales, minima, inputs)
-                with b.if_then(_has_rest(b, inputs)):  # the same weights once more, as they are unpacked
-                    rests.add_block(values, scales, minima, [b.add(record, rest) for record in inputs])
+                if tile.isa.n_parts == 1:
+                    with b.if_then(_has_rest(b, inputs)):  # the same weights once more, as they are unpacked
+                        rests.add_block(values, scales, minima, [b.add(record, rest) for record in inputs])
                 for unit in [] if in_order else ahead:
                     _prefetch(b, blocks, b.add(unit, share))
         place = b.add(out, b.mul(outer.index, I64(ROW)))
