@@ -93,7 +93,7 @@ def test_inner_loops(cpu: str) -> None:
     few, many = CPUS[cpu]
     for function, product in (("_direct", few), ("_tile", many), ("_rest", many)):
         for format, (instructions, spills) in MOST[function, product].items():
-            loop = next(loop for loop in loops if loop["function"].startswith(f"{function}.{format}."))
+            loop = next(loop for loop in loops if f"{loop['function']}.".startswith(f"{function}.{format}."))
             assert loop["product"] == product, loop
             assert loop["instructions"] <= instructions * loop["blocks"], loop
             assert loop["spills"] <= spills * loop["blocks"], loop
