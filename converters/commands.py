@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 @click.argument("source")
 @click.argument("out", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--type", "--outtype", "type_", default="auto", show_default=True, metavar="TYPE", help="f16, q8_0, q4_k_m, …"
+    "--type",
+    "--outtype",
+    "type_",
+    default="auto",
+    show_default=True,
+    metavar="TYPE",
+    help="f16, q8_0, q4_k_m … (any other word lists them all); auto: what the source has.",
 )
 @click.option("--outfile", type=click.Path(path_type=Path), help="The same as the argument OUT.")
 @click.option("--base", metavar="SOURCE", help="The model that an adapter was made for: writes a GGUF adapter.")

@@ -255,7 +255,7 @@ def embed(
 @main.command()
 @of_a_model
 @click.option("-p", "--prompt", help="The text; else standard input.")
-@click.option("-f", "--file", "prompt_file", type=click.File(encoding="utf-8"))
+@click.option("-f", "--file", "prompt_file", type=click.File(encoding="utf-8"), help="The same, from a file.")
 @click.option("--ids", is_flag=True, help="Only the token ids, as a list.")
 @click.option("--show-count", is_flag=True, help="Only how many tokens there are.")
 @click.option("--no-bos", is_flag=True, help="Without the tokens that the model expects around a text.")
@@ -385,11 +385,13 @@ def evaluate(
 @click.option("-pg", "prompt_gen", multiple=True, metavar="PP,TG", help="A prompt and then a generation.")
 @click.option("-d", "--n-depth", default="0", show_default=True, help="Tokens that stand in the cache before a test.")
 @click.option("-t", "--threads", default="", help="Numbers of threads, separated by commas.")
-@click.option("-r", "--repetitions", type=click.IntRange(1), default=5, show_default=True)
-@click.option("-ub", "--ubatch-size", "max_tokens_per_run", type=click.IntRange(1))
-@click.option("-ctk", "--cache-type-k", type=click.Choice(CACHE_TYPES))
-@click.option("-ctv", "--cache-type-v", type=click.Choice(CACHE_TYPES))
-@click.option("-o", "--output", type=click.Choice(["md", "json", "jsonl", "csv"]), default="md", show_default=True)
+@click.option("-r", "--repetitions", type=click.IntRange(1), default=5, show_default=True, help="Runs of each test.")
+@click.option("-ub", "--ubatch-size", "max_tokens_per_run", type=click.IntRange(1), help="Tokens computed at a time.")
+@click.option("-ctk", "--cache-type-k", type=click.Choice(CACHE_TYPES), help="Type of cached keys.")
+@click.option("-ctv", "--cache-type-v", type=click.Choice(CACHE_TYPES), help="Type of cached values.")
+@click.option(
+    "-o", "--output", type=click.Choice(["md", "json", "jsonl", "csv"]), default="md", show_default=True, help="Form."
+)
 @click.option("--startup", is_flag=True, help="Time from process start to the first token instead.")
 @click.option("--memory", is_flag=True, help="Measure the memory of a fresh process instead.")
 @click.option("-c", "--ctx-size", type=click.IntRange(1), help="Context window for --memory; 4096, or the model's.")

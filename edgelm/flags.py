@@ -1,11 +1,12 @@
 """The flags that several commands share, under llama.cpp's names, as one table each; and what they mean together.
 
-A flag of `SAMPLING_FLAGS` is a field of `edgelm.sampling.Sampling`; its default is that field's, so it is not
-repeated here. A flag left out stays None and is not passed on.
+A flag of `SAMPLING_FLAGS` is a field of `edgelm.sampling.Sampling`; its default is that field's. A flag left out
+stays None and is not passed on.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from edgelm.errors import UsageError
+from edgelm.sampling_parameters import Sampling
 from edgelm.terminal import bars
 
 if TYPE_CHECKING:
@@ -65,30 +67,45 @@ TEMPLATE_FLAGS = (
     _flag("--chat-template-file", type=click.Path(exists=True, dir_okay=False), help="The same, from a file."),
 )
 
+def _sampler(*names: str, help: str, **settings: Any) -> Callable[[Command], Command]:
+    """A flag of a field of `Sampling`, with that field's default in its help."""
+    name = next((n for n in names if not n.startswith("-")), names[0].lstrip("-").replace("-", "_"))
+    default = next(f.default for f in dataclasses.fields(Sampling) if f.name == name)
+    return _flag(*names, help=f"{help}  [default: {default}]", **settings)
+
+
 SAMPLING_FLAGS = (
-    _flag("-s", "--seed", "seed", type=int, help="Random seed (-1: a new one each time)."),
-    _flag("--temp", "--temperature", "temperature", type=float, help="0 takes the likeliest token each time."),
-    _flag("--top-k", type=int),
-    _flag("--top-p", type=float),
-    _flag("--min-p", type=float),
-    _flag("--typical", "--typical-p", "typical_p", type=float),
-    _flag("--top-n-sigma", "--top-nsigma", "top_n_sigma", type=float),
-    _flag("--repeat-last-n", type=int),
-    _flag("--repeat-penalty", type=float),
-    _flag("--presence-penalty", type=float),
-    _flag("--frequency-penalty", type=float),
-    _flag("--dry-multiplier", type=float),
-    _flag("--dry-base", type=float),
-    _flag("--dry-allowed-length", type=int),
-    _flag("--dry-penalty-last-n", type=int),
-    _flag("--dry-sequence-breaker", "dry_sequence_breakers", multiple=True, default=()),
-    _flag("--xtc-probability", type=float),
-    _flag("--xtc-threshold", type=float),
-    _flag("--dynatemp-range", type=float),
-    _flag("--dynatemp-exp", "dynatemp_exponent", type=float),
-    _flag("--mirostat", type=click.IntRange(0, 2)),
-    _flag("--mirostat-lr", "mirostat_eta", type=float),
-    _flag("--mirostat-ent", "mirostat_tau", type=float),
+    _sampler("-s", "--seed", "seed", type=int, help="Random seed (-1: a new one each time)."),
+    _sampler(
+        "--temp", "--temperature", "temperature", type=float, help="0: the likeliest token each time; 1: as trained."
+    ),
+    _sampler("--top-k", type=int, help="Keep the k most probable tokens (0: all)."),
+    _sampler("--top-p", type=float, help="Keep the most probable tokens that together have this probability (1: all)."),
+    _sampler("--min-p", type=float, help="Keep tokens at least this probable, relative to the best one (0: all)."),
+    _sampler("--typical", "--typical-p", "typical_p", type=float, help="Keep tokens of typical surprise (1: all)."),
+    _sampler(
+        "--top-n-sigma", "--top-nsigma", "top_n_sigma", type=float,
+        help="Keep tokens within n standard deviations of the best logit (-1: all).",
+    ),
+    _sampler("--repeat-last-n", type=int, help="How many tokens back the penalties look (0: off, -1: all)."),
+    _sampler("--repeat-penalty", type=float, help="Divides the logits of tokens seen (1: off)."),
+    _sampler("--presence-penalty", type=float, help="Subtracted once from the logit of a token seen (0: off)."),
+    _sampler("--frequency-penalty", type=float, help="Subtracted for each time that a token was seen (0: off)."),
+    _sampler("--dry-multiplier", type=float, help="Strength of DRY, against repeated sequences (0: off)."),
+    _sampler("--dry-base", type=float, help="How DRY grows with the length of the sequence."),
+    _sampler("--dry-allowed-length", type=int, help="Shorter sequences may repeat."),
+    _sampler("--dry-penalty-last-n", type=int, help="How many tokens back DRY looks (0: off, -1: all)."),
+    _flag(
+        "--dry-sequence-breaker", "dry_sequence_breakers", multiple=True, default=(),
+        help="A text over which DRY follows no repetition; none for no such text. May be repeated.",
+    ),
+    _sampler("--xtc-probability", type=float, help="How often XTC removes the best tokens (0: never)."),
+    _sampler("--xtc-threshold", type=float, help="XTC removes tokens that reach it, but for the least probable."),
+    _sampler("--dynatemp-range", type=float, help="By how much the temperature varies with the uncertainty (0: not)."),
+    _sampler("--dynatemp-exp", "dynatemp_exponent", type=float, help="How uncertainty maps to the temperature."),
+    _sampler("--mirostat", type=click.IntRange(0, 2), help="Mirostat's version (0: off)."),
+    _sampler("--mirostat-lr", "mirostat_eta", type=float, help="Mirostat's learning rate."),
+    _sampler("--mirostat-ent", "mirostat_tau", type=float, help="Mirostat's surprise that is aimed at."),
     _flag(
         "-l",
         "--logit-bias",

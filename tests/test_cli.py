@@ -204,7 +204,7 @@ def test_every_command_and_flag_has_help() -> None:
         assert shown.exit_code == 0 and "Usage" in shown.stdout
         for option in command.params:
             if isinstance(option, click.Option):
-                assert option.opts[0] in shown.stdout, (name, option.opts)
+                assert option.opts[0] in shown.stdout and option.help, (name, option.opts)
 
 
 def test_help_imports_nothing_heavy() -> None:
