@@ -44,8 +44,8 @@ def convert_command(
     """Convert a trained checkpoint into a GGUF file, quantized and pruned as asked for.
 
     SOURCE is a folder with a Hugging Face checkpoint, a GGUF file, or hf:ORG/REPO. Without OUT the file is named after
-    the source and the type. Stopped for any reason, the same command goes on where it stopped; what pruning and choosing
-    types have computed is kept where OUT is named.
+    the source and the type. Stopped for any reason, the same command goes on where it stopped; what pruning has
+    computed is only kept where OUT is named.
 
     A folder with a LoRA adapter of peft's becomes a GGUF adapter; --base says for which model.
     """

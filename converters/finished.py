@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from edgelm.disk import make_folder, replacing
 
+from .gguf_writer import resumable
+
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
@@ -47,7 +49,7 @@ class Finished(Mapping[str, Bytes]):
     def put(self, name: str, data: Bytes) -> None:
         """Keeps the rows of a tensor. OSError when the disk is full."""
         body = np.array(data.shape, "<i8").tobytes() + np.ascontiguousarray(data).tobytes()
-        with replacing(self._path(name)) as file:
+        with resumable(self._path(name)), replacing(self._path(name)) as file:
             file.write(hashlib.sha256(body).digest())
             file.write(body)
         self._names[name] = None

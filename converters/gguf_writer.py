@@ -191,7 +191,7 @@ def write(
     """
     part, journal_path = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.journal")
     guard = path.with_name(path.name + ".part.lock")
-    with lock(guard), _advice(part):
+    with lock(guard), resumable(part):
         journal = _Journal(journal_path, hashlib.sha256(layout.header + fingerprint.encode()).hexdigest())
         hashes = journal.proven(part, layout, progress)
         _need_disk(path.parent, layout.n_bytes - _allocated(part))
@@ -305,8 +305,8 @@ def _need_disk(folder: Path, n_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def _advice(part: Path) -> Iterator[None]:
-    """Says what to do when the disk fills up after all."""
+def resumable(part: Path) -> Iterator[None]:
+    """Says what to do when the disk fills up while `part` is written."""
     try:
         yield
     except OSError as error:
