@@ -254,15 +254,14 @@ class Program:
         found = self._plans.get(kv_type)
         if found is not None:
             return found
+        from .kernels.packing import zeroed
         from .lowering import plan
         from .pages import GroupLayout
 
         layouts = tuple(GroupLayout(group, kv_type) for group in self._groups)
         made = plan(self._nodes, self._resources, layouts, self.max_tokens, self._progress)
         if made.workspace_bytes > len(self._workspace):
-            memory = np.zeros(made.workspace_bytes + 64, np.uint8)
-            skip = -memory.ctypes.data % 64
-            self._workspace = memory[skip:]
+            self._workspace = zeroed(made.workspace_bytes)
             self._env[Env.WORKSPACE] = self._workspace.ctypes.data
         for rope in self._resources.ropes[len(self._rope_tables) :]:
             self._rope_tables.append(RopeTable(rope, self._factors, self.n_ctx))

@@ -24,7 +24,7 @@ from edgelm.kernels import compiler, linear
 from edgelm.kernels.abi import Env
 from edgelm.kernels.blocks import BLOCKS
 from edgelm.kernels.executor import Executor
-from edgelm.kernels.packing import FLOATS, Packed, _zeros, packed_bytes
+from edgelm.kernels.packing import FLOATS, Packed, packed_bytes, zeroed
 
 LINE = 64
 
@@ -37,12 +37,12 @@ class Bench:
         rows, cols = shape
         size = packed_bytes(format, rows, cols)
         copies, repeats = max(1, n_bytes // size), 1 if n_bytes else max(1, (8 << 30) // (rows * cols * tokens * 32))
-        self.weights = _zeros(copies * size)
+        self.weights = zeroed(copies * size)
         self.weights[:] = 0x33  # scales and weights of a sensible size in every format: no subnormal numbers
         kind = linear.record_kind(format)
         x_stride = -(-4 * cols // LINE) * LINE if kind == "float32" else linear.record_bytes(kind, cols)
         x, y = LINE, LINE + tokens * (x_stride + 4 * cols)
-        self.workspace = _zeros(y + tokens * 4 * -(-rows // 16) * 16)
+        self.workspace = zeroed(y + tokens * 4 * -(-rows // 16) * 16)
         self.env = np.zeros(Env.SIZE, np.int64)
         self.env[Env.WORKSPACE], self.env[Env.N_TOKENS] = self.workspace.ctypes.data, tokens
         values = np.random.default_rng(0).standard_normal((tokens, cols)).astype(np.float32)
@@ -114,7 +114,7 @@ class Roofs:
         from edgelm.kernels import bandwidth
 
         self.threads, self.pool = threads, ThreadPoolExecutor(threads)
-        self._read, self._memory = bandwidth._read, _zeros(n_bytes)
+        self._read, self._memory = bandwidth._read, zeroed(n_bytes)
         self._memory[:] = 1
         self._spins = {"int8": spin("int8"), "float32": spin("float32")}
 
