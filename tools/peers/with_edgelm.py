@@ -1,6 +1,7 @@
 """edgelm under llama-bench's flags, as the other peers are: without the pass over memory that `edgelm bench` adds.
 
 `--set model=FOLDER` takes the place of -m: so one comparison can hold a GGUF file and the same weights in ONNX.
+`--set packed=FILE` has the weights in a file of `edgelm pack`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Loaded:
         path = settings.own.get("model", settings.model)
         self.model = edgelm.load(
             path, ctx_size=settings.n_ctx, threads=settings.n_threads, threads_batch=settings.n_threads,
-            kv_type=None if hub.is_onnx(Path(path)) else settings.type_k,
+            packed=settings.own.get("packed", "auto"), kv_type=None if hub.is_onnx(Path(path)) else settings.type_k,
         )  # fmt: skip
         self.n_vocab = self.model.vocab_size
 
