@@ -40,7 +40,7 @@ from .sparse import Pattern, thinned, thinned_model
 N_CTX = 512  # tokens of a chunk of calibration text
 SCORE_CHUNKS = 8  # of them, for what is decided beforehand
 FIT_BYTES = 256 << 20  # of the widest activations, float32 and of both models together; a few such are alive
-DEPTH_METHOD = "influence"  # docs/LOG.md
+DEPTH_METHOD = "loss"  # of decoders: docs/LOG.md
 _KINDS = ("depth", "ffn", "heads", "queries", "hidden", "vocab", "sparse", "refit", "experts")
 _EXAMPLE = "depth=25%,ffn=20%,heads=1,hidden=10%,vocab=FILE,sparse=2:4"
 
