@@ -36,7 +36,7 @@ ROW = 64  # bytes of 16 float32
 PAIR = 2 * ROW
 SLAB_SCRATCH, OUT_SCRATCH = 2 * MAX_SLAB_BYTES, MAX_TOKENS * PAIR
 LISTED = 256  # blocks of which lists are kept: more are listed again for each unit
-LISTS_SCRATCH = LISTED * LIST
+LISTS_SCRATCH = LISTED * LIST + WORD  # and how many tokens stand in all of them
 (
     _WEIGHTS, _SECOND, _GROUP_BYTES, _N_GROUPS, _N_UNITS, _X, _X_STRIDE, _Y, _Y_STRIDE, _N_ROWS, _BIAS, _RESIDUAL,
     _RESIDUAL_STRIDE, _ACTIVATION,
@@ -58,7 +58,8 @@ _WORKSPACE, _LOGITS, _COUNT, _UNITS, _UNITS_PER = (
 
 @njit
 def list_remainders(records, stride, n_tokens, n_blocks, lists):
-    """For each block of records the tokens that have a remainder of it, as `records.LIST` says, to `lists`."""
+    """For each block of records the tokens that have a remainder of it to `lists`, as `records.LIST` says: how many."""
+    total = 0
     for i in range(n_blocks):
         store(lists + i * LIST, int8(0))
     for t in range(n_tokens):
@@ -66,9 +67,11 @@ def list_remainders(records, stride, n_tokens, n_blocks, lists):
             if load_i32(records + t * stride + i * RECORD + FLAG) != 0:
                 own = lists + i * LIST
                 n = load_u8(own) + 1
+                total += 1
                 store(own, int8(n))
                 for k in range(LIST - MAX_TOKENS):
                     store(own + n + k, int8(t))
+    return total
 
 
 @njit
@@ -89,11 +92,19 @@ def products(code, first, second, n_units, records, stride, n_tokens, slab, out,
     zero = splat_f32(0.0)
     for i in range(0, n_tokens * PAIR, ROW):
         store(out + i, zero)
-        store(rests + i, zero)
     unit_blocks, unit_bytes = load_i64(code + _BLOCKS), load_i64(code + _UNIT_BYTES)
     unpack, slab_blocks = load_i64(code + _UNPACK), load_i64(code + _SLAB_BLOCKS)
     slab_bytes, record_bytes = load_i64(code + _SLAB_BYTES), load_i64(code + _RECORD_BYTES)
     n_blocks, group_bytes, rest = n_units * unit_blocks, n_units * unit_bytes, load_i64(code + _REST)
+    if rest != 0 and n_blocks <= LISTED:
+        total = lists + LISTED * LIST
+        if not known:
+            store(total, list_remainders(records, stride, n_tokens, n_blocks, lists))
+        if load_i64(total) == 0:
+            rest = 0
+    if rest != 0:
+        for i in range(0, n_tokens * PAIR, ROW):
+            store(rests + i, zero)
     if unpack == 0:  # equal pieces: while one is worked on, as much of the next is fetched
         n_slabs = (n_blocks + slab_blocks - 1) // slab_blocks
         slab_blocks = (n_blocks + n_slabs - 1) // n_slabs
@@ -117,7 +128,7 @@ def products(code, first, second, n_units, records, stride, n_tokens, slab, out,
                 t += tokens
         if rest != 0:
             listed = block % LISTED
-            if listed == 0 and not (known and n_blocks <= LISTED):
+            if listed == 0 and n_blocks > LISTED:
                 some = min(LISTED, n_blocks - block)
                 list_remainders(records + block * record_bytes, stride, n_tokens, some, lists)
             record = records + (stride - record_bytes) // 2 + block * record_bytes

@@ -170,6 +170,16 @@ def test_what_records_are_short_of_is_added(name: str, limit: float) -> None:
         assert np.array_equal(product.linear(packed, slice(first, last)), result[first:last])
 
 
+def test_remainders_of_more_blocks_than_are_listed_at_once() -> None:
+    packed, x = linear.pack(weight("Q4_1", 16, 270 * 32)), activations(20, 270 * 32)
+    x[::3, 5] *= 30
+    x[1::2, 265 * 32] = 100
+    product = Product(packed, x)
+    result = product.linear(packed)
+    for first, last in ((0, 1), (1, 3), (3, 20)):
+        assert np.array_equal(product.linear(packed, slice(first, last)), result[first:last])
+
+
 @pytest.mark.parametrize("name", ["Q4_1", "F32"])
 def test_bias_and_residual_are_added(name: str) -> None:
     packed = linear.pack(weight(name, 43, 96))
