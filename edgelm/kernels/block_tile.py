@@ -97,13 +97,6 @@ class Tile:
         for acc, address in zip(itertools.chain(*self.acc), itertools.chain(*addresses), strict=True):
             store_at(self.b, self.b.load(acc), address, 64)
 
-    def exchange(self, other: Tile) -> None:
-        """Sums of either go on as those of the other."""
-        for acc, place in zip(itertools.chain(*self.acc), itertools.chain(*other.acc), strict=True):
-            own, theirs = self.b.load(acc), self.b.load(place)
-            self.b.store(theirs, acc)
-            self.b.store(own, place)
-
     def add(self, g: int, t: int, x: Value, y: Value) -> None:
         self.b.store(emit_fma(self.context, self.b, x, y, self.b.load(self.acc[g][t])), self.acc[g][t])
 

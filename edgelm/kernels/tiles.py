@@ -15,10 +15,8 @@ Knows formats as `blocks.Blocks`, machines as `isa.Isa`, activations as the reco
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -49,34 +47,6 @@ MAX_SLAB_BYTES = SLAB * 64 * (CHUNKS + 8)
 
 def _vectors(values: list[Value]) -> Any:
     return lambda chunk: values[chunk]
-
-
-@contextlib.contextmanager
-def _each_block(b: ir.IRBuilder, n: int, records: list[Value], tile: Tile, rests: Tile, rest: Value) -> Iterator[Any]:
-    """A loop over n blocks: yields the number of a block and its address in each record.
-
-    Where registers do not hold the weights of a block, after a block that has a remainder in any of the records comes
-    the same number again, with the remainders, while the sums of `tile` and `rests` have changed places.
-    """
-    if tile.isa.n_parts == 1:
-        with cgutils.for_range(b, I64(n), intp=I64) as loop:
-            yield loop.index, [at(b, record, 0, loop.index, RECORD) for record in records]
-        return
-    block, extra = cgutils.alloca_once_value(b, I64(0)), cgutils.alloca_once_value(b, I64(0))
-    body, end = b.append_basic_block("block"), b.append_basic_block("blocks.end")
-    b.branch(body)
-    b.position_at_end(body)
-    index, shift = b.load(block), b.load(extra)
-    here = [b.add(at(b, record, 0, index, RECORD), shift) for record in records]
-    yield index, here
-    again = _has_rest(b, here)  # remainders have none themselves
-    with b.if_then(b.or_(again, b.icmp_signed("!=", shift, I64(0))), likely=False):
-        tile.exchange(rests)
-    following = b.select(again, index, b.add(index, I64(1)))
-    b.store(b.select(again, rest, I64(0)), extra)
-    b.store(following, block)
-    b.cbranch(b.icmp_signed("<", following, I64(n)), body, end)
-    b.position_at_end(end)
 
 
 def _to_rest(b: ir.IRBuilder, record_stride: Value) -> Value:
@@ -111,6 +81,7 @@ def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_
         ends = [b.add(group, b.mul(n_units, I64(blocks.unit_bytes))) for group in weights]
         form = isas.select(context).direct_form(blocks.bits, blocks.zero)
         tile, rests = (Tile(context, b, blocks, form, n_groups, n_tokens) for _ in range(2))
+        holds_weights = tile.isa.n_parts == 1  # in registers, beside both sums
         tokens = [b.add(record, b.mul(record_stride, I64(t))) for t in range(n_tokens)]
         with cgutils.for_range(b, n_units, intp=I64) as loop:
             step = b.mul(loop.index, I64(blocks.unit_bytes))
@@ -118,8 +89,9 @@ def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_
             ahead = [_ahead(b, blocks, *place) for place in zip(units, ends, after, strict=True)]
             records = b.mul(loop.index, I64(RECORD * blocks.blocks))
             here = [b.add(token, records) for token in tokens]
-            with _each_block(b, blocks.blocks, here, tile, rests, rest) as (block, inputs):
-                share = b.mul(block, I64(_share(blocks)))
+            with cgutils.for_range(b, I64(blocks.blocks), intp=I64) as inner:
+                inputs = [at(b, record, 0, inner.index, RECORD) for record in here]
+                share = b.mul(inner.index, I64(_share(blocks)))
                 if in_order and len(blocks.planes) > 1:
                     with b.if_else(all_rest) as (long_work, short_work):
                         with long_work:
@@ -127,18 +99,40 @@ def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_
                         with short_work:
                             place = _behind(b, b.add(units[0], share), NEAR, ends[0], after[0])
                             _prefetch(b, blocks, place, near=True)
-                scales, minima = zip(*(blocks.scales(context, b, unit, block) for unit in units), strict=True)
-                values = [_vectors(blocks.quants(b, tile.isa, unit, block, tile.form)) for unit in units]
-                tile.add_block(values, scales, minima, inputs)
-                if tile.isa.n_parts == 1:
+                unpacked = _unpacked(tile, units, inner.index)
+                tile.add_block(*unpacked, inputs)
+                if holds_weights:
                     with b.if_then(_has_rest(b, inputs)):  # the same weights once more, as they are unpacked
-                        rests.add_block(values, scales, minima, [b.add(record, rest) for record in inputs])
+                        rests.add_block(*unpacked, [b.add(record, rest) for record in inputs])
                 for unit in [] if in_order else ahead:
                     _prefetch(b, blocks, b.add(unit, share))
+        if not holds_weights:
+            _add_rests(b, rests, weights, n_units, tokens, rest)
         place = b.add(out, b.mul(outer.index, I64(ROW)))
         for g, t in itertools.product(range(n_groups), range(n_tokens)):
             total = b.fadd(b.load(tile.acc[g][t]), b.load(rests.acc[g][t]))
             store_at(b, total, at(b, place, ROW * (2 * t + g)), 64)
+
+
+def _add_rests(
+    b: ir.IRBuilder, tile: Tile, groups: list[Value], n_units: Value, tokens: list[Value], rest: Value
+) -> None:
+    """Goes over packed groups once more, for the blocks that have a remainder in any of the records at `tokens`."""
+    blocks = tile.fmt
+    with cgutils.for_range(b, n_units, intp=I64) as loop:
+        units = [at(b, group, 0, loop.index, blocks.unit_bytes) for group in groups]
+        here = [at(b, token, 0, loop.index, RECORD * blocks.blocks) for token in tokens]
+        with cgutils.for_range(b, I64(blocks.blocks), intp=I64) as inner:
+            inputs = [at(b, record, 0, inner.index, RECORD) for record in here]
+            with b.if_then(_has_rest(b, inputs), likely=False):
+                tile.add_block(*_unpacked(tile, units, inner.index), [b.add(record, rest) for record in inputs])
+
+
+def _unpacked(tile: Tile, units: list[Value], block: Value) -> tuple[list[Any], Any, Any]:
+    """Weights, scales and minima of a block of each unit, as `Tile.add_block` takes them."""
+    blocks, b = tile.fmt, tile.b
+    scales, minima = zip(*(blocks.scales(tile.context, b, unit, block) for unit in units), strict=True)
+    return [_vectors(blocks.quants(b, tile.isa, unit, block, tile.form)) for unit in units], scales, minima
 
 
 def _in_order(context: Any, n_tokens: int) -> bool:
