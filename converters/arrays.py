@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.formats import QTensor
+from edgelm.formats import Format, QTensor
 
 Floats = NDArray[np.float32]
 
@@ -38,6 +38,10 @@ class Array:
     kept: Mapping[str, Callable[[int, int], NDArray[np.uint8]]] = field(default_factory=dict)
     numbers: NDArray[Any] | None = None
     source: object = None
+
+    def stored_as(self, format: type[Format]) -> QTensor | None:
+        """`as_is`, if that is in this format."""
+        return self.as_is if self.as_is is not None and self.as_is.format is format else None
 
     def read(self) -> Floats:
         """All of it: float32 of `shape`."""

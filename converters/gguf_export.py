@@ -121,8 +121,8 @@ def tensor_bytes(
     if ready is not None:
         yield from (ready[at : at + n_rows] for at in range(0, len(ready), n_rows))
         return
-    if array.as_is is not None and array.as_is.format is step.format:
-        yield from (array.as_is.data[at : at + n_rows] for at in range(0, len(array.as_is.data), n_rows))
+    if (stored := array.stored_as(step.format)) is not None:
+        yield from (stored.data[at : at + n_rows] for at in range(0, len(stored.data), n_rows))
         return
     if len(step.shape) == 1:
         n_rows = step.shape[0]  # blocks must not be cut

@@ -194,7 +194,7 @@ def of_tensors(
 
 
 def _error(before: Array, after: Written, importance: Floats | None) -> float:
-    if before.as_is is not None and before.as_is.format is after.format:
+    if before.stored_as(after.format) is not None:
         return 0.0
     shape = before.shape or (1,)
     n_rows = 1 if len(shape) == 1 else math.prod(shape[1:-1])  # of the file, for each index of the outermost dimension

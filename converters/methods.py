@@ -157,9 +157,8 @@ def quantized(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
     """The format of each tensor that has to be quantized, by name."""
     found = {}
     for step in plan.steps:
-        array = checkpoint.tensors[step.name]
-        as_is = array.as_is is not None and array.as_is.format is step.format
-        if step.format.name in SEARCHED and not step.is_kept and not as_is:
+        stored = checkpoint.tensors[step.name].stored_as(step.format)
+        if step.format.name in SEARCHED and not step.is_kept and stored is None:
             found[step.name] = step.format.name
     return found
 

@@ -112,8 +112,7 @@ def prepare(
     recipe = replace(recipe, has_imatrix=recipe.has_imatrix or weighed)
     plan = make_plan(checkpoint.config, checkpoint.tensors, recipe)
     for step in plan.steps:
-        as_is = checkpoint.tensors[step.name].as_is
-        if not step.is_kept and (as_is is None or as_is.format is not step.format):
+        if not step.is_kept and checkpoint.tensors[step.name].stored_as(step.format) is None:
             need_writable(step.format)
     keys: dict[str, Any] = {}
     notes, n_compared = list(checkpoint.notes), 0

@@ -196,7 +196,7 @@ def _steps(step: Any) -> list[dict[str, Any]]:
 
 def _prefixes(folder: Folder) -> bool:
     """Whether a space is put before the text."""
-    return prefixes(_steps(folder.tokenizer.get("normalizer")) + _steps(folder.tokenizer.get("pre_tokenizer")))
+    return prefixes(folder.tokenizer.get("normalizer"), folder.tokenizer.get("pre_tokenizer"))
 
 
 # ---------------------------------------------------------------------------------------------------- SentencePiece

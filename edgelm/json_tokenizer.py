@@ -79,7 +79,7 @@ def read(folder: OnnxFolder) -> JsonTokenizer:
         add_bos=bool(around[0]) and around[0][-1] == special.get("bos"),
         add_eos=bool(around[1]) and model != "bert" and around[1][0] == special.get("eos"),
         add_sep=bool(around[1]) and model == "bert",
-        add_space_prefix=model != "gpt2" and prefixes([*_steps(cutter.normalizer), *_steps(cutter.pre_tokenizer)]),
+        add_space_prefix=model != "gpt2" and prefixes(cutter.normalizer, cutter.pre_tokenizer),
         remove_extra_whitespaces=False,
         lowercase=False,
         strip_accents=False,
@@ -205,9 +205,9 @@ def _steps(step: Any) -> Iterator[dict[str, Any]]:
                 yield from _steps(inner)
 
 
-def prefixes(steps: list[dict[str, Any]]) -> bool:
-    """Whether these steps of a tokenizer.json, normalizers and pre-tokenizers, put a space before the text."""
-    for step in steps:
+def prefixes(normalizer: Any, pre_tokenizer: Any) -> bool:
+    """Whether these two, as a tokenizer.json or the library has them, put a space before the text."""
+    for step in (*_steps(normalizer), *_steps(pre_tokenizer)):
         if step.get("type") == "Prepend":
             return True
         if step.get("type") == "Metaspace":

@@ -75,15 +75,19 @@ def opaque(b: ir.IRBuilder, address: ir.Value, after: list[ir.Value] | None = No
 
     So nothing is loaded from there before they are computed, and no chain of additions is made of it.
     """
-    _assembler()
     values = [address, *(after or [])]
-    places = ",".join(["=r", "0", *("v" for _ in values[1:])])
-    return b.call(ir.InlineAsm(ir.FunctionType(I64, [v.type for v in values]), "", places), values)
+    return assembler(b, I64, "", ",".join(["=r", "0", *("v" for _ in values[1:])]), values)
+
+
+def assembler(b: ir.IRBuilder, type_: ir.Type, code: str, places: str, values: list[ir.Value]) -> ir.Value:
+    """What a piece of assembler makes of `values`, in LLVM's notation; places: where it has its result, and them."""
+    _load_assembler()
+    return b.call(ir.InlineAsm(ir.FunctionType(type_, [v.type for v in values]), code, places), values)
 
 
 @cache
-def _assembler() -> None:
-    """Loads LLVM's assembler: without it LLVM ends the process where it meets some."""
+def _load_assembler() -> None:
+    """Without LLVM's assembler LLVM ends the process where it meets some."""
     from llvmlite.binding import initialize_native_asmparser
 
     initialize_native_asmparser()

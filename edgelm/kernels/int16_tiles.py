@@ -14,7 +14,6 @@ from functools import reduce
 from typing import Any
 
 from llvmlite import ir
-from llvmlite.binding import initialize_native_asmparser
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -28,9 +27,11 @@ from edgelm.kernels.emit import (
     F32x16,
     I16x16,
     I32x16,
+    assembler,
     call,
     emit_fma,
     load_at,
+    opaque,
     prefetch_at,
     repeat,
     spread,
@@ -41,8 +42,6 @@ from edgelm.kernels.float_tiles import NUMBERS, Number
 from edgelm.kernels.functions import Code, address_of, code_address, function_address, stack, tile_fields
 from edgelm.kernels.int16 import BLOCK, RECORD, SCALES, UNIT, VALUES, WEIGHT_BITS, X_MAX
 from edgelm.kernels.isa import joined, parts
-
-initialize_native_asmparser()  # else LLVM ends the process where it meets assembler
 
 Value = ir.Value
 I16x32 = ir.VectorType(I16, 32)
@@ -73,9 +72,8 @@ class Machine:
             if self.product.startswith("llvm."):
                 done.append(b.add(acc, call(b, self.product, acc.type, *pair)))
             else:
-                type_ = ir.FunctionType(acc.type, [acc.type, *(v.type for v in pair)])
-                fused = ir.InlineAsm(type_, self.product, "=v,0,v,v" if self.n_parts == 1 else "=x,0,x,x")
-                done.append(b.call(fused, [acc, *pair]))
+                places = "=v,0,v,v" if self.n_parts == 1 else "=x,0,x,x"
+                done.append(assembler(b, acc.type, self.product, places, [acc, *pair]))
         return joined(b, done)
 
 
@@ -144,8 +142,7 @@ def _spaced(b: ir.IRBuilder, first: Value, stride: Value, n: int) -> list[Value]
     found = []
     for i in range(n):
         if i % 3 == 0 and i > 0:
-            opaque = ir.InlineAsm(ir.FunctionType(I64, [I64]), "", "=r,0")
-            first = b.call(opaque, [b.add(first, b.mul(stride, I64(3)))])
+            first = opaque(b, b.add(first, b.mul(stride, I64(3))))
         found.append(b.add(first, b.mul(stride, I64(i % 3))))
     return found
 

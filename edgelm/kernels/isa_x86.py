@@ -14,6 +14,8 @@ from llvmlite.binding import llvm_version_info
 from edgelm.kernels.emit import I8, I16, I8x64, call, repeat
 from edgelm.kernels.isa import X_MAX, Form, Isa, Narrow, Value, joined, parts
 
+AMD = "sse4a"  # an extension that AMD's processors have, and nobody else's
+
 
 class _Bytes(Isa):
     """x86: unsigned times signed bytes."""
@@ -54,12 +56,12 @@ class Vnni512(_Bytes):
 
 
 class Vnni512Zen(Vnni512):
-    """The same on AMD (SSE4a is theirs alone). What counts there are products and FMA (docs/LOG.md).
+    """The same on AMD. What counts there are products and FMA (docs/LOG.md).
 
     With one group in a tile, every product reads its activations as it goes: a load and a product are one instruction.
     """
 
-    needs = (frozenset({"avx512vnni", "avx512bw", "sse4a"}),)
+    needs = (frozenset({"avx512vnni", "avx512bw", AMD}),)
     magic, joins_halves = False, True
     tokens, groups, tile_pass, rest_tokens = (12, 4, 2, 1), 1, 3, 4
 

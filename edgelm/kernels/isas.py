@@ -9,7 +9,7 @@ from llvmlite import ir
 from edgelm.kernels.emit import I32x16, repeat, target
 from edgelm.kernels.isa import Form, Isa, Value
 from edgelm.kernels.isa_arm import Neon, NeonDot, NeonI8mm
-from edgelm.kernels.isa_x86 import Avx2, Avx512, Ssse3, Vnni256, Vnni512, Vnni512Zen
+from edgelm.kernels.isa_x86 import AMD, Avx2, Avx512, Ssse3, Vnni256, Vnni512, Vnni512Zen
 
 
 class Portable(Isa):
@@ -43,3 +43,8 @@ def select(context: Any) -> Isa:
         if (not isa.machines or machine in isa.machines) and any(needs <= features for needs in isa.needs):
             return isa()
     raise AssertionError("the portable one fits every machine")
+
+
+def is_amd(context: Any) -> bool:
+    """Whether Numba compiles for a processor of AMD's."""
+    return AMD in target(context)[1]

@@ -14,7 +14,7 @@ from edgelm.errors import UnsupportedError
 from edgelm.kernels import compiler, int16
 from edgelm.kernels.abi import Env, Row
 from edgelm.kernels.packing import Packed, is_float, pack, pack_all
-from edgelm.kernels.records import LIMIT, activation_bytes
+from edgelm.kernels.records import LIMIT, MAX_TOKENS, activation_bytes
 
 __all__ = [
     "Packed", "activation_bytes", "can_gate", "is_float", "linear_kernel", "pack", "pack_all", "record_bytes",
@@ -22,7 +22,6 @@ __all__ = [
 ]  # fmt: skip
 
 ACTIVATIONS = {"silu": 1, "gelu": 2}
-MAX_TOKENS = 132  # of a unit of work: 256 are two, and tiles of 4 and 6 tokens fit
 _CACHE = 1 << 19  # bytes of activation records that a unit may go over again and again
 _GRAIN = 1 << 15  # bytes of weights that are worth going to the shared counter for
 

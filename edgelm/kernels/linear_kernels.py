@@ -13,11 +13,12 @@ from __future__ import annotations
 from numba import int8, njit
 
 from edgelm.kernels.abi import WORD, Env, Row
+from edgelm.kernels.block_tile import ROW
 from edgelm.kernels.float_tiles import float_linear_code
 from edgelm.kernels.functions import Code, call_function, scratch
 from edgelm.kernels.int16_tiles import int16_linear_code
-from edgelm.kernels.linear import MAX_TOKENS, Arg
-from edgelm.kernels.records import FLAG, LIST, RECORD
+from edgelm.kernels.linear import Arg
+from edgelm.kernels.records import FLAG, LIST, MAX_TOKENS, RECORD, REPEATS
 from edgelm.kernels.simd import (
     add_f32,
     load_f32,
@@ -29,11 +30,10 @@ from edgelm.kernels.simd import (
     splat_f32,
     store,
 )
+from edgelm.kernels.slab_tiles import PAIR
 from edgelm.kernels.tiles import MAX_SLAB_BYTES, linear_code
 from edgelm.kernels.vector_math import gelu_f32, silu_f32
 
-ROW = 64  # bytes of 16 float32
-PAIR = 2 * ROW
 SLAB_SCRATCH, OUT_SCRATCH = 2 * MAX_SLAB_BYTES, MAX_TOKENS * PAIR
 LISTED = 256  # blocks of which lists are kept: more are listed again for each unit
 LISTS_SCRATCH = LISTED * LIST + WORD  # and how many tokens stand in all of them
@@ -69,7 +69,7 @@ def list_remainders(records, stride, n_tokens, n_blocks, lists):
                 n = load_u8(own) + 1
                 total += 1
                 store(own, int8(n))
-                for k in range(LIST - MAX_TOKENS):
+                for k in range(1 + REPEATS):
                     store(own + n + k, int8(t))
     return total
 

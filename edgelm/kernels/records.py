@@ -33,7 +33,9 @@ MAGIC_LOW, MAGIC_HIGH = 44, 48
 OFFSET_LOW, OFFSET_HIGH = 52, 56
 FLAG = 60
 LIMIT = 2.0  # how many times the mean d² of its row that of a block must be for a remainder: 6-10 % are (docs/LOG.md)
-LIST = 136  # bytes: how many of at most 132 tokens have a remainder of a block, their numbers, the last one thrice more
+MAX_TOKENS = 132  # of a unit of work: 256 are two, and tiles of 4 and 6 tokens fit
+REPEATS = 3  # of the last token of a list, so that the last tile is full: `Isa.rest_tokens` is 4 at most
+LIST = 1 + MAX_TOKENS + REPEATS  # bytes: how many of a unit's tokens have a remainder of a block, and their numbers
 MAGIC, MAGIC_BITS = 1.5 * 2.0**23, 0x4B400000
 
 

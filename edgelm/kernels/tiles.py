@@ -31,7 +31,7 @@ from edgelm.kernels import (
 )
 from edgelm.kernels.block_tile import ROW, Tile
 from edgelm.kernels.blocks import BLOCKS, CHUNKS, Blocks, Int, at
-from edgelm.kernels.emit import F32, I8, I32, I64, F32x16, I32x16, load_at, prefetch_at, spread, store_at, target
+from edgelm.kernels.emit import F32, I8, I32, I64, F32x16, I32x16, load_at, prefetch_at, spread, store_at
 from edgelm.kernels.functions import Code, address_of, code_address, function_address, stack, tile_fields
 from edgelm.kernels.isa import Form
 from edgelm.kernels.pair_tiles import doubled, paired
@@ -138,12 +138,12 @@ def _unpacked(tile: Tile, units: list[Value], block: Value) -> tuple[list[Any], 
 def _in_order(context: Any, n_tokens: int) -> bool:
     """Whether this processor's own prefetching gets all that the memory gives, if it sees one stream of lines in order.
 
-    So does AMD's (SSE4a is theirs alone): two groups at a time, or lines asked for far ahead, are slower by a quarter.
+    So does AMD's: two groups at a time, or lines asked for far ahead, are slower by a quarter.
     Where a block has several planes its lines are not loaded in order, so each line is asked for shortly before, in
     order. That works as long as the window of instructions under way reaches some blocks ahead: not with many tokens,
     and if all blocks have remainders, lines are asked for far ahead there, too.
     """
-    return n_tokens <= 2 and "sse4a" in target(context)[1]
+    return n_tokens <= 2 and isas.is_amd(context)
 
 
 def _ahead(b: ir.IRBuilder, blocks: Blocks, unit: Value, end: Value, after: Value) -> Value:
