@@ -61,7 +61,7 @@ class _Job:
         """The layer's weights, quantized, from what all parts have brought."""
         data = self.known(name)
         if data is None:
-            importance = np.diagonal(self.moments.hessian()).copy()
+            importance = self.moments.importance()
             need_numbers(name, importance)
             target = fitted(w, self.moments) if self.choices.mend else w
             hessian = self.moments.hessian()

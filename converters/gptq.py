@@ -16,21 +16,20 @@ column rounded again, to what is best with all others as they are (coordinate de
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from edgelm.errors import UsageError
 from edgelm.formats import Format, by_name
 
 from . import block_codes
+from .feedback import DAMPING, Feedback
 from .quantizers import quantize
+from .symmetric import damp
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-DAMPING = 0.01  # of the mean of the diagonal, added to it: the paper's
 SWEEPS = 0  # of coordinate descent: nothing gained with a few thousand tokens (docs/LOG.md), at twice the time
 _SLAB = 32  # columns whose corrections are applied one by one; the columns behind them get theirs by one product
 
@@ -57,19 +56,19 @@ def gptq(
     if hessian.shape != (n_cols, n_cols) or not np.isfinite(hessian).all():
         raise UsageError(f"a hessian of shape {hessian.shape} for {n_cols} columns, or of what is no number")
     order = _order(np.diagonal(hessian), format.block, act_order)
-    upper = inverse_factor(hessian, order, damping)
-    weights = np.ascontiguousarray(w[:, order], np.float32)
+    feedback = Feedback(w, hessian, order, damping)
     out = np.empty((len(w), format.row_bytes(n_cols)), np.uint8)
     for start in range(0, n_cols, format.block):
         end = start + format.block
-        columns = order[start:end]
-        place = int(columns.min()) // format.block
-        inner = upper[start:end, start:end]
-        data, errors = _block(format, weights[:, start:end], inner, columns % format.block, n_threads)
+        columns = order[start:end] % format.block
+        data = _block(format, *feedback.block(start, end), columns, n_threads)
+        place = int(order[start]) // format.block
         out[:, place * format.n_bytes : (place + 1) * format.n_bytes] = data
-        weights[:, end:] -= errors @ upper[start:end, end:]
+        feedback.settle(start, end, block_codes.decode(format, data)[:, columns])
     if sweeps:
-        out = _descend(format, w, damped(hessian, damping).astype(np.float32), out, sweeps)
+        h = hessian.astype(np.float32)
+        damp(h, damping)
+        out = _descend(format, w, h, out, sweeps)
     return out
 
 
@@ -83,57 +82,12 @@ def _order(diagonal: NDArray[np.floating], block: int, act_order: bool) -> NDArr
     return columns[np.argsort(-driven.sum(axis=1), kind="stable")].reshape(-1)
 
 
-def inverse_factor(hessian: NDArray[np.floating], order: NDArray[np.intp], damping: float) -> Floats:
-    """U, upper triangular with H⁻¹ = Uᵀ U, of H with its columns in an order, and damped.
-
-    From the far end H is R Rᵀ, R upper triangular, and U inverts R.
-    """
-    backwards = np.ix_(order[::-1], order[::-1])
-    for more in (1, 10, 100, 1000):
-        try:
-            h = damped(hessian[backwards], damping * more)
-            invert_root(h)
-            return np.ascontiguousarray(h[::-1, ::-1], np.float32)
-        except np.linalg.LinAlgError:
-            continue
-    raise UsageError("the hessian is no sum of squares")
-
-
-def damped(h: NDArray[np.floating], damping: float, dtype: DTypeLike = np.float64) -> NDArray[Any]:
-    """A copy of H with that share of the mean of its diagonal added to it."""
-    h = h.astype(dtype)
-    diagonal = np.einsum("ii->i", h)  # a view
-    mean = diagonal.mean() or 1.0
-    diagonal[diagonal <= 0] = mean  # inputs that the text never drives
-    diagonal += damping * mean
-    return h
-
-
-def invert_root(h: NDArray[Any]) -> None:
-    """Turns H = L Lᵀ into L⁻¹, lower triangular, in its own place: beside it there are two quarters of it at most.
-
-    With quarters A, B, Bᵀ and C, L has the root of A, M = B (root of A)⁻ᵀ, and the root of C - M Mᵀ. Raises
-    LinAlgError where H has no root.
-    """
-    n = len(h)
-    if n <= 128:
-        h[:] = np.tril(np.linalg.inv(np.linalg.cholesky(h)))
-        return
-    first, last = slice(None, n // 2), slice(n // 2, None)
-    invert_root(h[first, first])
-    h[last, first] = h[last, first] @ h[first, first].T
-    h[last, last] -= h[last, first] @ h[last, first].T
-    invert_root(h[last, last])
-    h[last, first] = -(h[last, last] @ (h[last, first] @ h[first, first]))
-    h[first, last] = 0
-
-
 def _block(
     format: type[Format], w: Floats, upper: Floats, columns: NDArray[np.intp], n_threads: int | None
-) -> tuple[Bytes, Floats]:
-    """One block of each row, columns in the order of rounding: bytes, and errors over U_jj (rows, block). Changes w.
+) -> Bytes:
+    """The bytes of one block of each row, columns w (rows, block) in the order of rounding, which are changed.
 
-    columns: where in the block each of w lies.
+    upper: the triangle U between them; columns: where in the block each of w lies.
     """
     pivots = np.diagonal(upper)
     places = np.argsort(columns)
@@ -150,7 +104,7 @@ def _block(
             errors[:, j] = (w[:, j] - (start[:, j] + step[:, j] * levels[codes[:, j]])) / pivots[j]
             w[:, j + 1 : last] -= errors[:, j, None] * upper[j, j + 1 : last]
         w[:, last:] -= errors[:, first:last] @ upper[first:last, last:]
-    return block_codes.with_codes(format, data, codes[:, places]), errors
+    return block_codes.with_codes(format, data, codes[:, places])
 
 
 def _descend(format: type[Format], w: Floats, h: Floats, data: Bytes, sweeps: int) -> Bytes:

@@ -5,7 +5,7 @@
 
 Which ones: the smallest (magnitude); those with the smallest |w| times the size of their input (Wanda, Sun et al.,
 2306.11695); or those that cost least when the others in their row make up for them, which they then do (SparseGPT,
-Frantar and Alistarh, 2301.00774). The last shares its algebra with GPTQ: to become zero is a kind of rounding.
+Frantar and Alistarh, 2301.00774). The last shares its algebra with GPTQ (`feedback`): to become zero is a kind of rounding.
 No runtime of ours is faster for it.
 """
 
@@ -25,8 +25,8 @@ from edgelm.errors import UsageError
 from edgelm.reference import Reference
 from edgelm.weights import Layer
 
+from .feedback import Feedback
 from .fits import Fit, Fits
-from .gptq import DAMPING, inverse_factor
 from .imatrix import Source
 from .prune_fit import Streams, layer_of, run
 
@@ -88,22 +88,22 @@ def thinned(w: Floats, hessian: NDArray[np.floating] | None, pattern: Pattern) -
 
 
 def _sparsegpt(w: Floats, hessian: NDArray[np.floating], pattern: Pattern) -> Floats:
-    upper = inverse_factor(hessian, np.arange(len(hessian)), DAMPING)
-    w, pivots = w.astype(np.float32).copy(), np.diagonal(upper)
-    for start in range(0, w.shape[1], _BLOCK):
-        end = min(start + _BLOCK, w.shape[1])
-        errors = np.zeros((len(w), end - start), np.float32)
-        gone = np.zeros(errors.shape, bool)
-        for j in range(start, end):
-            if j == start or (pattern.of and j % pattern.of == 0):
-                stop = min(j + pattern.of, end) if pattern.of and _BLOCK % pattern.of == 0 else end
-                part = slice(j - start, stop - start)
-                gone[:, part] = pattern.gone((w[:, j:stop] / pivots[j:stop]) ** 2)
-            errors[:, j - start] = np.where(gone[:, j - start], w[:, j] / pivots[j], 0)
-            w[:, j + 1 : end] -= errors[:, j - start, None] * upper[j, j + 1 : end]
-            w[gone[:, j - start], j] = 0
-        w[:, end:] -= errors @ upper[start:end, end:]
-    return w
+    n_cols = w.shape[1]
+    feedback, out = Feedback(w, hessian, np.arange(n_cols)), np.empty(w.shape, np.float32)
+    for start in range(0, n_cols, _BLOCK):
+        end = min(start + _BLOCK, n_cols)
+        part, upper = feedback.block(start, end)
+        gone, pivots = np.zeros(part.shape, bool), np.diagonal(upper)
+        for j in range(end - start):
+            if j == 0 or (pattern.of and (start + j) % pattern.of == 0):
+                stop = min(j + pattern.of, end - start) if pattern.of and _BLOCK % pattern.of == 0 else end - start
+                gone[:, j:stop] = pattern.gone((part[:, j:stop] / pivots[j:stop]) ** 2)
+            errors = np.where(gone[:, j], part[:, j] / pivots[j], 0)
+            part[:, j + 1 :] -= errors[:, None] * upper[j, j + 1 :]
+            part[gone[:, j], j] = 0
+        feedback.settle(start, end, part)
+        out[:, start:end] = part
+    return out
 
 
 class _Thinning(Streams):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .gptq import damped, invert_root
+from .symmetric import Two, mirror, root, solve, squared
 
 Floats = NDArray[np.float32]
 RIDGES = (0.03, 0.3, 3.0)  # of the mean of the diagonal of H
@@ -26,62 +26,59 @@ _SAMPLE = 128  # outputs of a layer by which ridge and factor are chosen
 
 @dataclass
 class Sums:
-    """Over n rows x of a part of a text: xᵀ x and (x* - x)ᵀ x, (in, in); gapᵀ x, (out, in)."""
+    """Over n rows x of a part of a text: (x* - x)ᵀ x, (in, in), or gapᵀ x, (out, in)."""
 
     n: int = 0
-    squares: Any = 0.0
     lost: Any = 0.0
     gap: Any = 0.0
 
 
 @dataclass
 class Moments:
-    """Of the inputs of a layer, for each half of a text."""
+    """Of the inputs of a layer, for each half of a text; squares: xᵀ x of both."""
 
     halves: tuple[Sums, Sums] = field(default_factory=lambda: (Sums(), Sums()))
+    squares: Two = field(default_factory=lambda: Two(0))
     _roots: dict[tuple[int, float], Floats] = field(default_factory=dict)
 
     def add(self, half: int, x: NDArray[Any], original: NDArray[Any]) -> None:
         """x, x*: (n, in). For inputs that several layers share."""
-        sums = self.halves[half]
-        sums.n += len(x)
-        sums.squares = sums.squares + x.T @ x
+        sums = self._seen(half, x)
         sums.lost = sums.lost + (original - x).T @ x
 
     def add_gap(self, half: int, x: NDArray[Any], gap: NDArray[Any]) -> None:
         """x: (n, in); gap: (n, out), what the outputs of the layer lack. For inputs that one layer has for itself."""
-        sums = self.halves[half]
-        sums.n += len(x)
-        sums.squares = sums.squares + x.T @ x
+        sums = self._seen(half, x)
         sums.gap = sums.gap + gap.T @ x
+
+    def _seen(self, half: int, x: NDArray[Any]) -> Sums:
+        if not any(sums.n for sums in self.halves):
+            self.squares = Two(x.shape[1])
+        self.squares.add(half, x)
+        self.halves[half].n += len(x)
+        return self.halves[half]
+
+    def importance(self) -> Floats:
+        """Mean squares of the inputs over the whole text: (in,)."""
+        both = np.diagonal(self.squares.lower(0)) + np.diagonal(self.squares.lower(1))
+        mean: Floats = both / np.float32(sum(sums.n for sums in self.halves))
+        return mean
 
     def hessian(self) -> Floats:
         """Mean of xᵀ x over the whole text."""
-        one, two = self.halves
-        mean: Floats = one.squares + two.squares
-        mean /= np.float32(one.n + two.n)
+        mean = self.squares.sum()
+        mean /= np.float32(sum(sums.n for sums in self.halves))
+        mirror(mean)
         return mean
 
     def solved(self, which: int, missing: Floats, ridge: float) -> Floats:
         """missing @ (xᵀ x + ridge * mean of its diagonal)⁻¹, of a half (0, 1) or of the whole text (2)."""
-        root = self._roots.get((which, ridge))
-        if root is None:
-            one, two = self.halves
-            root = inverse_root(one.squares + two.squares if which == 2 else self.halves[which].squares, ridge)
-            if np.ndim(one.lost):  # other layers have these inputs, too
-                self._roots[which, ridge] = root
-        return np.asarray(missing @ root.T @ root, np.float32)
-
-
-def inverse_root(h: Floats, ridge: float) -> Floats:
-    """L⁻¹, where L Lᵀ = h + ridge * mean of its diagonal."""
-    try:
-        root = damped(h, ridge, np.float32)
-        invert_root(root)
-    except np.linalg.LinAlgError:  # a few inputs are far larger than all others
-        root = damped(h, ridge)
-        invert_root(root)
-    return np.asarray(root, np.float32)
+        found = self._roots.get((which, ridge))
+        if found is None:
+            found = root(self.squares.sum if which == 2 else self.squares.lower(which).copy, ridge)
+            if np.ndim(self.halves[0].lost):  # other layers have these inputs, too
+                self._roots[which, ridge] = found
+        return solve(found, missing)
 
 
 def fitted(w: Floats, moments: Moments) -> Floats:
@@ -97,7 +94,7 @@ def fitted(w: Floats, moments: Moments) -> Floats:
         for half in (0, 1):
             asked = moments.solved(half, missing[half], candidate)
             linear += _dot(asked, missing[1 - half])
-            square += _dot(asked @ moments.halves[1 - half].squares, asked)
+            square += squared(moments.squares.lower(1 - half), asked)
         share = min(1.0, linear / square) if linear > 0 and square > 0 else 0.0
         if linear * share > best:
             best, ridge, factor = linear * share, candidate, share

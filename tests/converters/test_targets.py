@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from converters.targets import Moments, fitted, inverse_root
+from converters.symmetric import root, solve
+from converters.targets import Moments, fitted
 
 
 def text(n: int, seed: int, noise: float, n_in: int = 48) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +85,6 @@ def test_both_ways_to_say_what_is_lost() -> None:
 
 def test_least_squares() -> None:
     x, original = text(400, 2, 0.3)
-    root = inverse_root(x.T @ x, 0.0)
-    found = W + W @ ((original - x).T @ x) @ root.T @ root
+    found = W + solve(root(lambda: x.T @ x, 0.0), W @ ((original - x).T @ x))
     best = np.linalg.lstsq(x.astype(float), original @ W.T.astype(float), rcond=None)[0].T
     np.testing.assert_allclose(found, best, atol=1e-3)
