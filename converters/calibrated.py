@@ -26,7 +26,8 @@ from edgelm.weights import Layer
 
 from . import block_codes, structure
 from .chunks import Chunks, Turns, forward, need_numbers, parts
-from .gptq import DAMPING, gptq
+from .feedback import DAMPING
+from .gptq import gptq
 from .imatrix import Source
 from .targets import Moments, fitted
 

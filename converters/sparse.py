@@ -5,8 +5,8 @@
 
 Which ones: the smallest (magnitude); those with the smallest |w| times the size of their input (Wanda, Sun et al.,
 2306.11695); or those that cost least when the others in their row make up for them, which they then do (SparseGPT,
-Frantar and Alistarh, 2301.00774). The last shares its algebra with GPTQ (`feedback`): to become zero is a kind of rounding.
-No runtime of ours is faster for it.
+Frantar and Alistarh, 2301.00774). The last shares its algebra with GPTQ (`feedback`): to become zero is a kind of
+rounding. No runtime of ours is faster for it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Symmetric matrices of which the lower triangle alone is kept: sums of squares, their roots, what solves with them.
 
-Of a layer with 8192 inputs each such matrix takes 256 MB. So all of this happens in place, a strip of rows or columns at
-a time, and two of them share the room of one. What lies above the diagonal is never read.
+Of a layer with 8192 inputs each such matrix takes 256 MB. So all of this happens in place, a strip of rows or columns
+at a time, and two of them share the room of one. What lies above the diagonal is never read.
 """
 
 from __future__ import annotations
