@@ -3,7 +3,7 @@
 The error that matters is that of a layer's outputs on a text, trace of E H Eᵀ, where E is what its weights lack and
 H = Xᵀ X of its inputs. With the columns in reverse and H = L Lᵀ, that is the size of E L, and a column of E L depends
 on the errors of this column and of those changed before it: so each is best moved until what earlier errors have left
-in its place is gone. This is the update of GPTQ (Frantar et al., 2210.17323) and SparseGPT without an inverse of H: it is
+in its place is gone. This is the update of GPTQ (Frantar et al., 2210.17323) and SparseGPT without an inverse of H, as
 Babai's nearest plane (Chen et al., 2507.18553), which a root in float32 is good enough for.
 """
 
