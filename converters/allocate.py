@@ -28,9 +28,9 @@ from edgelm.formats import QTensor, by_name
 
 from . import block_codes, mixes
 from .arrays import Array, Floats
+from .chunks import Source
 from .conversion import Options
 from .gguf_writer import ALIGNMENT
-from .imatrix import Source
 from .probe import Probe
 from .quantizers import quantize
 from .recipe import Plan, Step
@@ -204,8 +204,8 @@ class _Probed:
 
     def __init__(self, source: Source, tokens: NDArray[np.int32]) -> None:
         self._probe = Probe(source, tokens, N_SEQUENCES)
-        self._dense, self._name, self._values = self._probe.runner._dense, "", np.empty(0, np.float32)
-        self._probe.runner._dense = self  # type: ignore[assignment]
+        self._dense, self._name, self._values = self._probe.runner.dense, "", np.empty(0, np.float32)
+        self._probe.runner.dense = self
 
     def __call__(self, tensor: QTensor) -> NDArray[np.float32]:
         return self._values if tensor.name == self._name else self._dense(tensor)

@@ -28,8 +28,7 @@ from edgelm.weights import Layer
 from . import block_codes
 from .arrays import Array
 from .checkpoint import Checkpoint
-from .chunks import Chunks, Turns, forward, need_numbers, parts
-from .imatrix import Source
+from .chunks import Chunks, Source, Turns, forward, need_numbers, parts
 from .quantizers import quantize
 from .structure import Fold
 

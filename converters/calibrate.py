@@ -28,8 +28,8 @@ from edgelm.weights import Weights
 from . import vocab, vocab_prune
 from .arrays import Array, Floats
 from .checkpoint import Checkpoint
+from .chunks import Opened, Source
 from .gguf_writer import Typed
-from .imatrix import Opened, Source
 from .special_tokens import Folder
 
 KEPT_BYTES = 512 << 20  # of float32 weights that an evaluated model does not dequantize again

@@ -25,10 +25,9 @@ from edgelm.reference import Reference
 from edgelm.weights import Layer
 
 from . import block_codes, structure
-from .chunks import Chunks, Turns, forward, need_numbers, parts
+from .chunks import Chunks, Source, Turns, forward, need_numbers, parts
 from .feedback import DAMPING
 from .gptq import gptq
-from .imatrix import Source
 from .targets import Moments, fitted
 
 Bytes = NDArray[np.uint8]
@@ -140,7 +139,7 @@ def quantize_model(
 ) -> None:
     """Quantizes linear layers; `give(name, rows of blocks, importance)` is called for each as soon as it is finished.
 
-    tokens: int32 (chunks, n_ctx), see `imatrix.chunked`; types: the format of each weight that is wanted; importance:
+    tokens: int32 (chunks, n_ctx), see `chunks.chunked`; types: the format of each weight that is wanted; importance:
     mean squares of its inputs, (columns,); known: what an earlier run gave, which is taken instead of computed: the
     rest comes out as it would have then.
 

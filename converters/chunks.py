@@ -1,29 +1,73 @@
 """Chunks of text go through the reference interpreter, each of them a sequence of its own, and nothing is kept of them.
 
-`Chunks` are its operations without a cache. `Turns` lets several parts of a text go through the model at once, in
-threads of which one runs at a time, and meet at each layer: a layer sees all inputs that a text gives it, while what
-takes room inside an operation takes it for one part only.
+A `Source` is the model that they go through, `Chunks` are its operations without a cache. `Turns` lets several parts of
+a text go through the model at once, in threads of which one runs at a time, and meet at each layer: a layer sees all
+inputs that a text gives it, while what takes room inside an operation takes it for one part only.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm import gguf
+from edgelm.arch import Config
 from edgelm.cache import Batch
-from edgelm.errors import FormatError
+from edgelm.errors import FormatError, UsageError
 from edgelm.models import model_of
 from edgelm.reference import Operations, Reference, visible
-
-if TYPE_CHECKING:
-    from .imatrix import Source
+from edgelm.tokenizer import Tokenizer
+from edgelm.weights import Weights
 
 PART_BYTES = 64 << 20  # of the widest activation of a part
 _QUERIES = 256  # that attention works on at a time: bounds the memory of scores
+
+
+class Source(Protocol):
+    """A model whose activations are measured: `edgelm.Model` is one."""
+
+    @property
+    def config(self) -> Config: ...
+    @property
+    def weights(self) -> Weights: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model file as a `Source`, without anything that runs it fast."""
+
+    config: Config
+    weights: Weights
+    tokenizer: Tokenizer
+
+    @classmethod
+    def read(cls, path: str | Path) -> Opened:
+        """Raises FormatError for a broken file, UnsupportedError for one that no runtime of ours can run."""
+        file = gguf.read(path)
+        config = Config.from_gguf(file.metadata)
+        return cls(config, Weights.from_gguf(config, file.tensors), Tokenizer.from_gguf(file.metadata))
+
+
+def chunked(source: Source, text: str | Sequence[int], n_ctx: int, chunks: int | None) -> NDArray[np.int32]:
+    """int32 (chunks, n_ctx): a text as llama.cpp cuts it, each chunk begun by the token that begins texts, if any."""
+    tokenizer = source.tokenizer
+    if isinstance(text, str):
+        text = tokenizer.encode(text.removesuffix("\n"), add_special=True, parse_special=False)
+    n = len(text) // n_ctx if chunks is None else min(chunks, len(text) // n_ctx)
+    if n < 1:
+        raise UsageError(f"the text has {len(text)} tokens; calibration needs at least one chunk of {n_ctx}")
+    tokens = np.array(text[: n * n_ctx], np.int32).reshape(n, n_ctx)
+    if tokenizer.add_bos and tokenizer.bos_id is not None:
+        tokens[:, 0] = tokenizer.bos_id
+    return tokens
 
 
 class Chunks(Operations):

@@ -118,7 +118,7 @@ class Text:
 class Calibration:
     """A text to calibrate on, and how much of it: chunks of n_ctx tokens, all of them if `chunks` is None.
 
-    For tokens, int32 (chunks, n_ctx): `imatrix.chunked(source, c.text.text, c.n_ctx, c.chunks)`.
+    For tokens, int32 (chunks, n_ctx): `chunks.chunked(source, c.text.text, c.n_ctx, c.chunks)`.
     """
 
     text: Text

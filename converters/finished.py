@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgelm.disk import make_folder, replacing
 
-from .gguf_writer import resumable
+from .resumable import resumable
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint

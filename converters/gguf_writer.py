@@ -35,6 +35,8 @@ from edgelm.disk import Progress, lock, nothing
 from edgelm.errors import FormatError
 from edgelm.formats import Format
 
+from .resumable import resumable
+
 Contents = Callable[["Planned"], Iterable[NDArray[np.uint8]]]
 
 ALIGNMENT = 32
@@ -302,19 +304,6 @@ def _need_disk(folder: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if n_bytes > 0 and free - SPARE_DISK < n_bytes:
         raise OSError(errno.ENOSPC, f"{n_bytes / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free", str(folder))
-
-
-@contextlib.contextmanager
-def resumable(part: Path) -> Iterator[None]:
-    """Says what to do when the disk fills up while `part` is written."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        what = error.strerror or "no space left"
-        hint = "make room and give the same command again: it goes on where it stopped"
-        raise OSError(error.errno, f"{what}; {hint}", error.filename or str(part)) from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -15,22 +15,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelm import gguf
-from edgelm.arch import Config
 from edgelm.cache import Batch
 from edgelm.disk import Progress, replacing
-from edgelm.errors import FormatError, UsageError
+from edgelm.errors import FormatError
 from edgelm.formats import F32, QTensor
 from edgelm.reference import Reference
-from edgelm.tokenizer import Tokenizer
-from edgelm.weights import Layer, Weights
+from edgelm.weights import Layer
 
-from .chunks import Chunks, forward, need_numbers, parts
+from .chunks import Chunks, Source, chunked, forward, need_numbers, parts
 from .gguf_writer import Layout, Planned, write
 
 Floats = NDArray[np.float32]
@@ -176,33 +174,6 @@ def _proven(path: Path, imatrix: Imatrix) -> Imatrix:
 # --- measuring
 
 
-class Source(Protocol):
-    """A model whose activations are measured: `edgelm.Model` is one."""
-
-    @property
-    def config(self) -> Config: ...
-    @property
-    def weights(self) -> Weights: ...
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A model file as a `Source`, without anything that runs it fast."""
-
-    config: Config
-    weights: Weights
-    tokenizer: Tokenizer
-
-    @classmethod
-    def read(cls, path: str | Path) -> Opened:
-        """Raises FormatError for a broken file, UnsupportedError for one that no runtime of ours can run."""
-        file = gguf.read(path)
-        config = Config.from_gguf(file.metadata)
-        return cls(config, Weights.from_gguf(config, file.tensors), Tokenizer.from_gguf(file.metadata))
-
-
 class Watching(Chunks):
     """Operations that show the inputs of each linear layer to `see` before they go on."""
 
@@ -261,28 +232,3 @@ def collect(
         need_numbers(name, sums)
         entries[name] = Entry(sums.astype(np.float32)[None], np.array([count], np.float32))
     return Imatrix(entries, (dataset,) if dataset else (), len(tokens), n_ctx)
-
-
-def chunked(source: Source, text: str | Sequence[int], n_ctx: int, chunks: int | None) -> NDArray[np.int32]:
-    """int32 (chunks, n_ctx): a text as llama.cpp cuts it, each chunk begun by the token that begins texts, if any."""
-    tokenizer = source.tokenizer
-    if isinstance(text, str):
-        text = tokenizer.encode(text.removesuffix("\n"), add_special=True, parse_special=False)
-    n = len(text) // n_ctx if chunks is None else min(chunks, len(text) // n_ctx)
-    if n < 1:
-        raise UsageError(f"the text has {len(text)} tokens; calibration needs at least one chunk of {n_ctx}")
-    tokens = np.array(text[: n * n_ctx], np.int32).reshape(n, n_ctx)
-    if tokenizer.add_bos and tokenizer.bos_id is not None:
-        tokens[:, 0] = tokenizer.bos_id
-    return tokens
-
-
-def run(runner: Reference, tokens: NDArray[np.int32]) -> Floats:
-    """Hidden states (all tokens, D) of chunks that a runner reads side by side."""
-    cache = runner.new_cache()
-    sequences = [cache.new_sequence() for _ in tokens]
-    try:
-        return runner.forward(Batch.of([(s, chunk, "all") for s, chunk in zip(sequences, tokens, strict=True)]))
-    finally:
-        for sequence in sequences:
-            sequence.release()

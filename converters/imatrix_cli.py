@@ -36,6 +36,7 @@ def imatrix_command(
     from edgelm import hub
 
     from . import imatrix
+    from .chunks import Opened
 
     source = model or model_option
     if source is None:
@@ -43,7 +44,7 @@ def imatrix_command(
     with bars(quiet) as progress:
         arguments: dict[str, Any] = {"process_output": process_output, "dataset": text_file.name}
         measured = imatrix.collect(
-            imatrix.Opened.read(hub.resolve(source, offline=offline, progress=progress)),
+            Opened.read(hub.resolve(source, offline=offline, progress=progress)),
             text_file.read_text(encoding="utf-8"), ctx_size, chunks if chunks > 0 else None, progress, **arguments,
         )  # fmt: skip
     imatrix.save(out, measured, output_format)

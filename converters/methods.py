@@ -28,9 +28,10 @@ from . import awq, calibrate, calibrated, imatrix, structure
 from .arrays import Floats
 from .calibrated import Choices
 from .checkpoint import Checkpoint
+from .chunks import Source, chunked
 from .conversion import METHODS, Calibration
 from .finished import Finished, made_of
-from .imatrix import Imatrix, Source
+from .imatrix import Imatrix
 from .quantizers import SEARCHED
 from .recipe import Plan
 
@@ -93,7 +94,7 @@ def rounded(
 
 def chunks_of(source: Source, calibration: Calibration) -> NDArray[np.int32]:
     """The chunks that are calibrated on, int32 (chunks, n_ctx): from all over the text, for texts change on the way."""
-    tokens = imatrix.chunked(source, calibration.text.text, calibration.n_ctx, None)
+    tokens = chunked(source, calibration.text.text, calibration.n_ctx, None)
     n = len(tokens) if calibration.chunks is None else min(calibration.chunks, len(tokens))
     chosen: NDArray[np.int32] = tokens[np.linspace(0, len(tokens) - 1, n).astype(int)]
     return chosen

@@ -31,6 +31,7 @@ from . import checkpoint as checkpoints
 from . import gguf_export, loss, methods
 from . import imatrix as imatrices
 from .checkpoint import Checkpoint
+from .chunks import chunked
 from .conversion import Calibration, Conversion, Options, texts
 from .mixes import MIXES, is_quantizable
 from .quantizers import need_writable, writable
@@ -143,7 +144,7 @@ def _allocated(conversion: Conversion, work: Path | None, progress: Progress) ->
     )  # fmt: skip
     assert calibration is not None  # `Options` insists on it
     source = calibrate.opened(checkpoint)
-    tokens = imatrices.chunked(source, calibration.text.text, calibration.n_ctx, calibration.chunks)
+    tokens = chunked(source, calibration.text.text, calibration.n_ctx, calibration.chunks)
     some = tokens[np.linspace(0, len(tokens) - 1, min(ALLOCATE_CHUNKS, len(tokens))).astype(int)]
     asked = _asked(plan, recipe)
     facts = (checkpoint.fingerprint(), sorted(checkpoint.facts.items()), allocate.subject(plan, asked), some.tobytes())

@@ -12,7 +12,7 @@ from edgelm.evaluate import score
 from edgelm.models import model_of
 from edgelm.reference import Operations, Reference
 
-from .imatrix import Source
+from .chunks import Source
 
 N_TOKENS, N_SCORED = 96, 64  # of each sequence; its end is scored
 _KEPT_BYTES = 1 << 30  # of weights as float32

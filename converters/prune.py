@@ -29,9 +29,9 @@ from edgelm.errors import UnsupportedError, UsageError
 from . import calibrate, prune_scores, vocab_prune
 from .arrays import Array
 from .checkpoint import Checkpoint
+from .chunks import Source, chunked
 from .finished import made_of
 from .fits import Fits
-from .imatrix import Source, chunked
 from .prune_cut import Cut, changed_rows, given
 from .prune_fit import Goal, Result, fitted, layer_of
 from .prune_scores import LAYER_CHOICES, least_influence

@@ -30,8 +30,8 @@ from edgelm.reference import Operations, Reference
 from edgelm.tensors import COMPOSED
 from edgelm.weights import Layer
 
+from .chunks import Source
 from .fits import Fit, Fits
-from .imatrix import Source
 from .refit import Sums, choose, fit
 
 Floats = NDArray[np.float32]

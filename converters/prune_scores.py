@@ -20,7 +20,7 @@ from edgelm.disk import Progress, nothing
 from edgelm.reference import Operations, Reference
 from edgelm.weights import Layer
 
-from .imatrix import Source
+from .chunks import Source
 from .probe import Probe
 from .prune_fit import Streams, layer_of, run
 

@@ -25,9 +25,9 @@ from edgelm.errors import UsageError
 from edgelm.reference import Reference
 from edgelm.weights import Layer
 
+from .chunks import Source
 from .feedback import Feedback
 from .fits import Fit, Fits
-from .imatrix import Source
 from .prune_fit import Streams, layer_of, run
 
 Floats = NDArray[np.float32]

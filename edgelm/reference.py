@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -36,6 +36,8 @@ class Reference:
         dtype: of all arithmetic; float64 shows what is rounding and what is not.
         max_weight_bytes: dequantized weights to keep; the rest is dequantized again at each use.
         operations: the interpreter that the model function is handed; one that watches, or changes, what it computes.
+
+    `dense` gives it the weights, and may be replaced between runs.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Reference:
         self.operations = operations or Operations
         self.n_ctx = n_ctx or config.context_length
         self.max_tokens = self.n_ctx if config.spec.family == "encoder" else min(512, self.n_ctx)
-        self._dense = DenseWeights(np.dtype(dtype), max_weight_bytes)
+        self.dense: Dense = DenseWeights(np.dtype(dtype), max_weight_bytes)
         ropes = {rope for i in range(config.n_layers) if (rope := config.rope(i)) is not None}
         factors = weights.factors()
         self._ropes = {rope: RopeTable(rope, factors, self.n_ctx) for rope in ropes}
@@ -90,6 +92,18 @@ class Reference:
             return np.asarray(out, np.float32)
 
 
+class Dense(Protocol):
+    """How the operations of a `Reference` come by the values of weights; one that changes them can take its place."""
+
+    def __call__(self, tensor: QTensor) -> Array:
+        """All of a tensor, in its shape."""
+        ...
+
+    def rows(self, tensor: QTensor, indices: NDArray[np.integer[Any]]) -> Array:
+        """Some rows of a table, without dequantizing the others."""
+        ...
+
+
 class DenseWeights:
     """Weights as arrays of one float type, kept while the budget lasts."""
 
@@ -115,7 +129,7 @@ class Operations:
     """The interpreter `op` that a model function is handed: computes each operation at once, for one batch."""
 
     def __init__(self, runner: Reference, batch: Batch) -> None:
-        self._runner, self._batch, self._dense = runner, batch, runner._dense
+        self._runner, self._batch, self._dense = runner, batch, runner.dense
         self.head = runner.head
 
     def embed(self, table: QTensor) -> Array:

@@ -12,8 +12,8 @@ from tiny import ALL
 
 from converters import awq, block_codes, calibrate, checkpoint, chunks, structure
 from converters.checkpoint import Checkpoint
+from converters.chunks import Opened, Source
 from converters.gguf_export import tensor_bytes
-from converters.imatrix import Opened, Source
 from converters.recipe import Recipe, make_plan
 from converters.structure import Fold
 from edgelm.formats import QTensor, by_name

@@ -9,10 +9,11 @@ import hf_folder
 import numpy as np
 import pytest
 import tiny
+from side_by_side import hidden_states
 from tiny import ALL
 
-from converters import calibrate, checkpoint, imatrix
-from converters.imatrix import Opened
+from converters import calibrate, checkpoint
+from converters.chunks import Opened, Source
 from edgelm.errors import UsageError
 from edgelm.evaluate import perplexity
 from edgelm.models import model_of
@@ -21,9 +22,9 @@ from edgelm.reference import Reference
 TOKENS = np.array([[1, 17, 300, 17, 44, 250, 9, 8], [1, 2, 3, 4, 5, 6, 7, 8]], np.int32)
 
 
-def hidden(source: imatrix.Source) -> np.ndarray:
+def hidden(source: Source) -> np.ndarray:
     c = source.config
-    return imatrix.run(Reference(model_of(c), c, source.weights, head="hidden", n_ctx=32), TOKENS)
+    return hidden_states(Reference(model_of(c), c, source.weights, head="hidden", n_ctx=32), TOKENS)
 
 
 @pytest.mark.parametrize("variant", ALL)

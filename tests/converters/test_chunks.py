@@ -10,8 +10,7 @@ import pytest
 from tiny import tiny
 
 from converters import chunks
-from converters.chunks import Turns, parts
-from converters.imatrix import Opened
+from converters.chunks import Opened, Turns, parts
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])

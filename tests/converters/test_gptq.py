@@ -12,8 +12,8 @@ from tiny import tiny
 from converters import block_codes
 from converters.block_codes import FORMATS_WITH_CODES
 from converters.calibrated import quantize_model
+from converters.chunks import Opened, chunked
 from converters.gptq import gptq
-from converters.imatrix import Opened, chunked
 from converters.quantizers import SEARCHED, quantize
 from converters.targets import Moments, fitted
 from edgelm.errors import UnsupportedError, UsageError

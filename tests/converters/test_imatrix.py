@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tiny import tiny
 
 from converters import chunks, imatrix
-from converters.imatrix import Entry, Imatrix, Opened, collect
+from converters.chunks import Opened
+from converters.imatrix import Entry, Imatrix, collect
 from edgelm.errors import FormatError, UsageError
 
 TOKENS = np.random.default_rng(0).integers(3, 60, 100).tolist()

@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from side_by_side import hidden_states
 from tiny import tiny
 
-from converters import block_codes, calibrate, checkpoint, chunks, imatrix, methods, structure
+from converters import block_codes, calibrate, checkpoint, chunks, methods, structure
 from converters.calibrated import Choices, quantize_model
 from converters.checkpoint import Checkpoint
+from converters.chunks import Opened
 from converters.conversion import Calibration, Text
 from converters.finished import Finished
-from converters.imatrix import Opened
 from converters.quantizers import quantize
 from converters.recipe import Plan, Recipe, make_plan
 from edgelm.errors import FormatError, UsageError
@@ -49,7 +50,7 @@ def written(made: methods.Rounded, plan: Plan) -> dict[str, np.ndarray]:
 def error(read: Checkpoint, plan: Plan, made: methods.Rounded) -> float:
     """Mean square of what hidden states of the calibration text lose in the layers, relative to theirs."""
     source, changed = calibrate.opened(read), calibrate.opened(made.checkpoint)
-    tokens = imatrix.chunked(source, TEXT.text.text, 32, TEXT.chunks)
+    tokens = chunks.chunked(source, TEXT.text.text, 32, TEXT.chunks)
     types = {step.name: step.format for step in plan.steps}
     weights = dict(changed.weights.by_name)
     for name, data in written(made, plan).items():
@@ -185,7 +186,7 @@ def test_chunks_come_from_all_over_the_text(tmp_path: Path) -> None:
     read, _ = opened("llama-gqa", tmp_path)
     source, text = calibrate.opened(read), Text.of(" ".join(map(str, range(400))), "numbers")
     whole = methods.chunks_of(source, Calibration(text, 32, None))
-    np.testing.assert_array_equal(whole, imatrix.chunked(source, text.text, 32, None))
+    np.testing.assert_array_equal(whole, chunks.chunked(source, text.text, 32, None))
     some = methods.chunks_of(source, Calibration(text, 32, 5))
     assert [int(np.flatnonzero((whole == chunk).all(axis=1))[0]) for chunk in some] == [
         0, (n := len(whole) - 1) // 4, n // 2, 3 * n // 4, n,
@@ -210,7 +211,7 @@ def test_chunks_without_a_cache_are_chunks_with_one(variant: str, tmp_path: Path
     from edgelm.reference import Reference
 
     runner = Reference(model_of(source.config), source.config, source.weights, head="hidden", n_ctx=32)
-    np.testing.assert_allclose(chunks.forward(source, tokens), imatrix.run(runner, tokens), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(chunks.forward(source, tokens), hidden_states(runner, tokens), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("variant", "n"), [("llama-gqa", 4), ("gpt2", 4), ("gemma3", 0), ("bert-mean", 0)])
@@ -224,7 +225,7 @@ def test_who_adds_to_the_stream(variant: str, n: int, tmp_path: Path) -> None:
 def test_targets_make_up_for_what_was_lost(variant: str, tmp_path: Path) -> None:
     read, plan = opened(variant, tmp_path)
     source = calibrate.opened(read)
-    tokens = imatrix.chunked(source, TEXT.text.text, 32, TEXT.chunks)
+    tokens = chunks.chunked(source, TEXT.text.text, 32, TEXT.chunks)
     types = dict.fromkeys(structure.linears(structure.recorded(source.config, source.weights)), "Q4_0")
     lost = []
     for mend in (False, True):
