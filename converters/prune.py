@@ -30,7 +30,7 @@ from . import calibrate, prune_scores, vocab_prune
 from .arrays import Array
 from .checkpoint import Checkpoint
 from .chunks import Source, chunked
-from .finished import made_of
+from .finished import Finished, made_of
 from .fits import Fits
 from .prune_cut import Cut, changed_rows, given
 from .prune_fit import Goal, Result, fitted, layer_of
@@ -207,7 +207,8 @@ def _structured(
     n_gone = _sizes(c, spec)
     n_layers_gone = spec.depth.of(c.n_layers, "depth")
     source, tokens = _text(checkpoint, text, n_ctx, chunks)
-    goal = _goal(source, tokens[:SCORE_CHUNKS], spec, n_layers_gone, n_gone, progress)
+    kept = None if folder is None else Finished(folder / "choice", _identity(checkpoint, tokens, spec))
+    goal = _goal(source, tokens[:SCORE_CHUNKS], spec, n_layers_gone, n_gone, kept, progress)
     result = Result()
     if spec.refit or n_gone:
         result = fitted(source, tokens, goal, _fits(folder, "fits", checkpoint, tokens, spec), progress)
@@ -255,7 +256,11 @@ def _fits(
     folder: Path | None, name: str, checkpoint: Checkpoint, tokens: NDArray[np.int32], asked: PruneSpec | Pattern
 ) -> Fits:
     """What an earlier call has finished of the same, and room for the rest."""
-    return Fits(None if folder is None else folder / name, f"{made_of(checkpoint, tokens)} {asked}")
+    return Fits(None if folder is None else folder / name, _identity(checkpoint, tokens, asked))
+
+
+def _identity(checkpoint: Checkpoint, tokens: NDArray[np.int32], asked: PruneSpec | Pattern) -> str:
+    return f"{made_of(checkpoint, tokens)} {asked}"
 
 
 def _fewer_tokens(checkpoint: Checkpoint, text: str) -> Checkpoint:
@@ -293,24 +298,37 @@ def _unit(n: int) -> int:
 
 def _goal(
     source: Source, tokens: NDArray[np.int32], spec: PruneSpec, n_layers_gone: int, n_gone: Mapping[str, int],
-    progress: Progress,
+    kept: Finished | None, progress: Progress,
 ) -> Goal:  # fmt: skip
-    """What is decided before anything is fitted: layers and channels of the stream."""
-    c, gone, dim = source.config, frozenset[int](), None
-    is_encoder = c.spec.family == "encoder"
+    """What is decided before anything is fitted: layers and channels of the stream. An earlier call's choice stands."""
+    if not (spec.depth or spec.hidden):
+        return Goal(n_gone=n_gone, refit=spec.refit)
+    if kept is not None and "channels" in kept:
+        gone, channels = kept["layers"][0], kept["channels"][0]
+    else:
+        gone, channels = _chosen(source, tokens, spec, n_layers_gone, progress)
+        if kept is not None:
+            kept.put("layers", gone[None].view(np.uint8))
+            kept.put("channels", channels[None].view(np.uint8))
+    dim = np.flatnonzero(channels) if spec.hidden else None
+    return Goal(frozenset(np.flatnonzero(gone).tolist()), n_gone, dim, spec.refit)
+
+
+def _chosen(
+    source: Source, tokens: NDArray[np.int32], spec: PruneSpec, n_layers_gone: int, progress: Progress
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which layers go (layers,), and which channels of the stream stay (dim,), by what a text says."""
+    c, is_encoder = source.config, source.config.spec.family == "encoder"
     method = spec.depth.method or ("influence" if is_encoder else DEPTH_METHOD)
     if method == "loss" and is_encoder:
         raise UsageError(f"--prune depth={spec.depth}: an encoder predicts nothing; choose by influence or angular")
-    if spec.depth or spec.hidden:
-        cosines, angles, carried = prune_scores.watched(source, tokens, progress)
-        chosen = LAYER_CHOICES.get(method, least_influence)(angles if method == "angular" else cosines, n_layers_gone)
-        if spec.depth and method == "loss":
-            chosen = prune_scores.least_loss(source, tokens, n_layers_gone, chosen, progress)
-        gone = frozenset(chosen)
-        if spec.hidden:
-            n = c.dim - spec.hidden.of(c.dim, "hidden", _unit(c.dim))
-            dim = np.sort(np.argsort(-carried, kind="stable")[:n])
-    return Goal(gone, n_gone, dim, spec.refit)
+    cosines, angles, carried = prune_scores.watched(source, tokens, progress)
+    layers = LAYER_CHOICES.get(method, least_influence)(angles if method == "angular" else cosines, n_layers_gone)
+    if spec.depth and method == "loss":
+        layers = prune_scores.least_loss(source, tokens, n_layers_gone, layers, progress)
+    n_channels = c.dim - (spec.hidden.of(c.dim, "hidden", _unit(c.dim)) if spec.hidden else 0)
+    channels = np.argsort(-carried, kind="stable")[:n_channels]
+    return np.isin(np.arange(c.n_layers), layers), np.isin(np.arange(c.dim), channels)
 
 
 def _facts(cut: Cut, goal: Goal, result: Result, tokens: NDArray[np.int32]) -> dict[str, Any]:

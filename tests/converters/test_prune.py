@@ -211,14 +211,17 @@ def test_a_process_that_was_killed_goes_on(cut: str, name: str, tmp_path: Path) 
     assert subprocess.run([sys.executable, *kill_at]).returncode == -signal.SIGKILL
     files = list((tmp_path / "out.gguf.work" / name).glob("*.rows"))
     left, seen = {path: path.stat().st_mtime_ns for path in files}, dict[Path, int]()
+    stages = set[str]()
     assert {path.name.split(".")[1] for path in files} == {"0", "1"} and not out.exists()
 
     def look(stage: str, done: int, total: int) -> None:
+        stages.add(stage)
         if stage == "write" and not seen:
             seen.update({path: path.stat().st_mtime_ns for path in left})
 
     options = Options(prune=(cut,), calibrate=text, n_ctx=32, calibrate_chunks=4)
     convert(source, out, Recipe("q8_0"), options, progress=look)
+    assert not stages & {"score", "choose layers"} and "prune" in stages
     convert(source, tmp_path / "whole.gguf", Recipe("q8_0"), options)
     assert seen == left and out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     assert not (tmp_path / "out.gguf.work").exists()
