@@ -42,12 +42,14 @@ from edgelm.kernels.float_tiles import NUMBERS, Number
 from edgelm.kernels.functions import Code, address_of, code_address, function_address, stack, tile_fields
 from edgelm.kernels.int16 import BLOCK, RECORD, SCALES, UNIT, VALUES, WEIGHT_BITS, X_MAX
 from edgelm.kernels.isa import joined, parts
+from edgelm.kernels.isas import is_amd
 
 Value = ir.Value
 I16x32 = ir.VectorType(I16, 32)
 MAGIC = 1.5 * 2.0**23  # adding it rounds to an integer, to nearest even, in the low bits
 PAIRS = BLOCK // 2
 SLAB_BLOCKS = 8  # that a tile goes over at a time: 33 KiB of weights stay in the first-level cache
+DIRECT = (2, 1)  # tokens that are multiplied with one stream of weights, where that is faster
 CHAINS = 8  # sums that must be under way at once to hide how long a product takes
 
 
@@ -116,9 +118,33 @@ def _int16_tile(context: Any, b: ir.IRBuilder, fmt: Any, args: list[Value], n_to
             for g, unit in enumerate(units):
                 scale = load_at(b, at(b, unit, SCALES), F32x16, 64)
                 for t, record in enumerate(records):
-                    scaled = b.fmul(b.sitofp(sums[g, t], F32x16), spread(b, load_at(b, record, F32, 4), F32x16))
                     place = at(b, out, 64 * (2 * t + g))
-                    store_at(b, emit_fma(context, b, scaled, scale, load_at(b, place, F32x16, 64)), place, 64)
+                    acc = load_at(b, place, F32x16, 64)
+                    store_at(b, _plus(context, b, acc, sums[g, t], record, scale), place, 64)
+
+
+def _int16_direct(context: Any, b: ir.IRBuilder, fmt: Any, args: list[Value], n_tokens: int) -> None:
+    """As `_int16_tile`, over whole groups, one after the other, and `out` is written: see `tiles._in_order`."""
+    first, second, n_blocks, x, x_stride, out, _, _ = args
+    with cgutils.for_range(b, I64(2), intp=I64) as outer:
+        group = b.add(first, b.mul(b.sub(second, first), outer.index))
+        acc = [cgutils.alloca_once_value(b, repeat(F32x16, 0)) for _ in range(n_tokens)]
+        with cgutils.for_range(b, n_blocks, intp=I64) as loop:
+            unit = b.add(group, b.mul(loop.index, I64(UNIT)))
+            here = b.add(x, b.mul(loop.index, I64(RECORD)))
+            records = [b.add(here, b.mul(x_stride, I64(t))) for t in range(n_tokens)]
+            sums = _block_sums(b, machine(context), [unit], [], records)
+            scale = load_at(b, at(b, unit, SCALES), F32x16, 64)
+            for t, record in enumerate(records):
+                b.store(_plus(context, b, b.load(acc[t]), sums[0, t], record, scale), acc[t])
+        for t in range(n_tokens):
+            store_at(b, b.load(acc[t]), at(b, out, 128 * t, outer.index, 64), 64)
+
+
+def _plus(context: Any, b: ir.IRBuilder, acc: Value, total: Value, record: Value, scale: Value) -> Value:
+    """A sum and the products of one more block; total: of its integers."""
+    scaled = b.fmul(b.sitofp(total, F32x16), spread(b, load_at(b, record, F32, 4), F32x16))
+    return emit_fma(context, b, scaled, scale, acc)
 
 
 def _block_sums(b: ir.IRBuilder, isa: Machine, units: list[Value], ahead: list[Value], records: list[Value]) -> dict:
@@ -152,16 +178,19 @@ def int16_linear_code(typingctx):
     """Address of the `functions.Code` of int16."""
 
     def codegen(context, b, sig, args):
+        def function(emit):
+            return lambda tokens: function_address(context, b.module, NUMBERS["F16"], emit, 8, tokens)
+
+        direct = DIRECT if is_amd(context) else ()
         fields = {
             Code.BLOCKS: 1,
             Code.UNIT_BYTES: UNIT,
             Code.RECORD_BYTES: RECORD,
             Code.SLAB_BLOCKS: SLAB_BLOCKS,
             Code.FACTOR: 0x3F800000,  # 1.0
-            **tile_fields(
-                machine(context).tokens,
-                lambda tokens: function_address(context, b.module, NUMBERS["F16"], _int16_tile, 8, tokens),
-            ),
+            **tile_fields(direct, function(_int16_direct), Code.DIRECT),
+            Code.DIRECT_MOST: max(direct, default=0),
+            **tile_fields(machine(context).tokens, function(_int16_tile)),
         }
         return code_address(b, "INT16", fields)
 
