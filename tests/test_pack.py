@@ -52,7 +52,7 @@ def packed_file(path: Path) -> packed.PackedFile:
 
 
 # sha256 of `packing.LAYOUT` packed weights: what differs is not what older files hold, so the number has to be raised.
-LAYOUT = 1
+LAYOUT = 2
 PACKED = {
     "Q8_0 as Q8_0": "3c84b8b14d15cd2b",
     "Q4_0 as Q4_0": "135906bd65bac791",
@@ -68,9 +68,9 @@ PACKED = {
     "IQ4_XS as IQ4_XS": "23a12c065fcca8b3",
     "MXFP4 as MXFP4": "fb52e64a5a097103",
     "F32 as F32": "a4696450fedd4bcd",
-    "F16 as INT16": "63a5c8ad0404ac67",
+    "F16 as INT12": "cf751e8e90d08678",
     "F16 as F16": "74dad3fd8614187c",
-    "BF16 as INT16": "33aab28ae8be282b",
+    "BF16 as INT12": "8d6fbc331b22d3e0",
     "BF16 as BF16": "adc5de9b5afc48c5",
     "TQ2_0 as INT8": "67c3b9281da75e10",
 }

@@ -39,7 +39,7 @@ def embed_bf16(op, env, begin, end):
     rows(float_embed_code("BF16"), op, env, begin, end)
 
 
-def embed_int16(op, env, begin, end):
+def embed_int12(op, env, begin, end):
     rows(int16_embed_code("F16"), op, env, begin, end)
 
 

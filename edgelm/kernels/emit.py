@@ -79,6 +79,11 @@ def opaque(b: ir.IRBuilder, address: ir.Value, after: list[ir.Value] | None = No
     return assembler(b, I64, "", ",".join(["=r", "0", *("v" for _ in values[1:])]), values)
 
 
+def fence(b: ir.IRBuilder) -> None:
+    """Loads stay on their side of this place: LLVM would begin them all at once, and run out of registers."""
+    b.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
+
+
 def assembler(b: ir.IRBuilder, type_: ir.Type, code: str, places: str, values: list[ir.Value]) -> ir.Value:
     """What a piece of assembler makes of `values`, in LLVM's notation; places: where it has its result, and them."""
     _load_assembler()

@@ -1,5 +1,9 @@
 """Generators of the innermost code for float16 and bfloat16 as `int16`: pack, look up, multiply, quantize activations.
 
+    direct   32 rows x few tokens, straight from packed weights
+    unpack   packed weights to a slab: 32 vectors of int16 and 16 scales for each block
+    tile     32 rows x several tokens, from two slabs
+
 For every row and token, blocks of 64 inputs are added in order, whatever the number of tokens:
 
     acc = fma(float(sum of x * w) * scale of x, scale of w, acc)
@@ -9,6 +13,7 @@ where the sum is an exact integer: the order within a block is free.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -21,15 +26,19 @@ from numba.extending import intrinsic
 from edgelm.kernels.blocks import ROWS, at
 from edgelm.kernels.emit import (
     F32,
+    I8,
     I16,
     I32,
     I64,
     F32x16,
+    I8x16,
+    I8x64,
     I16x16,
     I32x16,
     assembler,
     call,
     emit_fma,
+    fence,
     load_at,
     opaque,
     prefetch_at,
@@ -40,22 +49,25 @@ from edgelm.kernels.emit import (
 )
 from edgelm.kernels.float_tiles import NUMBERS, Number
 from edgelm.kernels.functions import Code, address_of, code_address, function_address, stack, tile_fields
-from edgelm.kernels.int16 import BLOCK, RECORD, SCALES, UNIT, VALUES, WEIGHT_BITS, X_MAX
+from edgelm.kernels.int16 import BLOCK, PIECE, RECORD, SCALES, UNIT, VALUES, W_MAX, X_MAX
 from edgelm.kernels.isa import joined, parts
-from edgelm.kernels.isas import is_amd
+from edgelm.kernels.tiles import AHEAD, behind, in_order
 
 Value = ir.Value
+Pairs = Callable[[int], Value]  # the weights of pair i of a block's columns: I16x32
 I16x32 = ir.VectorType(I16, 32)
 MAGIC = 1.5 * 2.0**23  # adding it rounds to an integer, to nearest even, in the low bits
 PAIRS = BLOCK // 2
-SLAB_BLOCKS = 8  # that a tile goes over at a time: 33 KiB of weights stay in the first-level cache
-DIRECT = (2, 1)  # tokens that are multiplied with one stream of weights, where that is faster
+SLAB_SCALES = 64 * PAIRS  # where in a block of a slab the scales lie
+SLAB_UNIT = SLAB_SCALES + 64
+SLAB_BLOCKS = 4  # that a tile goes over at a time: 17 KiB of weights stay in the first-level cache
+SLAB_BYTES = SLAB_BLOCKS * SLAB_UNIT
 CHAINS = 8  # sums that must be under way at once to hide how long a product takes
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A way to add products of int16 pairs. groups, tokens: shape of tiles.
+    """A way to add products of int16 pairs. groups, tokens: shape of tiles; direct: tokens of `direct`.
 
     product: an LLVM intrinsic; or an instruction in assembler that adds to the sum by itself, because LLVM would take
     it apart again, into two.
@@ -65,6 +77,7 @@ class Machine:
     n_parts: int  # registers that hold 64 bytes
     groups: int
     tokens: tuple[int, ...]
+    direct: tuple[int, ...]
     product: str
 
     def step(self, b: ir.IRBuilder, total: Value, w: Value, x: Value) -> Value:
@@ -81,11 +94,11 @@ class Machine:
 
 # Source: Intel intrinsics guide (vpdpwssd, pmaddwd).
 MACHINES = (
-    Machine(frozenset({"avx512vnni", "avx512bw"}), 1, 2, (8, 4, 2, 1), "vpdpwssd $3, $2, $0"),
-    Machine(frozenset({"avxvnni"}), 2, 1, (6, 4, 2, 1), "{vex} vpdpwssd $3, $2, $0"),
-    Machine(frozenset({"avx512bw"}), 1, 2, (8, 4, 2, 1), "llvm.x86.avx512.pmaddw.d.512"),
-    Machine(frozenset({"avx2"}), 2, 1, (4, 2, 1), "llvm.x86.avx2.pmadd.wd"),
-    Machine(frozenset(), 4, 1, (2, 1), "llvm.x86.sse2.pmadd.wd"),
+    Machine(frozenset({"avx512vnni", "avx512bw"}), 1, 2, (8, 4, 2, 1), (4, 2, 1), "vpdpwssd $3, $2, $0"),
+    Machine(frozenset({"avxvnni"}), 2, 1, (6, 4, 2, 1), (2, 1), "{vex} vpdpwssd $3, $2, $0"),
+    Machine(frozenset({"avx512bw"}), 1, 2, (8, 4, 2, 1), (4, 2, 1), "llvm.x86.avx512.pmaddw.d.512"),
+    Machine(frozenset({"avx2"}), 2, 1, (4, 2, 1), (2, 1), "llvm.x86.avx2.pmadd.wd"),
+    Machine(frozenset(), 4, 1, (2, 1), (1,), "llvm.x86.sse2.pmadd.wd"),
 )
 
 
@@ -98,68 +111,128 @@ def machine(context: Any) -> Machine:
 # --- multiplying
 
 
-def _int16_tile(context: Any, b: ir.IRBuilder, fmt: Any, args: list[Value], n_tokens: int) -> None:
-    """(first, second, n_blocks, x, x_stride, out, next_first, next_second): adds products of two groups to `out`.
+def _int16_direct(context: Any, b: ir.IRBuilder, fmt: Any, args: list[Value], n_tokens: int) -> None:
+    """(first, second, n_units, x, x_stride, out, next_first, next_second): products of two packed groups.
 
-    x: records; out: (token, 2, 16) float32. The last two: units that come next, to be fetched ahead.
+    x: records; out: (token, 2, 16) float32. The last two: groups that this thread will read next.
     """
-    first, second, n_blocks, x, x_stride, out, next_first, next_second = args
+    first, second, n_units, x, x_stride, out, next_first, next_second = args
+    isa, one_stream = machine(context), in_order(context, n_tokens)
+    n_groups = 1 if one_stream else isa.groups
+    with cgutils.for_range(b, I64(2 // n_groups), intp=I64) as outer:
+        weights = [b.add(first, b.mul(b.sub(second, first), outer.index)), second][:n_groups]
+        after = [next_first, next_second]
+        if n_groups == 1:
+            after = [b.select(b.icmp_signed("==", outer.index, I64(0)), second, next_first)]
+        places = [(g, t) for t in range(n_tokens) for g in range(n_groups)]
+        acc = {place: cgutils.alloca_once_value(b, ir.Constant(F32x16, None)) for place in places}
+        with cgutils.for_range(b, n_units, intp=I64) as loop:
+            units = [at(b, group, 0, loop.index, UNIT) for group in weights]
+            if not one_stream:
+                for group, unit, follows in zip(weights, units, after, strict=True):
+                    _prefetch(b, behind(b, unit, AHEAD, at(b, group, 0, n_units, UNIT), follows))
+            records = _spaced(b, at(b, x, 0, loop.index, RECORD), x_stride, n_tokens)
+            pairs = [_unpacked(b, unit) for unit in units]
+            scales = [load_at(b, at(b, unit, SCALES), F32x16, 64) for unit in units]
+            _add_block(context, b, isa, pairs, scales, records, acc)
+        out_here = b.add(out, b.mul(outer.index, I64(64)))
+        for g, t in places:
+            store_at(b, b.load(acc[g, t]), at(b, out_here, 64 * (2 * t + g)), 64)
+
+
+def _int16_tile(context: Any, b: ir.IRBuilder, fmt: Any, args: list[Value], n_tokens: int) -> None:
+    """(slab, second, n_blocks, x, x_stride, out, …): adds products of two groups to `out`.
+
+    slab, second: blocks from `unpack` of either group; x: records; out: (token, 2, 16) float32.
+    """
+    first, second, n_blocks, x, x_stride, out = args[:6]
     isa = machine(context)
     with cgutils.for_range(b, I64(2 // isa.groups), intp=I64) as outer:
-        weights = [b.add(first, b.mul(b.sub(second, first), outer.index)), second][: isa.groups]
-        after = [b.add(next_first, b.mul(b.sub(next_second, next_first), outer.index)), next_second][: isa.groups]
+        slabs = [b.add(first, b.mul(b.sub(second, first), outer.index)), second][: isa.groups]
         out = b.add(out, b.mul(outer.index, I64(64)))
+        sums = {(g, t): at(b, out, 64 * (2 * t + g)) for t in range(n_tokens) for g in range(isa.groups)}
+        acc = {place: b.inttoptr(address, F32x16.as_pointer()) for place, address in sums.items()}
         with cgutils.for_range(b, n_blocks, intp=I64) as loop:
-            step = b.mul(loop.index, I64(UNIT))
-            units, ahead = ([b.add(address, step) for address in some] for some in (weights, after))
-            here = b.add(x, b.mul(loop.index, I64(RECORD)))
-            records = _spaced(b, here, x_stride, n_tokens)
-            sums = _block_sums(b, isa, units, ahead, records)
-            for g, unit in enumerate(units):
-                scale = load_at(b, at(b, unit, SCALES), F32x16, 64)
-                for t, record in enumerate(records):
-                    place = at(b, out, 64 * (2 * t + g))
-                    acc = load_at(b, place, F32x16, 64)
-                    store_at(b, _plus(context, b, acc, sums[g, t], record, scale), place, 64)
+            blocks = [at(b, slab, 0, loop.index, SLAB_UNIT) for slab in slabs]
+            records = _spaced(b, at(b, x, 0, loop.index, RECORD), x_stride, n_tokens)
+            scales = [load_at(b, at(b, block, SLAB_SCALES), F32x16, 64) for block in blocks]
+            _add_block(context, b, isa, [_loads(b, block) for block in blocks], scales, records, acc)
 
 
-def _int16_direct(context: Any, b: ir.IRBuilder, fmt: Any, args: list[Value], n_tokens: int) -> None:
-    """As `_int16_tile`, over whole groups, one after the other, and `out` is written: see `tiles._in_order`."""
-    first, second, n_blocks, x, x_stride, out, _, _ = args
-    with cgutils.for_range(b, I64(2), intp=I64) as outer:
-        group = b.add(first, b.mul(b.sub(second, first), outer.index))
-        acc = [cgutils.alloca_once_value(b, repeat(F32x16, 0)) for _ in range(n_tokens)]
-        with cgutils.for_range(b, n_blocks, intp=I64) as loop:
-            unit = b.add(group, b.mul(loop.index, I64(UNIT)))
-            here = b.add(x, b.mul(loop.index, I64(RECORD)))
-            records = [b.add(here, b.mul(x_stride, I64(t))) for t in range(n_tokens)]
-            sums = _block_sums(b, machine(context), [unit], [], records)
-            scale = load_at(b, at(b, unit, SCALES), F32x16, 64)
-            for t, record in enumerate(records):
-                b.store(_plus(context, b, b.load(acc[t]), sums[0, t], record, scale), acc[t])
-        for t in range(n_tokens):
-            store_at(b, b.load(acc[t]), at(b, out, 128 * t, outer.index, 64), 64)
+def _int16_unpack(context: Any, b: ir.IRBuilder, fmt: Any, args: list[Value]) -> None:
+    """(weights, n_blocks, slab, end, after): blocks of a packed group, which goes to `end` and is followed by that at
+    `after`, on to a slab."""
+    weights, n_blocks, slab, end, after = args
+    with cgutils.for_range(b, n_blocks, intp=I64) as loop:
+        unit, block = at(b, weights, 0, loop.index, UNIT), at(b, slab, 0, loop.index, SLAB_UNIT)
+        _prefetch(b, behind(b, unit, SLAB_BLOCKS * UNIT, end, after))  # while the tiles run
+        pairs = _unpacked(b, unit)
+        for i in range(PAIRS):
+            store_at(b, pairs(i), at(b, block, 64 * i), 64)
+        store_at(b, load_at(b, at(b, unit, SCALES), F32x16, 64), at(b, block, SLAB_SCALES), 64)
 
 
-def _plus(context: Any, b: ir.IRBuilder, acc: Value, total: Value, record: Value, scale: Value) -> Value:
-    """A sum and the products of one more block; total: of its integers."""
-    scaled = b.fmul(b.sitofp(total, F32x16), spread(b, load_at(b, record, F32, 4), F32x16))
-    return emit_fma(context, b, scaled, scale, acc)
+def _prefetch(b: ir.IRBuilder, unit: Value) -> None:
+    for line in range(0, UNIT, 64):
+        prefetch_at(b, at(b, unit, line))
 
 
-def _block_sums(b: ir.IRBuilder, isa: Machine, units: list[Value], ahead: list[Value], records: list[Value]) -> dict:
+def _loads(b: ir.IRBuilder, block: Value) -> Pairs:
+    return lambda i: load_at(b, at(b, block, 64 * i), I16x32, 64)
+
+
+def _unpacked(b: ir.IRBuilder, unit: Value) -> Pairs:
+    """Pairs of columns of a packed unit; asked for in order."""
+    found: list[Value] = []
+
+    def pair(i: int) -> Value:
+        if i == len(found):
+            found.extend(_piece(b, at(b, unit, PIECE * (i // 4))))
+        return found[i]
+
+    return pair
+
+
+def _piece(b: ir.IRBuilder, piece: Value) -> list[Value]:
+    """Four pairs of columns, as `int16` lays them down."""
+    *upper, lower = (load_at(b, at(b, piece, 64 * i), I8x64, 64) for i in range(3))
+    low_bits = b.shl(lower, repeat(I8x64, 4)), b.and_(lower, repeat(I8x64, 0xF0))
+    words = [b.shuffle_vector(low, high, lanes) for low, high in zip(low_bits, upper, strict=True) for lanes in _LANES]
+    return [b.ashr(b.bitcast(word, I16x32), repeat(I16x32, 4)) for word in words]
+
+
+def _interleaved(half: int) -> ir.Constant:
+    """The bytes of one half of each 16 bytes, of two vectors in turns."""
+    starts = [16 * lane + 8 * half + i for lane in range(4) for i in range(8)]
+    return ir.Constant(ir.VectorType(I32, 64), [byte for start in starts for byte in (start, 64 + start)])
+
+
+_LANES = [_interleaved(half) for half in range(2)]
+
+
+def _add_block(context, b, isa: Machine, pairs: list[Pairs], scales: list[Value], records: list[Value], acc) -> None:
+    """Adds the products of one block to acc[group, token]: pointers to F32x16."""
+    sums = _block_sums(b, isa, pairs, records)
+    for t, record in enumerate(records):
+        factor = spread(b, load_at(b, record, F32, 4), F32x16)
+        for g, scale in enumerate(scales):
+            scaled = b.fmul(b.sitofp(sums[g, t], F32x16), factor)
+            b.store(emit_fma(context, b, scaled, scale, b.load(acc[g, t], align=64)), acc[g, t], align=64)
+
+
+def _block_sums(b: ir.IRBuilder, isa: Machine, pairs: list[Pairs], records: list[Value]) -> dict:
     """The exact sums, I32x16, of one block by group and token. With few tokens several chains make up a sum."""
-    keys = [(g, t) for t in range(len(records)) for g in range(len(units))]
+    keys = [(g, t) for t in range(len(records)) for g in range(len(pairs))]
     chains = max(1, CHAINS // (len(keys) * isa.n_parts))
     acc = {(*key, k): repeat(I32x16, 0) for key in keys for k in range(chains)}
     for i in range(PAIRS):
-        w = [load_at(b, at(b, unit, 64 * i), I16x32, 64) for unit in units]
-        for unit in ahead:
-            prefetch_at(b, at(b, unit, 64 * i))
+        w = [group(i) for group in pairs]
+        if i % 4 == 0:
+            fence(b)
         for t, record in enumerate(records):
-            pair = spread(b, load_at(b, at(b, record, VALUES + 4 * i), I32, 4), I32x16)
-            for g in range(len(units)):
-                acc[g, t, i % chains] = isa.step(b, acc[g, t, i % chains], w[g], pair)
+            x = spread(b, load_at(b, at(b, record, VALUES + 4 * i), I32, 4), I32x16)
+            for g in range(len(pairs)):
+                acc[g, t, i % chains] = isa.step(b, acc[g, t, i % chains], w[g], x)
     return {key: reduce(b.add, (acc[*key, k] for k in range(chains))) for key in keys}
 
 
@@ -178,21 +251,23 @@ def int16_linear_code(typingctx):
     """Address of the `functions.Code` of int16."""
 
     def codegen(context, b, sig, args):
-        def function(emit):
-            return lambda tokens: function_address(context, b.module, NUMBERS["F16"], emit, 8, tokens)
+        def function(emit, n_args, *numbers):
+            return function_address(context, b.module, NUMBERS["F16"], emit, n_args, *numbers)
 
-        direct = DIRECT if is_amd(context) else ()
+        isa = machine(context)
         fields = {
+            **tile_fields(isa.direct, lambda tokens: function(_int16_direct, 8, tokens), Code.DIRECT),
+            **tile_fields(isa.tokens, lambda tokens: function(_int16_tile, 8, tokens)),
+            Code.DIRECT_MOST: isa.direct[0],
+            Code.UNPACK: function(_int16_unpack, 5),
             Code.BLOCKS: 1,
             Code.UNIT_BYTES: UNIT,
             Code.RECORD_BYTES: RECORD,
             Code.SLAB_BLOCKS: SLAB_BLOCKS,
+            Code.SLAB_BYTES: SLAB_BYTES,
             Code.FACTOR: 0x3F800000,  # 1.0
-            **tile_fields(direct, function(_int16_direct), Code.DIRECT),
-            Code.DIRECT_MOST: max(direct, default=0),
-            **tile_fields(machine(context).tokens, function(_int16_tile)),
         }
-        return code_address(b, "INT16", fields)
+        return code_address(b, "INT12", fields)
 
     return types.int64(), codegen
 
@@ -235,50 +310,67 @@ def _whole(b: ir.IRBuilder, source: Value, left: Value, size: int) -> Value:
     return b.load(address)
 
 
+def _scale(b: ir.IRBuilder, values: list[Value], most: int) -> tuple[Value, Value]:
+    """(factor, scale) that make the largest of float32 vectors `most`: 0 if that is hardly a number, NaN if none is."""
+    scale = b.fmul(b.bitcast(_largest(b, values), F32), ir.Constant(F32, 1 / most))
+    usable = b.fcmp_unordered(">=", scale, ir.Constant(F32, 2.0**-126))  # a NaN stays
+    zero = ir.Constant(F32, 0.0)
+    factor = b.select(usable, b.fdiv(ir.Constant(F32, 1.0), scale), zero)
+    return factor, b.select(usable, scale, zero)
+
+
 def _int16_pack(context: Any, b: ir.IRBuilder, number: Number, args: list[Value]) -> None:
     """(source, row_bytes, n_rows, n_cols, target): rows of a file, at most 16, to a packed group."""
     source, row_bytes, n_rows, n_cols, target = args
-    size, integers = number.n_bytes * BLOCK, stack(b, 2 * BLOCK)
+    size = number.n_bytes * BLOCK
     n_blocks = b.udiv(b.add(n_cols, I64(BLOCK - 1)), I64(BLOCK))
     with cgutils.for_range(b, n_blocks, intp=I64) as loop:
         unit, start = b.add(target, b.mul(loop.index, I64(UNIT))), b.mul(loop.index, I64(size))
         left = b.sub(b.mul(n_cols, I64(number.n_bytes)), start)
         with cgutils.for_range(b, n_rows, intp=I64) as rows:
             own = b.add(b.add(source, start), b.mul(rows.index, row_bytes))
-            own, lane = _whole(b, own, left, size), b.add(unit, b.mul(rows.index, I64(4)))
+            own = _whole(b, own, left, size)
             values = [number.rows(context, b, at(b, own, number.n_bytes * i)) for i in range(0, BLOCK, ROWS)]
-            factor, scale = _power(b, _largest(b, values))
-            store_at(b, scale, at(b, lane, SCALES), 4)
+            factor, scale = _scale(b, values, W_MAX)
+            store_at(b, scale, at(b, unit, SCALES, rows.index, 4), 4)
+            place = b.add(unit, _lane(b, rows.index))
             for i, value in enumerate(values):
-                store_at(b, _rounded(b, value, factor), at(b, integers, 32 * i), 32)
-            with cgutils.for_range(b, I64(PAIRS), intp=I64) as pairs:
-                pair = load_at(b, b.add(integers, b.mul(pairs.index, I64(4))), I32, 4)
-                store_at(b, pair, b.add(lane, b.mul(pairs.index, I64(64))), 4)
+                _store_pieces(b, _rounded(b, value, factor), at(b, place, 2 * PIECE * i))
 
 
-def _power(b: ir.IRBuilder, largest: Value) -> tuple[Value, Value]:
-    """(factor, scale): powers of two, inverse to each other, that make `largest` an integer of WEIGHT_BITS bits.
+def _lane(b: ir.IRBuilder, row: Value) -> Value:
+    """Where in the vectors of a piece the first byte of a row lies."""
+    return b.add(b.shl(b.lshr(row, I64(2)), I64(4)), b.shl(b.and_(row, I64(3)), I64(1)))
 
-    The scale is NaN if there is a weight that is no number.
-    """
-    field, least = b.lshr(largest, I32(23)), I32(WEIGHT_BITS)  # bfloat16 below 2 ** -114 lose bits
-    exponent = b.select(b.icmp_unsigned("<", field, least), least, field)
-    factor = b.shl(b.sub(I32(2 * 127 + WEIGHT_BITS - 1), exponent), I32(23))
-    scale = b.shl(b.sub(exponent, I32(WEIGHT_BITS - 1)), I32(23))
-    scale = b.select(b.icmp_unsigned("==", field, I32(0xFF)), I32(0x7FC00000), scale)
-    return b.bitcast(factor, F32), b.bitcast(scale, F32)
+
+def _store_pieces(b: ir.IRBuilder, integers: Value, place: Value) -> None:
+    """One row of two pieces: 16 integers of 12 bits."""
+    upper = b.trunc(b.ashr(integers, repeat(I16x16, 4)), I8x16)
+    lower = b.trunc(b.and_(integers, repeat(I16x16, 15)), I8x16)
+    later = b.shuffle_vector(lower, lower, ir.Constant(ir.VectorType(I32, 16), [(i + 4) % 16 for i in range(16)]))
+    lower = b.or_(lower, b.shl(later, repeat(I8x16, 4)))  # good where the first two pairs of a piece are
+    upper, lower = (b.bitcast(v, ir.VectorType(I16, 8)) for v in (upper, lower))
+    for pair in range(8):
+        piece, which = PIECE * (pair // 4), 8 * (pair % 2)
+        store_at(b, b.extract_element(upper, I32(pair)), at(b, place, piece + 64 * (pair // 2 % 2) + which), 2)
+        if pair % 4 < 2:
+            store_at(b, b.extract_element(lower, I32(pair)), at(b, place, piece + 128 + which), 2)
 
 
 def _int16_embed(context: Any, b: ir.IRBuilder, number: Number, args: list[Value]) -> None:
     """(weights, n_cols, lane, out, scale): row `lane` of a packed group as float32; scale: bits of a float32."""
     weights, n_cols, lane, out, scale = args
-    own, scale = b.add(weights, b.mul(lane, I64(4))), b.bitcast(b.trunc(scale, I32), F32)
+    scale = b.bitcast(b.trunc(scale, I32), F32)
     with cgutils.for_range(b, n_cols, intp=I64) as loop:
-        unit = b.add(own, b.mul(b.udiv(loop.index, I64(BLOCK)), I64(UNIT)))
+        unit = at(b, weights, 0, b.udiv(loop.index, I64(BLOCK)), UNIT)
         column = b.urem(loop.index, I64(BLOCK))
-        place = b.add(b.mul(b.lshr(column, I64(1)), I64(64)), b.mul(b.and_(column, I64(1)), I64(2)))
-        integer = b.sitofp(load_at(b, b.add(unit, place), I16, 2), F32)
-        value = b.fmul(integer, load_at(b, at(b, unit, SCALES), F32, 4))
+        bit = [b.and_(b.lshr(column, I64(i)), I64(1)) for i in range(3)]  # column of a pair, pair of two, two of four
+        piece = b.add(at(b, unit, 0, b.lshr(column, I64(3)), PIECE), _lane(b, lane))
+        piece = b.add(piece, b.add(bit[0], b.shl(bit[1], I64(3))))
+        upper = b.sext(load_at(b, b.add(piece, b.shl(bit[2], I64(6))), I8), I32)
+        lower = b.lshr(b.zext(load_at(b, at(b, piece, 128), I8), I32), b.trunc(b.shl(bit[2], I64(2)), I32))
+        integer = b.or_(b.shl(upper, I32(4)), b.and_(lower, I32(15)))
+        value = b.fmul(b.sitofp(integer, F32), load_at(b, at(b, unit, SCALES, lane, 4), F32, 4))
         store_at(b, b.fmul(value, scale), b.add(out, b.mul(loop.index, I64(4))))
 
 
@@ -289,11 +381,8 @@ def _int16_record(context: Any, b: ir.IRBuilder, number: Number, args: list[Valu
         start, place = b.mul(loop.index, I64(4 * BLOCK)), b.add(record, b.mul(loop.index, I64(RECORD)))
         own = _whole(b, b.add(x, start), b.sub(b.mul(n_cols, I64(4)), start), 4 * BLOCK)
         values = [load_at(b, at(b, own, 4 * i), F32x16, 4) for i in range(0, BLOCK, ROWS)]
-        scale = b.fmul(b.bitcast(_largest(b, values), F32), ir.Constant(F32, 1 / X_MAX))
-        usable = b.fcmp_unordered(">=", scale, ir.Constant(F32, 2.0**-126))  # a NaN stays
-        zero = ir.Constant(F32, 0.0)
-        factor = b.select(usable, b.fdiv(ir.Constant(F32, 1.0), scale), zero)
-        store_at(b, b.select(usable, scale, zero), place, 4)
+        factor, scale = _scale(b, values, X_MAX)
+        store_at(b, scale, place, 4)
         for i, value in enumerate(values):
             store_at(b, _rounded(b, value, factor), at(b, place, VALUES + 32 * i), 4)
 

@@ -59,7 +59,7 @@ def _row(kernel: str, units: int, units_per: int, count: int, grain: int, args: 
 
 def record_kind(format: str) -> str:
     """What kernels of a packed format multiply with: records of "int8" or "int16", or "float32" as they are."""
-    return "int16" if format == "INT16" else "float32" if is_float(format) else "int8"
+    return "int16" if format == "INT12" else "float32" if is_float(format) else "int8"
 
 
 def record_bytes(kind: str, n_cols: int) -> int:

@@ -16,7 +16,7 @@ from edgelm.kernels.abi import WORD, Env, Row
 from edgelm.kernels.block_tile import ROW
 from edgelm.kernels.float_tiles import float_linear_code
 from edgelm.kernels.functions import Code, call_function, scratch
-from edgelm.kernels.int16_tiles import int16_linear_code
+from edgelm.kernels.int16_tiles import SLAB_BYTES, int16_linear_code
 from edgelm.kernels.linear import Arg
 from edgelm.kernels.records import FLAG, LIST, MAX_TOKENS, RECORD, REPEATS
 from edgelm.kernels.simd import (
@@ -34,7 +34,7 @@ from edgelm.kernels.slab_tiles import PAIR
 from edgelm.kernels.tiles import MAX_SLAB_BYTES, linear_code
 from edgelm.kernels.vector_math import gelu_f32, silu_f32
 
-SLAB_SCRATCH, OUT_SCRATCH = 2 * MAX_SLAB_BYTES, MAX_TOKENS * PAIR
+SLAB_SCRATCH, OUT_SCRATCH = 2 * max(MAX_SLAB_BYTES, SLAB_BYTES), MAX_TOKENS * PAIR
 LISTED = 256  # blocks of which lists are kept: more are listed again for each unit
 LISTS_SCRATCH = LISTED * LIST + WORD  # and how many tokens stand in all of them
 (
@@ -219,7 +219,7 @@ def linear_bf16(op, env, begin, end):
     units(float_linear_code("BF16"), op, env, begin, end)
 
 
-def linear_int16(op, env, begin, end):
+def linear_int12(op, env, begin, end):
     units(int16_linear_code(), op, env, begin, end)
 
 

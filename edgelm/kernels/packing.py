@@ -2,7 +2,7 @@
 
 The work is done by compiled kernels on several threads, at the speed of the memory. Formats that have no kernels are
 transcoded: those made of integers times a scale to `INT8`, without loss, and plain numbers to float32. Where integers
-are multiplied faster than floats, float16 and bfloat16 become `int16`.
+are multiplied faster than floats, float16 and bfloat16 become integers of 12 bits (`int16`).
 
 Imports no Numba. Knows nothing of activations.
 """
@@ -29,7 +29,7 @@ from edgelm.kernels import (
 from edgelm.kernels.blocks import BLOCKS, ROWS
 
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of a weight
-LAYOUT = 1  # of packed weights; to be raised when they change: a test compares
+LAYOUT = 2  # of packed weights; to be raised when they change: a test compares
 ALIGN = 64
 HUGE = 1 << 21  # bytes of a huge page
 _PIECE = 1 << 20  # bytes of packed weights that a thread makes at a time
@@ -105,7 +105,7 @@ def _unit(format: str) -> tuple[int, int]:
     """(columns, bytes) of the smallest piece of 16 rows."""
     if format in FLOATS:
         return 1, ROWS * FLOATS[format]
-    if format == "INT16":
+    if format == "INT12":
         return int16.BLOCK, int16.UNIT
     return 32 * BLOCKS[format].blocks, BLOCKS[format].unit_bytes
 
@@ -204,7 +204,7 @@ def _shape(tensor: QTensor) -> tuple[int, int]:
 def _format_for(tensor: QTensor) -> str:
     name = tensor.format.name
     if name in ("F16", "BF16") and int16.preferred():
-        return "INT16"
+        return "INT12"
     if name in FLOATS or name in BLOCKS:
         return name
     return "INT8" if tensor.format.block > 1 else "F32"
@@ -230,7 +230,7 @@ def zeroed(n_bytes: int) -> np.ndarray:
 
 def _kernel(tensor: QTensor, form: Packed) -> str:
     """Name, for `compiler`, of the kernel that packs a weight."""
-    name = form.format if form.format != "INT16" else f"int16_{tensor.format.name}"
+    name = form.format if form.format != "INT12" else f"int12_{tensor.format.name}"
     return f"packing_kernels:pack_{name.lower()}"
 
 
@@ -239,7 +239,7 @@ def _pack_piece(target: Target, tensor: QTensor, form: Packed, first: int, last:
     start, n_bytes = form.address + first * form.group_bytes, (last - first) * form.group_bytes
     room = target.room(start, n_bytes)
     with lend(tensor.data[first * ROWS : min(last * ROWS, form.n_rows)]) as data:
-        if form.transcoded_from is not None and form.format != "INT16":
+        if form.transcoded_from is not None and form.format != "INT12":
             data = _transcoded(tensor, data, form.format)
         if data.strides[-1] != 1:
             data = np.ascontiguousarray(data)

@@ -55,11 +55,11 @@ def pack_bf16(job, unused, begin, end):
     floats(2, job, begin, end)
 
 
-def pack_int16_f16(job, unused, begin, end):
+def pack_int12_f16(job, unused, begin, end):
     groups(int16_pack_code("F16"), 1, job, begin, end)
 
 
-def pack_int16_bf16(job, unused, begin, end):
+def pack_int12_bf16(job, unused, begin, end):
     groups(int16_pack_code("BF16"), 1, job, begin, end)
 
 

@@ -69,8 +69,8 @@ def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_
     record + record_stride * token; out: (token, 2, 16) float32. The last two: groups that this thread will read next.
     """
     first, second, n_units, record, record_stride, out, next_first, next_second = args
-    in_order, rest = _in_order(context, n_tokens), _to_rest(b, record_stride)
-    n_groups = 1 if in_order else n_groups
+    one_stream, rest = in_order(context, n_tokens), _to_rest(b, record_stride)
+    n_groups = 1 if one_stream else n_groups
     last = at(b, record, -RECORD, n_units, RECORD * blocks.blocks)
     all_rest = b.and_(_has_rest(b, [record]), _has_rest(b, [last]))  # as in the inputs of the output matrix
     with cgutils.for_range(b, I64(2 // n_groups), intp=I64) as outer:
@@ -92,19 +92,19 @@ def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_
             with cgutils.for_range(b, I64(blocks.blocks), intp=I64) as inner:
                 inputs = [at(b, record, 0, inner.index, RECORD) for record in here]
                 share = b.mul(inner.index, I64(_share(blocks)))
-                if in_order and len(blocks.planes) > 1:
+                if one_stream and len(blocks.planes) > 1:
                     with b.if_else(all_rest) as (long_work, short_work):
                         with long_work:
                             _prefetch(b, blocks, b.add(ahead[0], share))
                         with short_work:
-                            place = _behind(b, b.add(units[0], share), NEAR, ends[0], after[0])
+                            place = behind(b, b.add(units[0], share), NEAR, ends[0], after[0])
                             _prefetch(b, blocks, place, near=True)
                 unpacked = _unpacked(tile, units, inner.index)
                 tile.add_block(*unpacked, inputs)
                 if holds_weights:
                     with b.if_then(_has_rest(b, inputs)):  # the same weights once more, as they are unpacked
                         rests.add_block(*unpacked, [b.add(record, rest) for record in inputs])
-                for unit in [] if in_order else ahead:
+                for unit in [] if one_stream else ahead:
                     _prefetch(b, blocks, b.add(unit, share))
         if not holds_weights:
             _add_rests(b, rests, weights, n_units, tokens, rest)
@@ -135,7 +135,7 @@ def _unpacked(tile: Tile, units: list[Value], block: Value) -> tuple[list[Any], 
     return [_vectors(blocks.quants(b, tile.isa, unit, block, tile.form)) for unit in units], scales, minima
 
 
-def _in_order(context: Any, n_tokens: int) -> bool:
+def in_order(context: Any, n_tokens: int) -> bool:
     """Whether this processor's own prefetching gets all that the memory gives, if it sees one stream of lines in order.
 
     So does AMD's: two groups at a time, or lines asked for far ahead, are slower by a quarter.
@@ -148,10 +148,10 @@ def _in_order(context: Any, n_tokens: int) -> bool:
 
 def _ahead(b: ir.IRBuilder, blocks: Blocks, unit: Value, end: Value, after: Value) -> Value:
     """The unit to ask for while working on `unit` of a group that goes to `end` and is followed by that at `after`."""
-    return _behind(b, unit, -(-AHEAD // blocks.unit_bytes) * blocks.unit_bytes, end, after)
+    return behind(b, unit, -(-AHEAD // blocks.unit_bytes) * blocks.unit_bytes, end, after)
 
 
-def _behind(b: ir.IRBuilder, place: Value, n_bytes: int, end: Value, after: Value) -> Value:
+def behind(b: ir.IRBuilder, place: Value, n_bytes: int, end: Value, after: Value) -> Value:
     """What is read `n_bytes` after `place`, in a group that goes to `end` and is followed by that at `after`."""
     ahead = at(b, place, n_bytes)
     return b.select(b.icmp_unsigned("<", ahead, end), ahead, b.add(after, b.sub(ahead, end)))

@@ -1,6 +1,6 @@
 """Matrices of float32, float16 and bfloat16 against NumPy; the same bits whatever the batch.
 
-On x86 the latter two are held as `int16`, whose definition this file repeats in NumPy.
+On x86 the latter two are held as integers (`int16`), whose definition this file repeats in NumPy.
 """
 
 from __future__ import annotations
@@ -48,26 +48,25 @@ def in_blocks(x: np.ndarray) -> np.ndarray:
 def held(tensor: QTensor) -> np.ndarray:
     """The weights as the kernels have them, float64."""
     values = tensor.dequantize()
-    if linear.pack(tensor).format != "INT16":
-        return values.astype(np.float64)
-    blocks = in_blocks(values).astype(np.float64)
-    exponent = np.frexp(np.abs(blocks).max(axis=-1, keepdims=True))[1] - 13  # at most 8191 units of 2 ** exponent
-    exponent = np.maximum(exponent, 13 - 139)
-    whole = np.rint(np.ldexp(blocks, -exponent))
-    assert np.abs(whole).max() <= 8191
-    return np.ldexp(whole, exponent).reshape(len(values), -1)[:, : values.shape[1]]
+    return in_integers(values, 2047) if linear.pack(tensor).format == "INT12" else values.astype(np.float64)
+
+
+def in_integers(x: np.ndarray, most: int) -> np.ndarray:
+    """Rows in blocks of 64 as integers up to `most`, times a float32; float64."""
+    blocks = in_blocks(x)
+    scale = np.abs(blocks).max(axis=-1, keepdims=True) * np.float32(1 / most)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        scale = np.where(scale < np.finfo(np.float32).tiny, np.float32(0), scale)
+        whole = np.where(scale == 0, 0, np.rint(blocks * (np.float32(1) / scale)))
+    assert np.abs(whole).max() <= most
+    return (whole.astype(np.float64) * scale).reshape(len(x), -1)[:, : x.shape[1]]
 
 
 def rounded(x: np.ndarray, kind: str) -> np.ndarray:
     """Activations as the kernels have them, float64."""
     if kind == "float32":
         return x.astype(np.float64)
-    blocks = in_blocks(x)
-    scale = np.abs(blocks).max(axis=-1, keepdims=True) * np.float32(1 / 4095)
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        scale = np.where(scale < np.finfo(np.float32).tiny, np.float32(0), scale)
-        whole = np.where(scale == 0, 0, np.rint(blocks * (np.float32(1) / scale)))
-    return (whole.astype(np.float64) * scale).reshape(len(x), -1)[:, : x.shape[1]]
+    return in_integers(x, 4095)
 
 
 class Product:
@@ -138,15 +137,10 @@ def test_looked_up_rows(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["F16", "BF16"])
-def test_weights_near_the_largest_of_their_block_are_exact(name: str) -> None:
+def test_weights_are_off_by_half_a_step_at_most(name: str) -> None:
     values = weight(name, normal(16, 640)).dequantize()
-    kept = held(weight(name, values))
-    if np.array_equal(kept, values):
-        pytest.skip("this machine keeps them all as they are")
     peaks = np.repeat(np.abs(in_blocks(values)).max(axis=-1), 64, axis=1)
-    exact = np.abs(values) >= peaks / (4 if name == "F16" else 32)
-    assert np.array_equal(kept[exact], values[exact]) and exact.mean() > 0.2
-    assert np.abs(kept - values).max() <= peaks.max() / 8192
+    assert (np.abs(held(weight(name, values)) - values) <= peaks * (0.5001 / 2047)).all()
 
 
 @pytest.mark.parametrize("name", FLOATS)
@@ -206,14 +200,17 @@ def test_gate_and_up_in_one_pass(name: str, kind: str) -> None:
 
 @ON_X86
 def test_bytes_of_weights_and_records() -> None:
-    """A unit: pairs of columns of 16 rows, then scales; a record: the scale, then integers."""
+    """A unit: pieces of four pairs of columns of 16 rows, then scales; a record: the scale, then integers."""
     values, x = normal(16, 100), normal(3, 100, seed=1)
     tensor = weight("F16", values)
     packed = linear.pack(tensor)
     units = packed.keep[packed.address - packed.keep.ctypes.data :][: packed.n_bytes].reshape(2, int16.UNIT)
-    whole = units[:, : int16.SCALES].copy().view(np.int16).reshape(2, 32, 16, 2)
+    pieces = units[:, : int16.SCALES].reshape(2, 8, 3, 4, 2, 4, 2)  # vector, rows by four, pair, row, column of a pair
+    lower = np.stack([pieces[:, :, 2] & 15, pieces[:, :, 2] >> 4], axis=2)
+    whole = pieces[:, :, :2].view(np.int8).astype(int) * 16 + lower  # block, piece, two pairs, rows, pair, row, column
+    whole = whole.transpose(3, 5, 0, 1, 2, 4, 6).reshape(16, 2, 64)
     scales = units[:, int16.SCALES :].copy().view(np.float32)
-    blocks = whole.transpose(2, 0, 1, 3).reshape(16, 2, 64) * scales.T[:, :, None].astype(np.float64)
+    blocks = whole * scales.T[:, :, None].astype(np.float64)
     assert np.array_equal(blocks.reshape(16, -1)[:, :100], held(tensor)) and not blocks.reshape(16, -1)[:, 100:].any()
     product = Product(packed, x)
     records = product.space.bytes_at(product.offset, 3 * product.stride).reshape(3, -1)[:, : 2 * int16.RECORD]
