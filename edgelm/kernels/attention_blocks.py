@@ -9,8 +9,52 @@ Knows nothing of how the work is divided; see `attention_kernels`.
 
 from __future__ import annotations
 
-from edgelm.kernels.abi import WORD, Env, Row
-from edgelm.kernels.attention import BLOCK, CAUSAL, HALVES, KEY_KIND, KINDS, VALUE_KIND
+from edgelm.kernels.abi import WORD
+from edgelm.kernels.attention import BLOCK, HALVES
+from edgelm.kernels.attention_floats import (
+    float_scores,
+    float_values,
+    keys_in_pairs,
+    values_in_pairs,
+)
+from edgelm.kernels.attention_layout import (
+    CONVERTED,
+    COS,
+    DIM,
+    FLAGS,
+    FLOATS,
+    HIGH,
+    LOW,
+    MAX,
+    MERGED,
+    MINUS_INFINITY,
+    PAGE,
+    PAIRS,
+    POSITIONS,
+    Q_STRIDE,
+    QUERIES,
+    QUERY_SCALE,
+    ROPE,
+    SCALE,
+    SIN,
+    SOFTCAP,
+    STATE,
+    STATES,
+    SUM,
+    SUMS,
+    TOTAL_MAX,
+    TOTAL_SUM,
+    V_DIM,
+    WEIGHTS,
+    WORKSPACE,
+    Q,
+    is_quantized,
+    k_stride,
+    key_kind,
+    limits,
+    v_stride,
+    value_kind,
+)
 from edgelm.kernels.attention_quants import BLOCK as DIMS
 from edgelm.kernels.attention_quants import (
     SCALES,
@@ -19,101 +63,14 @@ from edgelm.kernels.attention_quants import (
     quantize_query,
     quantize_weights,
 )
-from edgelm.kernels.attention_tiles import NARROW_ROWS, convert, multiply
-from edgelm.kernels.emit import I1
+from edgelm.kernels.attention_tiles import (
+    has_pairs,
+    round_row,
+)
 from edgelm.kernels.hadamard import turn
 from edgelm.kernels.rope import rotate
 from edgelm.kernels.vector_math import LOG2_E, emit_exp2_negative, emit_tanh
-from edgelm.kernels.words import Value, function
-
-PAGE = 64
-ROWS = 96  # of a tile, a multiple of six
-TILE_FLOATS = 6144  # values of all its queries: 24 KiB
-CONVERT_ROWS = 12  # from so many rows on, half floats are converted once for all of them
-
-WORKSPACE, N_TOKENS, POSITIONS, SEQUENCES, TABLES, LENGTHS, N_GROUPS, COS, SIN = (
-    WORD * field for field in (
-        Env.WORKSPACE, Env.N_TOKENS, Env.POSITIONS, Env.ROWS, Env.TABLES, Env.LENGTHS, Env.N_GROUPS, Env.COS, Env.SIN
-    )
-)
-ARGS = tuple(WORD * (Row.ARGS + i) for i in range(Row.SIZE - Row.ARGS))
-Q, Q_STRIDE, Y, Y_STRIDE, KV_HEADS, DIM, K_OFFSET, V_OFFSET = ARGS[:8]
-SCALE, GROUP, WINDOW, FLAGS, ROPE, PAIRS, SCRATCH, N_SCRATCH = ARGS[8:]
-HEADS, V_DIM, SOFTCAP = KV_HEADS + 4, DIM + 4, SCALE + 4  # two in a field
-
-# A tile: queries, scores then weights, sums of a block, merged sums, converted values, states of rows.
-QUERIES = 0
-WEIGHTS = QUERIES + 4 * TILE_FLOATS
-SUMS = WEIGHTS + 4 * ROWS * BLOCK
-MERGED = SUMS + 4 * TILE_FLOATS
-CONVERTED = MERGED + 4 * TILE_FLOATS
-STATES = CONVERTED + 4 * PAGE * PAGE
-STATE = 64  # bytes of a row's state:
-LOW, HIGH = 0, 8  # words: the first position that it sees, and the one after the last
-TOTAL_MAX, TOTAL_SUM, MAX, SUM = 16, 20, 24, 28  # float32: of all blocks so far, and of the last
-QUERY_SCALE = 32  # float32, of a quantized query
-TILE_BYTES = STATES + STATE * ROWS
-MINUS_INFINITY = float("-inf")
-FLOATS = "keys and values are float32 or float16"  # a fact: half of the code need not be compiled
-
-
-def key_kind(e, op, flags=FLAGS):
-    """Of KINDS; the bits of a number if keys are quantized. `flags` is the field of the row."""
-    return e.load_word(op + flags) // KEY_KIND % 256
-
-
-def value_kind(e, op, flags=FLAGS):
-    return e.load_word(op + flags) // VALUE_KIND % 256
-
-
-def is_quantized(kind):
-    if FLOATS in kind.e.facts:
-        return Value(kind.e, I1(0))
-    return kind >= KINDS["q4_0"]
-
-
-def _whole(n, size):
-    return (n + (size - 1)) // size * size
-
-
-def key_stride(e, kind, dim):
-    """Values of a key as they lie in pages and tiles, with padding."""
-    return e.select(is_quantized(kind), _whole(dim, DIMS), dim)
-
-
-def value_stride(e, kind, dim):
-    """The same of a value: in whole vectors, or blocks."""
-    return e.select(is_quantized(kind), _whole(dim, DIMS), _whole(dim, 16))
-
-
-def k_stride(e, op):
-    return key_stride(e, key_kind(e, op), e.load_i32(op + DIM))
-
-
-def v_stride(e, op):
-    return value_stride(e, value_kind(e, op), e.load_i32(op + V_DIM))
-
-
-def head_bytes(e, kind, stride):
-    """Bytes of a head's keys, or values, in a page."""
-    floats = stride * e.select(kind.is_(KINDS["f32"]), e.word(4 * PAGE), 2 * PAGE)
-    return e.select(is_quantized(kind), stride // DIMS * (SCALES + PAGE * DIMS // 8 * kind), floats)
-
-
-def pages_of(e, env, token, group):
-    """Address of the page table of a token's sequence."""
-    sequence = e.load_i32(e.load_word(env + SEQUENCES) + 4 * token)
-    return e.load_word(e.load_word(env + TABLES) + WORD * (sequence * e.load_word(env + N_GROUPS) + group))
-
-
-def limits(e, op, env, token):
-    """(first, last + 1) position that a token sees."""
-    position = e.load_i32(e.load_word(env + POSITIONS) + 4 * token)
-    sequence = e.load_i32(e.load_word(env + SEQUENCES) + 4 * token)
-    length = e.load_i32(e.load_word(env + LENGTHS) + 4 * sequence)
-    high = e.select((e.load_word(op + FLAGS) & CAUSAL).is_(0), length, position + 1)
-    window = e.load_word(op + WINDOW)
-    return e.select(window > 0, e.max(high - window, 0), 0), high
+from edgelm.kernels.words import function
 
 
 @function
@@ -140,6 +97,9 @@ def begin_tile(e, op, env, base, token, n_tokens, first_head, n_heads):
                 with e.when(is_quantized(kind)):
                     turn(e, query, dim, width)
                     quantize_query(e, query, width, kind, state + QUERY_SCALE)
+            if has_pairs(e):
+                with e.when(keys_in_pairs(e, op)):
+                    round_row(e, query, dim)
             e.store(state + LOW, low)
             e.store(state + HIGH, high)
             begin_row(e, state, base + MERGED + 4 * v_stride(e, op) * row, v_stride(e, op))
@@ -171,25 +131,6 @@ def block_scores(e, op, base, n_rows, page, n_seen, keys, ahead):
                           keys, n_columns, scores, 4 * BLOCK, ahead)
         with floats:
             float_scores(e, op, base, n_rows, n_seen, keys, scores, ahead)
-
-
-@function
-def float_scores(e, op, base, n_rows, n_seen, keys, scores, ahead):
-    """`block_scores` for keys that are float32 or float16."""
-    dim, half = e.load_i32(op + DIM), key_kind(e, op)
-    line = e.select(half.is_(0), e.word(4 * PAGE), 2 * PAGE)
-    queries, stride = base + QUERIES, 4 * dim
-    narrow = e.select(n_seen > 16, e.word(32), 16)
-    width = e.select((n_seen > 32) | (n_rows < NARROW_ROWS[0]), PAGE, narrow)
-    with e.choose(half.is_(0) | (n_rows < CONVERT_ROWS)) as (direct, converted):
-        with direct:
-            multiply(e, width, half, n_rows, dim, queries, stride, keys, line, scores, 4 * BLOCK, 1, ahead)
-        with converted, e.loop(0, dim, PAGE) as d:  # as many dimensions at a time as stay in the nearest cache
-            n = e.min(dim - d, PAGE)
-            convert(e, keys + line * d, line, base + CONVERTED, n, width)
-            fresh = e.select(d.is_(0), e.word(1), 0)
-            multiply(e, width, e.word(0), n_rows, n, queries + 4 * d, stride, base + CONVERTED, 4 * PAGE, scores,
-                     4 * BLOCK, fresh, ahead)
 
 
 @function
@@ -236,35 +177,11 @@ def block_softmax(e, op, base, n_rows, start):
             weights = [e.apply(emit_exp2_negative, score - e.vector(m)) for score in scores]
             for i, weight in enumerate(weights):
                 e.store(row + 64 * i, weight)
+            if has_pairs(e):
+                with e.when(values_in_pairs(e, op)):
+                    round_row(e, row, BLOCK)
             e.store(state + MAX, m)
             e.store(state + SUM, e.sum(_tree(lambda x, y: x + y, weights)))
-
-
-@function
-def weigh(e, base, first_row, n_rows, width, half, weights, page_start, m, m_stride, sums, stride, ahead):
-    """Adds the values `m` of a page to the sums of some rows. `weights` is where the page's of row first_row are.
-
-    Rows are tokens in order: what all of them see lies between where the last begins and where the first ends.
-    """
-    state = base + STATES + STATE * first_row
-
-    def seen_by(r):
-        low = e.max(e.load_word(state + STATE * r + LOW) - page_start, 0)
-        return low, e.min(e.load_word(state + STATE * r + HIGH) - page_start, PAGE)
-
-    def add(r, rows, low, high):
-        with e.when(low < high):
-            multiply(e, width, half, rows, high - low, weights + 4 * BLOCK * r + 4 * low, 4 * BLOCK, m + m_stride * low,
-                     m_stride, sums + stride * r, stride, 0, ahead)
-
-    low, high = seen_by(n_rows - 1)[0], seen_by(e.word(0))[1]
-    nothing = low >= high
-    with e.loop(0, n_rows) as r:
-        mine = seen_by(r)
-        add(r, 1, mine[0], e.select(nothing, mine[1], low))
-    add(e.word(0), n_rows, low, high)
-    with e.when(low < high), e.loop(0, n_rows) as r:
-        add(r, 1, high, seen_by(r)[1])
 
 
 @function
@@ -284,36 +201,6 @@ def block_values(e, op, base, n_rows, page, page_start, values, ahead):
                 multiply_values(e, kind, n_rows, base + CONVERTED, values + at, sums, stride, ahead + at)
         with floats:
             float_values(e, op, base, n_rows, page, page_start, values, ahead)
-
-
-@function
-def float_values(e, op, base, n_rows, page, page_start, values, ahead):
-    """`block_values` for values that are float32 or float16."""
-    n_columns, half = v_stride(e, op), value_kind(e, op)
-    size = e.select(half.is_(0), e.word(4), 2)
-    last = base + STATES + STATE * (n_rows - 1)
-    low = e.max(e.load_word(base + STATES + LOW) - page_start, 0)
-    high = e.min(e.load_word(last + HIGH) - page_start, PAGE)
-    even = (e.load_word(last + LOW) <= page_start) & (e.load_word(base + STATES + HIGH) >= page_start + PAGE)
-    at_a_time, stride, weights = e.select(even, n_rows, 6), 4 * n_columns, base + WEIGHTS + 4 * PAGE * page
-    column = e.variable(0)
-    with e.repeat(lambda: column.get() < n_columns):
-        c = column.get()
-        width = e.select(n_columns - c >= 64, e.word(64), e.select(n_columns - c >= 32, e.word(32), 16))
-        m, m_stride, is_half = e.variable(values + size * c), e.variable(size * n_columns), e.variable(half)
-        with e.when(half.is_not(0) & (n_rows >= CONVERT_ROWS)):
-            convert(e, m.get() + m_stride.get() * low, m_stride.get(), base + CONVERTED + 4 * PAGE * low, high - low,
-                    width)
-            m.set(base + CONVERTED)
-            m_stride.set(4 * PAGE)
-            is_half.set(0)
-        row = e.variable(0)
-        with e.repeat(lambda: row.get() < n_rows):
-            r = row.get()
-            weigh(e, base, r, e.min(n_rows - r, at_a_time), width, is_half.get(), weights + 4 * BLOCK * r, page_start,
-                  m.get(), m_stride.get(), base + SUMS + stride * r + 4 * c, stride, ahead + PAGE * size * c)
-            row.set(r + at_a_time)
-        column.set(c + width)
 
 
 @function

@@ -17,6 +17,15 @@ from __future__ import annotations
 from edgelm.kernels.abi import WORD
 from edgelm.kernels.attention import BLOCK, COUNTER, PARTIAL, SPLIT_TOKENS, TILE
 from edgelm.kernels.attention_blocks import (
+    begin_row,
+    begin_tile,
+    block_scores,
+    block_softmax,
+    block_values,
+    finish,
+    merge,
+)
+from edgelm.kernels.attention_layout import (
     FLOATS,
     GROUP,
     HEADS,
@@ -43,17 +52,10 @@ from edgelm.kernels.attention_blocks import (
     WORKSPACE,
     Y_STRIDE,
     Y,
-    begin_row,
-    begin_tile,
-    block_scores,
-    block_softmax,
-    block_values,
-    finish,
     head_bytes,
     k_stride,
     key_kind,
     limits,
-    merge,
     pages_of,
     v_stride,
     value_kind,

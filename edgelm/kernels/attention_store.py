@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from edgelm.kernels.abi import WORD
 from edgelm.kernels.attention import COUNTER, HALVES, LARGEST_HEAD, SPLIT_TOKENS
-from edgelm.kernels.attention_blocks import (
+from edgelm.kernels.attention_layout import (
     ARGS,
     COS,
     DIMS,

@@ -1,21 +1,35 @@
 """The inner loops of attention: small matrix products whose sums stay in registers.
 
 The same product serves q·k, with positions in lanes, and p·v, with dimensions in lanes. Each sum runs over its index in
-ascending order with one fused multiply-add at a time, whatever the number of rows of a tile: so how queries are put
-together into tiles, and how wide the registers are, changes no bit of a result.
+ascending order with one fused multiply-add at a time, or one pair of bfloat16 at a time, whatever the number of rows of
+a tile: so how queries are put together into tiles, and how wide the registers are, changes no bit of a result.
+
+Where the processor adds products of bfloat16 in pairs (`has_pairs`), float16 are rounded to that for it: twice as many
+multiply-adds, and what it costs is a twentieth of what activations of int8 cost (docs/LOG.md).
 
 Knows nothing of pages or softmax.
 """
 
 from __future__ import annotations
 
-from edgelm.kernels.emit import target
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from edgelm.kernels.emit import I16, I32, F32x16, I32x16, assembler, load_at, spread, target
 from edgelm.kernels.words import Emitter, Value, function
 
 WIDTH = 64  # columns of a product; 32 or 16 for what remains
 ROWS = (6, 4, 3, 2, 1)  # of tiles; the largest that fits is taken
 NARROW_ROWS = (6, 1)
 LINE = 64  # bytes of a cache line
+ZIPPED = [i + 16 * odd for i in range(16) for odd in (0, 1)]
+
+
+def has_pairs(e: Emitter) -> bool:
+    """Whether there is an instruction that adds two products of bfloat16 to each lane."""
+    return "avx512bf16" in target(e.context)[1]
 
 
 def _register_vectors(e: Emitter) -> int:
@@ -24,7 +38,64 @@ def _register_vectors(e: Emitter) -> int:
     return 4 if "avx512f" in features else 1
 
 
-def _tile(e, n_rows, n_vectors, half, n, x, x_stride, m, m_stride, sums, sums_stride, fresh, ahead):
+# --- what is multiplied with what
+
+
+def rounded(e: Emitter, low: Value, high: Value) -> Value:
+    """32 float32, two vectors, as bfloat16 in the same order: I32x16."""
+    return Value(e, assembler(e.b, I32x16, "vcvtne2ps2bf16 $2, $1, $0", "=v,v,v", [high.llvm, low.llvm]))
+
+
+def _paired(e: Emitter, first: Value, second: Value) -> Value:
+    """A pair of bfloat16 in each lane, one of each vector."""
+    halves = Value(e, e.b.bitcast(rounded(e, first, second).llvm, ir.VectorType(I16, 32)))
+    return Value(e, e.b.bitcast(e.shuffle(halves, halves, ZIPPED).llvm, I32x16))
+
+
+def _add_pairs(e: Emitter, x: Value, column: Value, total: Value) -> Value:
+    pair = spread(e.b, load_at(e.b, x.llvm, I32), I32x16)
+    return Value(e, assembler(e.b, F32x16, "vdpbf16ps $3, $2, $0", "=v,0,v,v", [total.llvm, pair, column.llvm]))
+
+
+def _add_one(e: Emitter, x: Value, column: Value, total: Value) -> Value:
+    return e.fma(e.vector(e.load_f32(x)), column, total)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the matrix of a product lies in memory, and what it is multiplied with.
+
+    load(e, *lines): 16 columns of a step along the sum, from n_lines lines; size: bytes of a column in a line; numbers:
+    how many of a sum make a step. The other factor is 4 bytes for each step: a float32, or two bfloat16.
+    """
+
+    name: str
+    load: Callable[..., Value]
+    size: int
+    n_lines: int = 1
+    numbers: int = 1
+
+    @property
+    def add(self) -> Callable[..., Value]:
+        return _add_pairs if self.numbers == 2 else _add_one
+
+
+def _pair_of_lines(e: Emitter, first: Value, second: Value) -> Value:
+    return _paired(e, e.load_f16(first), e.load_f16(second))
+
+
+F32_FLOATS = Form("f32", lambda e, line: e.load(line), 4)
+F16_FLOATS = Form("f16", lambda e, line: e.load_f16(line), 2)
+BF16_PAIRS = Form("bf16_pairs", lambda e, line: Value(e, load_at(e.b, line.llvm, I32x16)), 4, numbers=2)
+F16_IN_PAIRS = Form("f16_in_pairs", _pair_of_lines, 2, 2, 2)
+FIRST_OF_PAIR = Form("f16_first_of_pair", lambda e, line: _paired(e, e.load_f16(line), e.vector(0.0)), 2, numbers=2)
+SECOND_OF_PAIR = Form("f16_second_of_pair", lambda e, line: _paired(e, e.vector(0.0), e.load_f16(line)), 2, numbers=2)
+
+
+# --- products
+
+
+def _tile(e, n_rows, n_vectors, form, n, x, x_stride, m, m_stride, sums, sums_stride, fresh, ahead):
     """`multiply` for a number of rows and vectors of columns that is known while it is written."""
     slots = []
     for r in range(n_rows):
@@ -36,22 +107,22 @@ def _tile(e, n_rows, n_vectors, half, n, x, x_stride, m, m_stride, sums, sums_st
             row.append(slot)
         slots.append(row)
     with e.loop(0, n) as i:
-        line, column = m + m_stride * i, x + 4 * i
+        lines = [m + m_stride * (form.n_lines * i + k) for k in range(form.n_lines)]
+        column = x + 4 * i
         if ahead is not None:
-            n_bytes = 16 * n_vectors * (2 if half else 4)
+            n_bytes = 16 * n_vectors * form.size * form.n_lines
             for at in range(0, n_bytes, LINE):
                 e.prefetch(ahead + n_bytes * i + at)
-        vectors = [e.load_f16(line + 32 * c) if half else e.load(line + 64 * c) for c in range(n_vectors)]
+        vectors = [form.load(e, *(line + 16 * form.size * c for line in lines)) for c in range(n_vectors)]
         for r, row in enumerate(slots):
-            value = e.vector(e.load_f32(column + x_stride * r))
             for vector, slot in zip(vectors, row, strict=True):
-                slot.set(e.fma(value, vector, slot.get()))
+                slot.set(form.add(e, column + x_stride * r, vector, slot.get()))
     for r, row in enumerate(slots):
         for c, slot in enumerate(row):
             e.store(sums + sums_stride * r + 64 * c, slot.get())
 
 
-def _multiply(width: int, half: bool, tiles: tuple[int, ...]):
+def _multiply(width: int, form: Form, tiles: tuple[int, ...]):
     def write(e, n_rows, n, x, x_stride, m, m_stride, sums, sums_stride, fresh, ahead):
         vectors = min(width // 16, _register_vectors(e))
         done = e.variable(0)
@@ -59,30 +130,34 @@ def _multiply(width: int, half: bool, tiles: tuple[int, ...]):
             with e.repeat(lambda rows=rows: done.get() + rows <= n_rows):
                 r = done.get()
                 for c in range(0, width // 16, vectors):
-                    _tile(e, rows, vectors, half, n, x + x_stride * r, x_stride, m + (32 if half else 64) * c, m_stride,
+                    _tile(e, rows, vectors, form, n, x + x_stride * r, x_stride, m + 16 * form.size * c, m_stride,
                           sums + sums_stride * r + 64 * c, sums_stride, fresh,
                           ahead if width == WIDTH and rows < ROWS[0] else None)
                 done.set(r + rows)
 
-    write.__qualname__ = f"multiply_{width}_{'f16' if half else 'f32'}"
+    write.__qualname__ = f"multiply_{width}_{form.name}"
     return function(write)
 
 
 _PRODUCTS = {
-    (width, half): _multiply(width, half, ROWS if width == WIDTH else NARROW_ROWS)
-    for width in (WIDTH, 32, 16) for half in (False, True)
+    form: {width: _multiply(width, form, rows if width == WIDTH else narrow_rows) for width in (WIDTH, 32, 16)}
+    for forms, rows, narrow_rows in (
+        ((F32_FLOATS, F16_FLOATS, BF16_PAIRS, F16_IN_PAIRS), ROWS, NARROW_ROWS),
+        ((FIRST_OF_PAIR, SECOND_OF_PAIR), (1,), (1,)),
+    )
+    for form in forms
 }
 
 
-def multiply(e: Emitter, width: Value, half: Value, *arguments) -> None:
-    """sums (n_rows, width) += x (n_rows, n) @ m (n, width), width 64, 32 or 16; m is float16 if `half`, else float32.
+def multiply(e: Emitter, width: Value, form: Form, *arguments) -> None:
+    """sums (n_rows, width) += x (n_rows, n) @ m (n, width), width 64, 32 or 16, in steps of the form.
 
-    Arguments: n_rows, n, x, x_stride, m, m_stride, sums, sums_stride, fresh, ahead. Strides in bytes; if not fresh,
-    sums are added to. `ahead` is the address of what will be needed next: with few rows memory is what there is to wait
-    for, so as many bytes as are used are fetched from there.
+    Arguments: n_rows, n (steps), x, x_stride, m, m_stride, sums, sums_stride, fresh, ahead. Strides in bytes; if not
+    fresh, sums are added to. `ahead` is the address of what will be needed next: with few rows memory is what there is
+    to wait for, so as many bytes as are used are fetched from there.
     """
-    for (columns, is_half), product in _PRODUCTS.items():
-        with e.when(width.is_(columns) & half.is_not(0).is_(is_half)):
+    for columns, product in _PRODUCTS[form].items():
+        with e.when(width.is_(columns)):
             product(e, *arguments)
 
 
@@ -91,3 +166,23 @@ def convert(e, source, source_stride, to, n_rows, width):
     """n_rows rows of `width` float16 to rows of 64 float32."""
     with e.loop(0, n_rows) as r, e.loop(0, width, 16) as c:
         e.store(to + 4 * (WIDTH * r + c), e.load_f16(source + source_stride * r + 2 * c))
+
+
+@function
+def convert_pairs(e, source, source_stride, to, n_pairs, width):
+    """Pairs of rows of `width` float16 to rows of 64 pairs of bfloat16."""
+    with e.loop(0, n_pairs) as r, e.loop(0, width, 16) as c:
+        first = source + source_stride * (2 * r) + 2 * c
+        e.store(to + 4 * (WIDTH * r + c), _pair_of_lines(e, first, first + source_stride))
+
+
+# What float16 are multiplied as: where they lie, or made ready for many rows; and by what.
+ONE_BY_ONE = F16_FLOATS, F32_FLOATS, convert
+PAIRWISE = F16_IN_PAIRS, BF16_PAIRS, convert_pairs
+
+
+@function
+def round_row(e, row, n):
+    """n float32 at `row` to bfloat16 in their place. Up to 32 more may be written behind them."""
+    with e.loop(0, n, 32) as i:
+        e.store(row + 2 * i, rounded(e, e.load(row + 4 * i), e.load(row + 4 * i + 64)))

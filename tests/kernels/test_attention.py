@@ -69,10 +69,24 @@ def test_window(window, kv_type):
     check(Case(window=window, head_dim=32, kv_type=kv_type), 400)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 1}, {"window": 2}, {"window": 63}, {"window": 130},
+                                     {"causal": False}, {"n_heads": 71, "n_kv_heads": 1}, {"v_head_dim": 40}], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 65, 301])
+def test_which_positions_count(options, n):
+    """Equal weights, of values that nothing rounds: means, in which each position shows, first and last ones too."""
+    case = Case(**{"head_dim": 16, **options})
+    q, k, v = case.inputs(n)
+    inputs = 0 * q, k, np.rint(20 * v)
+    whole, ones = case.forward([(case.cache.new_sequence(), inputs)]), in_chunks(case, inputs, [1])
+    np.testing.assert_allclose(whole, case.exact(*inputs), atol=2e-5)
+    if case.causal:
+        np.testing.assert_array_equal(ones, whole)
+
+
 @pytest.mark.parametrize("rope_dim", [10, 16, 32, 48, 64])
 @pytest.mark.parametrize("halves", [True, False])
 def test_rope(rope_dim, halves):
-    check(Case(rope_dim=rope_dim, halves=halves), 100, 2e-3)  # float16 keys: rounded to another neighbour now and then
+    check(Case(rope_dim=rope_dim, halves=halves), 100, 1e-2)  # float16 keys: rounded to another neighbour now and then
     check(Case(rope_dim=rope_dim, halves=halves, kv_type="f32"), 100)
     check(Case(rope_dim=rope_dim, halves=halves, kv_type="q8_0"), 100, 2e-2)
     check(Case(rope_dim=rope_dim, halves=halves, kv_type="q4_0"), 100, 2e-1)
@@ -160,14 +174,17 @@ for options in ({"rope_dim": 64}, {"kv_type": "f32", "head_dim": 80, "softcap": 
     case = Case(**options)
     inputs = case.inputs(180)
     y = case.forward([(case.cache.new_sequence(), inputs)])
-    assert abs(y - case.exact(*inputs)).max() < 2e-3, options
+    assert abs(y - case.exact(*inputs)).max() < 5e-3, options
     digest.update(y.tobytes())
 print(digest.hexdigest())
 """
 
 
 def test_other_processors():
-    """Narrower registers give the same bits; so does a machine without float16 or fused multiply-add, but for those."""
+    """Narrower registers give the same bits; so does a machine without float16 or fused multiply-add, but for those.
+
+    And one that multiplies pairs of bfloat16, if told not to.
+    """
     features = llvmlite.binding.get_host_cpu_features()
     if not (features.get("avx2") and features.get("fma") and features.get("f16c")):
         pytest.skip("the processors that are tried are x86-64, and this one runs code for all of them")
@@ -178,7 +195,10 @@ def test_other_processors():
         command = [sys.executable, "-c", SHOW, str(Path(__file__).parent)]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
-    assert len({run("", ""), run("haswell", "+sse4.2,+avx,+avx2,+fma,+f16c,+bmi,+bmi2")}) == 1
+    host = features.flatten().replace("+avx512bf16", "-avx512bf16")
+    name = llvmlite.binding.get_host_cpu_name()
+    assert len({run(name, host), run("haswell", "+sse4.2,+avx,+avx2,+fma,+f16c,+bmi,+bmi2")}) == 1
+    assert run("", "")
     assert run("nehalem", "+sse4.2")
 
 
@@ -211,7 +231,7 @@ def test_batch_of_single_tokens():
         y = case.forward(list(zip(sequences, last, strict=True)))
         for i, (first, new) in enumerate(zip(firsts, last, strict=True)):
             want = case.exact(*(np.concatenate(pair) for pair in zip(first, new, strict=True)))[-1]
-            np.testing.assert_allclose(y[i], want, atol=1e-5)
+            np.testing.assert_allclose(y[i], want, atol=case.tolerance)
 
 
 @ANY_TYPE
@@ -294,7 +314,7 @@ def test_forks_and_truncation():
     y = case.forward([(trunk, last), (fork, last)])
     for i, middle in enumerate((cut(left, 0, 10), right)):
         whole = tuple(np.concatenate(three) for three in zip(inputs, middle, last, strict=True))
-        np.testing.assert_allclose(y[i], case.exact(*whole)[-1], atol=1e-5)
+        np.testing.assert_allclose(y[i], case.exact(*whole)[-1], atol=case.tolerance)
 
 
 def test_windowed_pages_are_given_back():
@@ -302,7 +322,7 @@ def test_windowed_pages_are_given_back():
     sequence, inputs = case.cache.new_sequence(), case.inputs(700)
     y = in_chunks_of(case, sequence, inputs, 50)
     assert np.count_nonzero(sequence.table(1)) <= 70 // PAGE + 2
-    np.testing.assert_allclose(y, case.exact(*inputs), atol=1e-5)
+    np.testing.assert_allclose(y, case.exact(*inputs), atol=case.tolerance)
 
 
 def in_chunks_of(case: Case, sequence: object, inputs: tuple[np.ndarray, ...], size: int) -> np.ndarray:

@@ -1,0 +1,103 @@
+"""Where attention finds what: the fields of its rows, what a tile of queries holds, and how pages hold keys and values.
+
+Knows nothing of what is computed with them.
+"""
+
+from __future__ import annotations
+
+from edgelm.kernels.abi import WORD, Env, Row
+from edgelm.kernels.attention import BLOCK, CAUSAL, KEY_KIND, KINDS, VALUE_KIND
+from edgelm.kernels.attention_quants import BLOCK as DIMS
+from edgelm.kernels.attention_quants import SCALES
+from edgelm.kernels.attention_quants import WEIGHTS as WEIGHTS_OF_ROW
+from edgelm.kernels.emit import I1
+from edgelm.kernels.words import Value
+
+PAGE = 64
+ROWS = 128  # of a tile: as many tokens as a thread takes at a time, of four heads
+TILE_FLOATS = 12288  # values of all its queries: 48 KiB
+CONVERT_ROWS = 12  # from so many rows on, half floats are converted once for all of them
+
+WORKSPACE, N_TOKENS, POSITIONS, SEQUENCES, TABLES, LENGTHS, N_GROUPS, COS, SIN = (
+    WORD * field for field in (
+        Env.WORKSPACE, Env.N_TOKENS, Env.POSITIONS, Env.ROWS, Env.TABLES, Env.LENGTHS, Env.N_GROUPS, Env.COS, Env.SIN
+    )
+)
+ARGS = tuple(WORD * (Row.ARGS + i) for i in range(Row.SIZE - Row.ARGS))
+Q, Q_STRIDE, Y, Y_STRIDE, KV_HEADS, DIM, K_OFFSET, V_OFFSET = ARGS[:8]
+SCALE, GROUP, WINDOW, FLAGS, ROPE, PAIRS, SCRATCH, N_SCRATCH = ARGS[8:]
+HEADS, V_DIM, SOFTCAP = KV_HEADS + 4, DIM + 4, SCALE + 4  # two in a field
+
+# A tile: queries, scores then weights, sums of a block, merged sums, converted values, states of rows.
+QUERIES = 0
+WEIGHTS = QUERIES + 4 * TILE_FLOATS
+SUMS = WEIGHTS + 4 * ROWS * BLOCK
+MERGED = SUMS + 4 * TILE_FLOATS
+CONVERTED = MERGED + 4 * TILE_FLOATS
+STATES = CONVERTED + max(4 * PAGE * PAGE, ROWS * WEIGHTS_OF_ROW)
+STATE = 64  # bytes of a row's state:
+LOW, HIGH = 0, 8  # words: the first position that it sees, and the one after the last
+TOTAL_MAX, TOTAL_SUM, MAX, SUM = 16, 20, 24, 28  # float32: of all blocks so far, and of the last
+QUERY_SCALE = 32  # float32, of a quantized query
+TILE_BYTES = STATES + STATE * ROWS
+MINUS_INFINITY = float("-inf")
+FLOATS = "keys and values are float32 or float16"  # a fact: half of the code need not be compiled
+
+
+def key_kind(e, op, flags=FLAGS):
+    """Of KINDS; the bits of a number if keys are quantized. `flags` is the field of the row."""
+    return e.load_word(op + flags) // KEY_KIND % 256
+
+
+def value_kind(e, op, flags=FLAGS):
+    return e.load_word(op + flags) // VALUE_KIND % 256
+
+
+def is_quantized(kind):
+    if FLOATS in kind.e.facts:
+        return Value(kind.e, I1(0))
+    return kind >= KINDS["q4_0"]
+
+
+def _whole(n, size):
+    return (n + (size - 1)) // size * size
+
+
+def key_stride(e, kind, dim):
+    """Values of a key as they lie in pages and tiles, with padding."""
+    return e.select(is_quantized(kind), _whole(dim, DIMS), dim)
+
+
+def value_stride(e, kind, dim):
+    """The same of a value: in whole vectors, or blocks."""
+    return e.select(is_quantized(kind), _whole(dim, DIMS), _whole(dim, 16))
+
+
+def k_stride(e, op):
+    return key_stride(e, key_kind(e, op), e.load_i32(op + DIM))
+
+
+def v_stride(e, op):
+    return value_stride(e, value_kind(e, op), e.load_i32(op + V_DIM))
+
+
+def head_bytes(e, kind, stride):
+    """Bytes of a head's keys, or values, in a page."""
+    floats = stride * e.select(kind.is_(KINDS["f32"]), e.word(4 * PAGE), 2 * PAGE)
+    return e.select(is_quantized(kind), stride // DIMS * (SCALES + PAGE * DIMS // 8 * kind), floats)
+
+
+def pages_of(e, env, token, group):
+    """Address of the page table of a token's sequence."""
+    sequence = e.load_i32(e.load_word(env + SEQUENCES) + 4 * token)
+    return e.load_word(e.load_word(env + TABLES) + WORD * (sequence * e.load_word(env + N_GROUPS) + group))
+
+
+def limits(e, op, env, token):
+    """(first, last + 1) position that a token sees."""
+    position = e.load_i32(e.load_word(env + POSITIONS) + 4 * token)
+    sequence = e.load_i32(e.load_word(env + SEQUENCES) + 4 * token)
+    length = e.load_i32(e.load_word(env + LENGTHS) + 4 * sequence)
+    high = e.select((e.load_word(op + FLAGS) & CAUSAL).is_(0), length, position + 1)
+    window = e.load_word(op + WINDOW)
+    return e.select(window > 0, e.max(high - window, 0), 0), high
