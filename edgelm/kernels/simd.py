@@ -25,6 +25,7 @@ from edgelm.kernels.emit import (
     call,
     emit_fma,
     load_at,
+    prefetch_at,
     spread,
     store_at,
     target,
@@ -108,6 +109,17 @@ def load_f16(typingctx, address):
     def codegen(context, b, sig, args):
         return widen_f16(context, b, load_at(b, args[0], I16))
     return types.float32(types.int64), codegen
+
+
+@intrinsic
+def prefetch(typingctx, address):
+    """Asks for the cache line at `address`, any address, in the second-level cache."""
+
+    def codegen(context, b, sig, args):
+        prefetch_at(b, args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 @intrinsic
