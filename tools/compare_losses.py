@@ -48,12 +48,12 @@ def by_llama_quantize(a: argparse.Namespace, out: Path) -> dict[str, Any]:
     else:
         imatrix = a.scratch / f"{a.model.stem}-{a.chunks}.imatrix.gguf"
         if not imatrix.exists():
-            text = ["-m", str(a.model), "-f", str(a.calibrate), "-c", "512", "--chunks", str(a.chunks)]
+            text = ["-m", str(a.model), "-f", str(a.calibrate), "-c", str(a.n_ctx), "--chunks", str(a.chunks)]
             called([str(a.llama / "llama-imatrix"), *text, "-o", str(imatrix), "-t", "1"])
         options = ["--imatrix", str(imatrix)]
     called([str(a.llama / "llama-quantize"), "--allow-requantize", *options, str(a.model), str(out), a.type, "1"])
     against = ["--against", str(a.model), "--against-interpreter", "reference"]
-    text = ["-f", str(a.eval), "-c", "512", "--chunks", str(a.eval_chunks)]
+    text = ["-f", str(a.eval), "-c", str(a.n_ctx), "--chunks", str(a.eval_chunks)]
     return dict(json.loads(called([*EDGELM, "eval", str(out), *text, *against, "--json", "-q"])))
 
 
@@ -62,7 +62,7 @@ def by_convert(a: argparse.Namespace, out: Path) -> dict[str, Any]:
     options = ["--type", a.type, "--method", a.method, "--eval", str(a.eval), "--eval-chunks", str(a.eval_chunks)]
     if a.calibrate is not None and (a.method != "rtn" or a.prune):
         options += ["--calibrate", str(a.calibrate), "--calibrate-chunks", str(a.chunks)]
-    options += ["--prune", a.prune] if a.prune else []
+    options += ["--calibrate-ctx", str(a.n_ctx), *(["--prune", a.prune] if a.prune else [])]
     called([*EDGELM, "convert", str(a.model), str(out), *options, *a.more, "--allow-requantize", "-q"])
     report = json.loads(out.with_name(f"{out.stem}.report.json").read_text())
     return {**report["loss"], "transformations": report["transformations"], "n_weights": report["n_weights"]}
@@ -71,7 +71,7 @@ def by_convert(a: argparse.Namespace, out: Path) -> dict[str, Any]:
 def in_llama_cpp(a: argparse.Namespace, out: Path) -> dict[str, float]:
     """What llama-perplexity says of a file against the source."""
     base = a.scratch / f"{a.model.stem}-{a.eval_chunks}.logits"
-    options = ["-f", str(a.eval), "-c", "512", "--chunks", str(a.eval_chunks), "-t", "1"]
+    options = ["-f", str(a.eval), "-c", str(a.n_ctx), "--chunks", str(a.eval_chunks), "-t", "1"]
     options += ["--kl-divergence-base", str(base)]
     program = str(a.llama / "llama-perplexity")
     if not base.exists():
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--calibrate", type=absolute)
     parser.add_argument("--chunks", type=int, help="of the text that is calibrated on")
     parser.add_argument("--eval", type=absolute)
+    parser.add_argument("--n-ctx", type=int, default=512, help="tokens of a chunk of both texts")
     parser.add_argument("--eval-chunks", type=int, default=8)
     parser.add_argument("--llama", type=absolute, help="folder of llama.cpp's programs")
     parser.add_argument("--in-llama-cpp", action="store_true", help="have llama-perplexity measure the file, too")
