@@ -380,7 +380,8 @@ class Config:
     def to_gguf(self) -> dict[str, Any]:
         """The metadata that `from_gguf` turns into this very Config (tokenizer and general keys apart).
 
-        What is a default of GGUF is left out, so that other loaders meet nothing that they do not know.
+        What is a default of GGUF is left out, so that other loaders meet nothing that they do not know; what only we
+        have a default for is not.
         """
         kv: dict[str, Any] = {"general.architecture": self.arch}
         values: dict[str, Any] = {"arch": self.arch}
@@ -389,7 +390,7 @@ class Config:
             default = _default(self.arch, f, values)
             values[f.name] = value
             only_ours = f.name in ("causal", "pooling") and value != f.metadata["default"]  # not other loaders' default
-            if default is not REQUIRED and value == default and not only_ours:
+            if f.metadata["default"] is not REQUIRED and value == default and not only_ours:
                 continue
             if f.name == "activation":
                 value = next(name for name, ours in _ACTIVATIONS.items() if ours == value)

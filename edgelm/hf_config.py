@@ -41,6 +41,7 @@ _IGNORED = _words(
     bad_words_ids begin_suppress_tokens exponential_decay_length_penalty remove_invalid_values output_scores
     forced_bos_token_id forced_eos_token_id return_dict_in_generate pooling_type rope_parameters rope_scaling
     rope_theta rotary_emb_base partial_rotary_factor rope_local_base_freq original_max_position_embeddings rope
+    condition_on_chain condition_on_species
     """
 )
 # Keys of features that edgelm does not have, with the values at which they do nothing; None always does nothing.

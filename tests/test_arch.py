@@ -51,6 +51,8 @@ def named(name: str = "llama-gqa") -> tuple[Config, dict[str, QTensor]]:
 def test_gguf_says_what_hugging_face_says(name: str, tmp_path: Path) -> None:
     from_hf = Config.from_hf(tiny.hf_config(name, 3))
     assert Config.from_gguf(from_hf.to_gguf()) == from_hf
+    sizes = ("context_length", "embedding_length", "block_count", "attention.head_count", "feed_forward_length")
+    assert {f"{from_hf.arch}.{size}" for size in sizes} <= from_hf.to_gguf().keys()
     file = gguf.read(tiny.tiny(name, folder=tmp_path, n_layers=3))
     from_file = Config.from_gguf(file.metadata)
     for field in dataclasses.fields(Config):  # floats go through float32
@@ -59,6 +61,11 @@ def test_gguf_says_what_hugging_face_says(name: str, tmp_path: Path) -> None:
     weights = Weights.from_gguf(from_file, file.tensors)
     assert sum(1 for _ in weights) == len(file.tensors)
     assert weights.n_bytes == sum(t.n_bytes for t in file.tensors.values())
+
+
+def test_a_size_that_only_we_have_a_default_for_is_written() -> None:
+    plain = Config.from_hf({**tiny.hf_config("gpt2"), "n_inner": None})
+    assert plain.to_gguf()["gpt2.feed_forward_length"] == 4 * plain.dim
 
 
 def test_gemma3_file(gemma3_path: Path) -> None:

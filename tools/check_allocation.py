@@ -73,6 +73,8 @@ def main() -> None:
     parser.add_argument("--method", default="imatrix")
     parser.add_argument("--free", action="store_true")
     parser.add_argument("--chunks", type=int, default=16)
+    parser.add_argument("--eval-chunks", type=int, default=8)
+    parser.add_argument("--n-ctx", type=int, default=512, help="tokens of a chunk of both texts")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=a.model.parent) as folder:
         source, out = a.model, Path(folder) / "out.gguf"
@@ -80,8 +82,9 @@ def main() -> None:
             source = Path(folder) / "free.gguf"
             scaled(a.model, source)
         options = Options(
-            calibrate=a.calibrate, calibrate_chunks=a.chunks, evaluate=a.eval, evaluate_chunks=8, method=a.method
-        )
+            calibrate=a.calibrate, calibrate_chunks=a.chunks, n_ctx=a.n_ctx, evaluate=a.eval,
+            evaluate_chunks=a.eval_chunks, method=a.method,
+        )  # fmt: skip
         for mix in a.mixes:
             plain = prepare(source, Recipe(mix), options)
             theirs = run(plain, out).loss

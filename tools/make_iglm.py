@@ -48,8 +48,6 @@ def folder_of(wheel: Path, folder: Path) -> Path:
         config = json.loads(archive.read(f"{MEMBERS}IgLM/config.json"))
         (hf / "pytorch_model.bin").write_bytes(archive.read(f"{MEMBERS}IgLM/pytorch_model.bin"))
     config |= {"bos_token_id": None, "eos_token_id": words.index("[CLS]")}  # 50256 is no token of it
-    for key in ("condition_on_chain", "condition_on_species"):  # how it was trained
-        del config[key]
     vocabulary = {NAMES.get(word, word): number for number, word in enumerate(words)}
     tokenizer = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
