@@ -81,7 +81,7 @@ OPTION_FLAGS = (
     ),
     click.option(
         "--method", type=click.Choice(["auto", "rtn", "imatrix", "gptq", "awq"]), default="auto", show_default=True,
-        help="How weights are rounded; all but rtn need --calibrate.",
+        help="How weights are rounded; all but rtn need --calibrate. auto: gptq with it, rtn without or at 8 bits.",
     ),
     click.option(
         "--prune", multiple=True, metavar="SPEC", help="Cut away: depth=25%, ffn=20%, heads=…, hidden=…, vocab=FILE."

@@ -6,7 +6,9 @@
 | imatrix | scales for the columns that a text drives most | importances |
 | gptq | errors are made up for by the weights that are still to come (`calibrated`) | finished tensors |
 | awq | columns that matter are scaled up, and what feeds them down (`awq`) | another checkpoint, importances |
-| auto | gptq if there is a text to read, else rtn: it lost least where all were measured (docs/LOG.md) | |
+| auto | gptq if there is a text to read, and a type of less than 8 bits to be rounded to; else rtn | |
+
+GPTQ lost least wherever all were measured; at 8 bits next to nothing is lost without it (docs/LOG.md).
 
 A calibration that was stopped goes on where it stopped: what is finished lies in a work folder.
 """
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 
 from edgelm.disk import Progress, nothing
 from edgelm.errors import UsageError
+from edgelm.formats import by_name
 
 from . import awq, calibrate, calibrated, imatrix, structure
 from .arrays import Floats
@@ -75,7 +78,8 @@ def rounded(
     if method not in METHODS:
         raise UsageError(f"method {method!r:.40}: there are {', '.join(METHODS)}")
     if method == "auto":
-        method = "imatrix" if given is not None else "rtn" if calibration is None else "gptq"
+        measures = calibration is not None and _gains(checkpoint, plan)
+        method = "imatrix" if given is not None else "gptq" if measures else "rtn"
     if method == "rtn":
         return Rounded(checkpoint, methods=dict.fromkeys(quantized(checkpoint, plan), "rtn"))
     if given is not None and method == "imatrix":
@@ -152,6 +156,11 @@ def _gptq(
         calibrated.quantize_model(source, tokens, wanted, give, progress, choices, finished.get)
     methods = {name: "gptq" if name in wanted else "rtn" for name in types}
     return Rounded(checkpoint, {name: weighed[name].view(np.float32)[0] for name in wanted}, finished, methods)
+
+
+def _gains(checkpoint: Checkpoint, plan: Plan) -> bool:
+    """Whether there is a type that a calibration makes any better: one of less than 8 bits."""
+    return any(by_name(type).bits_per_weight() < 8 for type in quantized(checkpoint, plan).values())
 
 
 def quantized(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:

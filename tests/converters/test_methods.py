@@ -81,6 +81,18 @@ def test_importances_are_those_of_an_imatrix(tmp_path: Path) -> None:
         np.testing.assert_allclose(by["gptq"][name], values, rtol=0.1, atol=0.01 * values.mean())
 
 
+@pytest.mark.parametrize(
+    ("type_", "text", "method"), [("q4_0", TEXT, "gptq"), ("q8_0", TEXT, "rtn"), ("q4_0", None, "rtn")]
+)
+def test_auto_calibrates_where_that_gains(type_: str, text: Calibration | None, method: str, tmp_path: Path) -> None:
+    read, plan = opened("llama-gqa", tmp_path, type_)
+    auto = methods.rounded(read, plan, "auto", text, tmp_path / "auto")
+    chosen = methods.rounded(read, plan, method, text, tmp_path / "chosen")
+    assert auto.methods == chosen.methods and method in auto.methods.values()
+    of_auto, of_chosen = written(auto, plan), written(chosen, plan)
+    assert all(np.array_equal(of_auto[name], data) for name, data in of_chosen.items())
+
+
 CHILD = """
 import os, signal, sys
 sys.path[:0] = sys.argv[1:3]
