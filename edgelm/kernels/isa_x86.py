@@ -134,7 +134,6 @@ class Avx512(_Maddubs):
 class Avx2(_Maddubs):
     needs = (frozenset({"avx2", "fma"}),)
     magic = True
-    tokens, groups = (3, 2, 1), 2
     n_parts = 2
     shuffle = "llvm.x86.avx2.pshuf.b"
     pairs = "llvm.x86.avx2.pmadd.ub.sw"
@@ -148,7 +147,7 @@ class Avx2(_Maddubs):
 class Ssse3(Avx2):
     needs = (frozenset({"ssse3"}),)
     magic = False
-    tokens, groups = (2, 1), 1
+    tokens = (2, 1)
     n_parts = 4
     shuffle = "llvm.x86.ssse3.pshuf.b.128"
     pairs = "llvm.x86.ssse3.pmadd.ub.sw.128"
