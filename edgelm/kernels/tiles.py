@@ -122,7 +122,11 @@ def _add_rests(
     with cgutils.for_range(b, n_units, intp=I64) as loop:
         units = [at(b, group, 0, loop.index, blocks.unit_bytes) for group in groups]
         here = [at(b, token, 0, loop.index, RECORD * blocks.blocks) for token in tokens]
-        with cgutils.for_range(b, I64(blocks.blocks), intp=I64) as inner:
+        every = [at(b, record, RECORD * i) for record in here for i in range(blocks.blocks)]
+        with (
+            b.if_then(_has_rest(b, every), likely=False),  # most units have none: one branch for all their blocks
+            cgutils.for_range(b, I64(blocks.blocks), intp=I64) as inner,
+        ):
             inputs = [at(b, record, 0, inner.index, RECORD) for record in here]
             with b.if_then(_has_rest(b, inputs), likely=False):
                 tile.add_block(*_unpacked(tile, units, inner.index), [b.add(record, rest) for record in inputs])
