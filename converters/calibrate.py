@@ -66,20 +66,15 @@ class Unread(QTensor):
 def opened(checkpoint: Checkpoint) -> Source:
     """A checkpoint as something that the reference interpreter can run.
 
-    Weights of a GGUF file that no transformation touched are taken as they lie in it; all others are `Unread`.
+    All its weights are `Unread`: those that lie in a mapped file, too, whose pages would stay in memory.
 
     Raises FormatError for tensors or a tokenizer that are no model's, SourceError if there is no tokenizer,
     UnsupportedError for what no runtime of ours can run.
     """
-    weights = {name: _weight(name, array, checkpoint.forget) for name, array in checkpoint.tensors.items()}
+    nothing, forget = np.empty((0, 0), np.uint8), checkpoint.forget
+    weights = {n: Unread(n, F32, a.shape or (1,), nothing, a, forget) for n, a in checkpoint.tensors.items()}
     config = checkpoint.config
     return Opened(config, Weights.from_gguf(config, weights), Tokenizer.from_gguf(vocabulary(checkpoint)))
-
-
-def _weight(name: str, array: Array, forget: Callable[[], None]) -> QTensor:
-    if array.as_is is not None and array.as_is.name == name and array.as_is.shape == array.shape:
-        return array.as_is
-    return Unread(name, F32, array.shape or (1,), np.empty((0, 0), np.uint8), array, forget)
 
 
 def vocabulary(checkpoint: Checkpoint) -> Mapping[str, Any]:

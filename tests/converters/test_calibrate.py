@@ -27,6 +27,25 @@ def hidden(source: Source) -> np.ndarray:
     return hidden_states(Reference(model_of(c), c, source.weights, head="hidden", n_ctx=32), TOKENS)
 
 
+def resident_kib(path: Path) -> int:
+    """Of the mapping of a file."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    ours = (found for found in lines if found.endswith(str(path)))
+    return sum(int(next(line for line in lines if line.startswith("Rss:")).split()[1]) for _ in ours)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not tell what is in memory")
+def test_a_mapped_file_does_not_stay_in_memory(tmp_path: Path) -> None:
+    path = tiny.tiny("llama-gqa", fmt="F32", folder=tmp_path)
+    source = calibrate.opened(checkpoint.read(path))
+    file = Opened.read(path)
+    for name, weight in source.weights.by_name.items():
+        assert np.array_equal(weight.dequantize(), file.weights.by_name[name].dequantize())
+    del file
+    source.weights.by_name["output_norm.weight"].dequantize()
+    assert resident_kib(path) < path.stat().st_size / 1024 / 4
+
+
 @pytest.mark.parametrize("variant", ALL)
 def test_a_folder_runs_as_the_file_that_it_would_become(variant: str, tmp_path: Path) -> None:
     if tiny.VARIANTS[variant].fused:
