@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgelm.errors import UsageError
 
-from .symmetric import root
+from .symmetric import inverse, root
 
 Floats = NDArray[np.float32]
 DAMPING = 0.01  # of the mean of the diagonal, added to it: GPTQ's
@@ -42,10 +42,10 @@ class Feedback:
         behind it are best moved by -e / U_jj times the rest of its row, and the error grows by (e / U_jj)².
         """
         here, done = self._places(start, end)
-        inverse = np.tril(np.linalg.inv(np.tril(self._root[here, here])))
+        triangle = inverse(self._root[here, here])
         left = self._w[:, done] @ self._root[done, here]
-        best = self._w[:, here] + left @ inverse
-        return np.ascontiguousarray(best[:, ::-1]), np.ascontiguousarray(inverse[::-1, ::-1])
+        best = self._w[:, here] + left @ triangle
+        return np.ascontiguousarray(best[:, ::-1]), np.ascontiguousarray(triangle[::-1, ::-1])
 
     def settle(self, start: int, end: int, values: Floats) -> None:
         """Columns order[start:end] become `values`."""

@@ -83,7 +83,7 @@ def factorize(h: NDArray[Any]) -> None:
         behind = slice(here.stop, None)
         h[here.start :, here] -= h[here.start :, before] @ h[here, before].T
         h[here, here] = np.linalg.cholesky(h[here, here])
-        h[behind, here] = h[behind, here] @ np.linalg.inv(h[here, here]).T
+        h[behind, here] = h[behind, here] @ inverse(h[here, here]).T
 
 
 def root(taken: Callable[[], NDArray[Any]], damping: float) -> Floats:
@@ -104,14 +104,14 @@ def solve(root: NDArray[Any], rows: NDArray[Any]) -> NDArray[Any]:
     x = rows.astype(root.dtype)
     strips = list(_strips(len(root)))
     for before, here in strips:
-        x[:, here] = (x[:, here] - x[:, before] @ root[here, before].T) @ _inverse(root[here, here]).T
+        x[:, here] = (x[:, here] - x[:, before] @ root[here, before].T) @ inverse(root[here, here]).T
     for _, here in reversed(strips):
         behind = slice(here.stop, None)
-        x[:, here] = (x[:, here] - x[:, behind] @ root[behind, here]) @ _inverse(root[here, here])
+        x[:, here] = (x[:, here] - x[:, behind] @ root[behind, here]) @ inverse(root[here, here])
     return x
 
 
-def _inverse(block: NDArray[Any]) -> NDArray[Any]:
-    """Of a lower triangle."""
-    inverse: NDArray[Any] = np.tril(np.linalg.inv(np.tril(block)))
-    return inverse
+def inverse(block: NDArray[Any]) -> NDArray[Any]:
+    """Of a lower triangle: what lies above its diagonal is not read."""
+    found: NDArray[Any] = np.tril(np.linalg.inv(np.tril(block)))
+    return found

@@ -11,12 +11,7 @@ from __future__ import annotations
 
 from edgelm.kernels.abi import WORD
 from edgelm.kernels.attention import BLOCK, HALVES
-from edgelm.kernels.attention_floats import (
-    float_scores,
-    float_values,
-    keys_in_pairs,
-    values_in_pairs,
-)
+from edgelm.kernels.attention_floats import float_scores, float_values, keys_in_pairs, values_in_pairs
 from edgelm.kernels.attention_layout import (
     CONVERTED,
     COS,
@@ -63,10 +58,7 @@ from edgelm.kernels.attention_quants import (
     quantize_query,
     quantize_weights,
 )
-from edgelm.kernels.attention_tiles import (
-    has_pairs,
-    round_row,
-)
+from edgelm.kernels.attention_tiles import has_pairs, round_row
 from edgelm.kernels.hadamard import turn
 from edgelm.kernels.rope import rotate
 from edgelm.kernels.vector_math import LOG2_E, emit_exp2_negative, emit_tanh

@@ -5,10 +5,7 @@ Few rows multiply float16 where they lie; for many they are first made ready in 
 
 from __future__ import annotations
 
-from edgelm.kernels.attention import (
-    BLOCK,
-    KINDS,
-)
+from edgelm.kernels.attention import BLOCK, KINDS
 from edgelm.kernels.attention_layout import (
     CONVERT_ROWS,
     CONVERTED,

@@ -51,7 +51,7 @@ from edgelm.kernels.float_tiles import NUMBERS, Number
 from edgelm.kernels.functions import Code, address_of, code_address, function_address, stack, tile_fields
 from edgelm.kernels.int16 import BLOCK, PIECE, RECORD, SCALES, UNIT, VALUES, W_MAX, X_MAX
 from edgelm.kernels.isa import joined, parts
-from edgelm.kernels.tiles import AHEAD, behind, in_order
+from edgelm.kernels.tiles import AHEAD, behind, in_order, in_turn
 
 Value = ir.Value
 Pairs = Callable[[int], Value]  # the weights of pair i of a block's columns: I16x32
@@ -120,10 +120,7 @@ def _int16_direct(context: Any, b: ir.IRBuilder, fmt: Any, args: list[Value], n_
     isa, one_stream = machine(context), in_order(context, n_tokens)
     n_groups = 1 if one_stream else isa.groups
     with cgutils.for_range(b, I64(2 // n_groups), intp=I64) as outer:
-        weights = [b.add(first, b.mul(b.sub(second, first), outer.index)), second][:n_groups]
-        after = [next_first, next_second]
-        if n_groups == 1:
-            after = [b.select(b.icmp_signed("==", outer.index, I64(0)), second, next_first)]
+        weights, after = in_turn(b, outer.index, n_groups, [first, second, next_first, next_second])
         places = [(g, t) for t in range(n_tokens) for g in range(n_groups)]
         acc = {place: cgutils.alloca_once_value(b, ir.Constant(F32x16, None)) for place in places}
         with cgutils.for_range(b, n_units, intp=I64) as loop:

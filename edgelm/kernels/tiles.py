@@ -74,10 +74,7 @@ def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_
     last = at(b, record, -RECORD, n_units, RECORD * blocks.blocks)
     all_rest = b.and_(_has_rest(b, [record]), _has_rest(b, [last]))  # as in the inputs of the output matrix
     with cgutils.for_range(b, I64(2 // n_groups), intp=I64) as outer:
-        weights = [b.add(first, b.mul(b.sub(second, first), outer.index)), second][:n_groups]
-        after = [next_first, next_second]
-        if n_groups == 1:  # one after the other
-            after = [b.select(b.icmp_signed("==", outer.index, I64(0)), second, next_first)]
+        weights, after = in_turn(b, outer.index, n_groups, [first, second, next_first, next_second])
         ends = [b.add(group, b.mul(n_units, I64(blocks.unit_bytes))) for group in weights]
         form = isas.select(context).direct_form(blocks.bits, blocks.zero)
         tile, rests = (Tile(context, b, blocks, form, n_groups, n_tokens) for _ in range(2))
@@ -137,6 +134,15 @@ def _unpacked(tile: Tile, units: list[Value], block: Value) -> tuple[list[Any], 
     blocks, b = tile.fmt, tile.b
     scales, minima = zip(*(blocks.scales(tile.context, b, unit, block) for unit in units), strict=True)
     return [_vectors(blocks.quants(b, tile.isa, unit, block, tile.form)) for unit in units], scales, minima
+
+
+def in_turn(b: ir.IRBuilder, turn: Value, n: int, groups: list[Value]) -> tuple[list[Value], list[Value]]:
+    """Of two groups those, `n`, of a turn, and what is read after each; groups: the two, and the two that come next."""
+    first, second, next_first, next_second = groups
+    mine = [b.add(first, b.mul(b.sub(second, first), turn)), second][:n]
+    if n == 2:
+        return mine, [next_first, next_second]
+    return mine, [b.select(b.icmp_signed("==", turn, I64(0)), second, next_first)]
 
 
 def in_order(context: Any, n_tokens: int) -> bool:
