@@ -3,12 +3,13 @@
     python tools/compare_losses.py docs/losses.json MODEL-f16.gguf --type q4_0 --method gptq --calibrate calibrate.txt \
         --eval eval.txt [--llama FOLDER] [--again]
     python tools/compare_losses.py docs/losses.json MODEL-f16.gguf --type f16 --prune depth=25%,refit=no …
+    python tools/compare_losses.py docs/losses.json --speed KEPT    adds speeds of the files that --keep KEPT kept
     python tools/compare_losses.py docs/losses.json          prints the tables
 
 A cell is made by the command (`edgelm convert`, its report tells the loss), or by llama-quantize with an imatrix of
 llama-imatrix from the same text (`--method llama-quantize`, measured by `edgelm eval` as `convert` measures). --llama:
 the folder of llama.cpp's programs; with it llama-perplexity measures the file, too. A cell that is there is not made
-again unless --again says so.
+again unless --again says so. Speeds are measured apart from the cells, on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import argparse
 import json
 import re
 import resource
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 EDGELM = [sys.executable, "-m", "edgelm"]
 METHODS = ("llama-quantize", "rtn", "imatrix", "awq", "gptq", "auto")
+THREADS = 2  # that speeds are measured with
 CHUNKS, IMATRIX_CHUNKS = 16, 64  # of 512 tokens: llama-imatrix is given more text than our methods
 _IDENTITY = ("model", "type", "method", "prune", "chunks", "eval_chunks")  # of a cell
 LLAMA_FIGURES = {
@@ -97,7 +101,33 @@ def cell(a: argparse.Namespace) -> dict[str, Any]:
             row |= {"layers_removed": pruned.get("layers_removed"), "parameters": loss["n_weights"]}
         if a.llama is not None and a.in_llama_cpp:
             row["llama_cpp"] = in_llama_cpp(a, out)
+        if a.keep is not None:
+            a.keep.mkdir(parents=True, exist_ok=True)
+            shutil.move(out, a.keep / kept_name(row))
     return row
+
+
+def kept_name(row: dict[str, Any]) -> str:
+    """The name of a cell's file in the folder that keeps them."""
+    words = (str(row[name]) for name in _IDENTITY if row[name])
+    return re.sub(r"[^-.=%\w]+", "_", " ".join(words)) + ".gguf"
+
+
+def speed(file: Path) -> dict[str, float]:
+    """Tokens/s of a prompt of 512 and of 64 tokens one by one (medians of three), and the MB that a chat takes."""
+    bench = [*EDGELM, "bench", str(file), "-q", "-t", str(THREADS)]
+    tests = json.loads(called([*bench, "-p", "512", "-n", "64", "-r", "3", "-o", "json"]))
+    memory = json.loads(called([*bench, "--memory", "-o", "json"]))
+    speeds = [round(statistics.median(test["samples_ts"]), 1) for test in tests]
+    return {"prompt_tokens_s": speeds[0], "tokens_s": speeds[1], "run_mb": round(memory["answered"]["peak"] / 1e6)}
+
+
+def with_speeds(rows: list[dict[str, Any]], kept: Path) -> None:
+    """Adds to each cell whose file was kept how fast it runs."""
+    for row in rows:
+        if (file := kept / kept_name(row)).exists():
+            row |= speed(file)
+            print(json.dumps(row), flush=True)
 
 
 def identity(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -125,14 +155,21 @@ def quantized_table(rows: list[dict[str, Any]]) -> str:
 
 def pruned_table(rows: list[dict[str, Any]]) -> str:
     """Perplexity of pruned models."""
-    lines = ["| model | cut | by | parameters, M | perplexity | mean KL | seconds |", "|---" * 7 + "|"]
+    columns = ("model", "cut", "by", "parameters, M", "perplexity", "mean KL", "seconds to make")
+    columns += ("prompt, tokens/s", "generate, tokens/s", "run, MB")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         if row["prune"]:
             by = "llama-quantize --prune-layers" if row["method"] == "llama-quantize" else "edgelm"
             n = f"{row['parameters'] / 1e6:.1f}" if row.get("parameters") else ""
             figures = f"{n} | {row['perplexity']:.2f} | {row['kl']:.3f} | {row['seconds']}"
+            figures += "".join(f" | {row.get(name, '')}" for name in ("prompt_tokens_s", "tokens_s", "run_mb"))
             lines.append(f"| {row['model']} | {row['prune']} | {by} | {figures} |")
     return "\n".join(lines)
+
+
+def write(table: Path, rows: list[dict[str, Any]]) -> None:
+    table.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 
 def absolute(path: str) -> Path:
@@ -154,10 +191,15 @@ def main() -> None:
     parser.add_argument("--llama", type=absolute, help="folder of llama.cpp's programs")
     parser.add_argument("--in-llama-cpp", action="store_true", help="have llama-perplexity measure the file, too")
     parser.add_argument("--scratch", type=absolute, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--keep", type=absolute, help="a folder for the file that is made")
+    parser.add_argument("--speed", type=absolute, metavar="KEPT", help="measure the files that --keep has kept there")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further options of edgelm convert")
     a = parser.parse_args()
     rows = json.loads(a.table.read_text()) if a.table.exists() else []
+    if a.speed is not None:
+        with_speeds(rows, a.speed)
+        write(a.table, rows)
     if a.model is None:
         print(quantized_table(rows), pruned_table(rows), sep="\n\n")
         return
@@ -168,7 +210,7 @@ def main() -> None:
     made = cell(a)
     rows = json.loads(a.table.read_text()) if a.table.exists() else []  # others may have added to it meanwhile
     rows = [row for row in rows if identity(row) != wanted] + [made]
-    a.table.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    write(a.table, rows)
     print(json.dumps(made), flush=True)
 
 
