@@ -25,6 +25,8 @@ class Row(IntEnum):
     COUNT = 3  # which field of the environment counts the items: Env.N_TOKENS or Env.N_OUTPUTS
     GRAIN = 4  # units that a thread takes at least at a time
     BARRIER = 5  # 1: what follows needs the result of this row and of the rows before it
+    READS = 6  # address of constants that the units read, one behind the other, or 0: a thread that waits fetches them
+    READ_BYTES = 7  # that each unit reads there
     ARGS = 8
     SIZE = 24
 

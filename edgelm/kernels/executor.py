@@ -36,8 +36,8 @@ WORKERS = 3 * LINE
 WORKER = LINE  # bytes of a worker's own words
 WORKER_PARKED, WORKER_LAST, WORKER_STOPPED = 0, 8, 16
 
-SLOT = 2 * LINE  # a row's shared words: units handed out; and at DONE the units finished up to the next barrier
-DONE = LINE
+# A row's shared words: units finished up to the next barrier, and for each thread where the rest of its part begins.
+DONE, TAKEN = 0, LINE
 
 # How long to spin for the others before giving the core away. Not longer: on a busy machine a thread loses its core
 # anyway, and had better lose it here than in the middle of a chunk that the others then wait for.
@@ -73,6 +73,11 @@ def _sleep() -> tuple[int, int]:
 
 def _system() -> Any:
     return ctypes.WinDLL("kernel32") if sys.platform == "win32" else ctypes.CDLL(None)  # type: ignore[attr-defined]
+
+
+def slot_bytes(n_threads: int) -> int:
+    """Bytes of a row's shared words."""
+    return TAKEN + LINE * n_threads
 
 
 def _aligned(n_bytes: int) -> np.ndarray:
@@ -117,8 +122,9 @@ class Executor:
         if table.dtype != np.int64 or not table.flags.c_contiguous or table.ndim != 2 or table.shape[1] != Row.SIZE:
             raise ValueError("an op table is a contiguous int64 array of rows of Row.SIZE words")
         self._tables[id(table)] = table, table.ctypes.data
-        if not self._slots or len(self._slots[-1]) < len(table) * SLOT:
-            self._slots.append(_aligned(len(table) * SLOT))
+        n_bytes = len(table) * slot_bytes(self.n_threads)
+        if not self._slots or len(self._slots[-1]) < n_bytes:
+            self._slots.append(_aligned(n_bytes))
             if self._crew is not None:
                 self._crew.set(SLOTS, self._slots[-1].ctypes.data)
         return self._tables[id(table)]

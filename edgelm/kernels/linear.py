@@ -148,7 +148,9 @@ def _linear(packed: Packed, units: int, x: tuple[int, int], y: tuple[int, int], 
     reads = x[1] // 2 if record_kind(packed.format) == "int8" else x[1]  # there are few remainders
     tokens = min(MAX_TOKENS, max(24, _CACHE // reads // 12 * 12))
     grain = max(1, _GRAIN // (2 * packed.group_bytes))
-    return _row(linear_kernel(packed.format), units, tokens, count, grain, args)
+    row = _row(linear_kernel(packed.format), units, tokens, count, grain, args)
+    row[Row.READS], row[Row.READ_BYTES] = packed.address, packed.n_bytes // units
+    return row
 
 
 def row_embed(

@@ -1,9 +1,14 @@
 """The native half of the executor: threads walk an op table, sharing out the units of each row.
 
-No thread ever waits for another to arrive, only for units of work to be finished: a thread that the system has taken
-away holds up at most the units it has claimed. Every word that threads share is tagged with the generation of the run
-(`tag << UNIT_BITS | count`), so nothing has to be reset between runs, and a thread that comes late from a run that is
-over finds every row taken. Method: self-scheduling with decreasing chunks (Polychronopoulos & Kuck 1987).
+Each thread has a part of the units of a row, the same at each run, and takes half of what is left of it again and
+again: so it reads one long stream of weights, as prefetching wants it. When nothing is left it takes from the parts of
+others. No thread ever waits for another to arrive, only for units of work to be finished: a thread that the system has
+taken away holds up at most the units it has claimed. While a thread waits, it loads the weights that it will need next.
+
+Every word that threads share is tagged with the generation of the run (`tag << UNIT_BITS | count`), so nothing has to
+be reset between runs, and a thread that comes late from a run that is over finds every row taken. Method:
+self-scheduling with decreasing chunks (Polychronopoulos & Kuck 1987), from a queue for each thread (Markatos & LeBlanc
+1994, affinity scheduling).
 
 Knows nothing of Python objects: `executor` owns the memory and the threads. All functions have the signature of a
 kernel, so that `compiler.address` serves them too.
@@ -27,12 +32,13 @@ from edgelm.kernels.executor import (
     JOB_N_TOKENS,
     JOB_SLOTS,
     JOB_TABLE,
+    LINE,
     SLEEP,
     SLEEP_TIME,
-    SLOT,
     SLOTS,
     SPINS,
     SPINS_PER_US,
+    TAKEN,
     TICKET,
     UNIT_BITS,
     WORKER,
@@ -44,11 +50,16 @@ from edgelm.kernels.executor import (
     YIELDS,
 )
 
+FETCH_LINES = 8  # of memory, between two looks at whether a wait is over
+FETCH_BYTES = 128 << 10  # at most, of a row before its turn: a part of a second-level cache
+CACHE_LINE = 64
 I64 = ir.IntType(64)
 UNIT_MASK = (1 << UNIT_BITS) - 1
 ROW_BYTES = 8 * Row.SIZE
-OP_KERNEL, OP_UNITS, OP_UNITS_PER, OP_COUNT, OP_GRAIN, OP_BARRIER = (
-    8 * field for field in (Row.KERNEL, Row.UNITS, Row.UNITS_PER, Row.COUNT, Row.GRAIN, Row.BARRIER)
+OP_KERNEL, OP_UNITS, OP_UNITS_PER, OP_COUNT, OP_GRAIN, OP_BARRIER, OP_READS, OP_READ_BYTES = (
+    8 * field for field in (
+        Row.KERNEL, Row.UNITS, Row.UNITS_PER, Row.COUNT, Row.GRAIN, Row.BARRIER, Row.READS, Row.READ_BYTES
+    )
 )
 COUNTS_TOKENS, ENV_N_TOKENS, ENV_N_OUTPUTS = int(Env.N_TOKENS), 8 * Env.N_TOKENS, 8 * Env.N_OUTPUTS
 
@@ -87,6 +98,16 @@ def compare_exchange(typingctx, address, expected, value):
         pair = b.cmpxchg(_word(b, args[0]), args[1], args[2], "seq_cst", "seq_cst")
         return b.extract_value(pair, 0)
     return types.int64(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def touch(typingctx, address):
+    """Loads the byte at `address` and does nothing with it: its cache line is there afterwards."""
+    def codegen(context, b, sig, args):
+        value = b.zext(b.load(b.inttoptr(args[0], ir.IntType(8).as_pointer())), I64)
+        b.asm(ir.FunctionType(ir.VoidType(), [I64]), "", "r", [value], side_effect=True)
+        return context.get_dummy_value()
+    return types.void(types.int64), codegen
 
 
 @intrinsic
@@ -170,55 +191,124 @@ def report(done, generation, mine):
 
 
 @njit
-def wait(control, done, generation, goal):
-    """Waits until `goal` units of a group of rows are finished. False: the run is over."""
+def begin_of(op, units, part, n_parts):
+    """Where a thread's part of the units of a row begins: whole grains, parts as equal as these allow."""
+    grain = get(op + OP_GRAIN)
+    grains = (units + grain - 1) // grain
+    return min(units, (grains * part + n_parts - 1) // n_parts * grain)
+
+
+@njit
+def next_reader(table, i, n_rows):
+    """The first row from `i` on that reads constants, or `n_rows`."""
+    while i < n_rows and get(table + i * ROW_BYTES + OP_READS) == 0:
+        i += 1
+    return i
+
+
+@njit
+def reads_of(op, units, part, n_parts):
+    """[start, end) of the constants that a thread's part of a row reads first. Nothing, if it reads them repeatedly."""
+    if units != get(op + OP_UNITS):
+        return 0, 0
+    start, size = get(op + OP_READS), get(op + OP_READ_BYTES)
+    end = start + size * begin_of(op, units, part + 1, n_parts)
+    start += size * begin_of(op, units, part, n_parts)
+    return start, min(end, start + FETCH_BYTES)
+
+
+@njit
+def fetch(start, end):
+    """Loads a few lines of memory into the caches of this core; where to go on.
+
+    By loads, which a processor may not drop, as it does requests: see docs/LOG.md.
+    """
+    stop = min(end, start + FETCH_LINES * CACHE_LINE)
+    while start < stop:
+        touch(start)
+        start += CACHE_LINE
+    return start
+
+
+@njit
+def wait(control, done, generation, goal, start, end):
+    """Waits until `goal` units of a group of rows are finished, and fetches [start, end) meanwhile; how far it came.
+
+    -1: the run is over.
+    """
     n = 0
     while True:
         word = atomic_get(done)
         if word == generation << UNIT_BITS | goal:
-            return True
+            return start
         if word >> UNIT_BITS > generation:
-            return False
-        relax(control, n)
-        n += 1
+            return -1
+        if start < end:
+            start = fetch(start, end)
+        else:
+            relax(control, n)
+            n += 1
 
 
 @njit
-def walk(control, slots, table, n_rows, env, n_threads, n_tokens, n_outputs, generation):
+def work(op, slot, env, me, n_threads, units, generation):
+    """Takes units of a row, from this thread's part and then from the others', until none are left; how many.
+
+    -1: the run is over.
+    """
+    grain, mine = get(op + OP_GRAIN), 0
+    for k in range(n_threads):
+        part = (me + k) % n_threads
+        last, taken = begin_of(op, units, part + 1, n_threads), slot + TAKEN + LINE * part
+        word = atomic_get(taken)
+        while True:
+            begin = begin_of(op, units, part, n_threads)
+            if word >> UNIT_BITS == generation:
+                begin = word & UNIT_MASK
+            elif word >> UNIT_BITS > generation:
+                return -1
+            if begin >= last:
+                break
+            share = (last - begin) // 2
+            end = min(begin + max(1, (share + grain - 1) // grain) * grain, last)
+            seen = compare_exchange(taken, word, generation << UNIT_BITS | end)
+            if seen == word:
+                call_kernel(get(op + OP_KERNEL), op, env, begin, end)
+                mine += end - begin
+                word = atomic_get(taken)
+            else:
+                word = seen
+    return mine
+
+
+@njit
+def walk(control, slots, table, n_rows, env, me, n_threads, n_tokens, n_outputs, generation):
     """One thread's share of a run. Returns when all units of all rows are finished, or when the run is over."""
-    tag = generation << UNIT_BITS
     mine = goal = 0  # units of the current group of rows: finished by this thread, and in all
+    reader, start, end = -1, 0, 0  # the next row that reads constants, and those that are not fetched yet
     for i in range(n_rows):
-        op, slot = table + i * ROW_BYTES, slots + i * SLOT
+        op, slot = table + i * ROW_BYTES, slots + i * (TAKEN + LINE * n_threads)
         units = units_of(op, n_tokens, n_outputs)
         goal += units
         if units > 0:
-            grain = get(op + OP_GRAIN)
-            word = atomic_get(slot)
-            while True:
-                begin = 0
-                if word >> UNIT_BITS == generation:
-                    begin = word & UNIT_MASK
-                elif word >> UNIT_BITS > generation:
-                    return
-                if begin >= units:
-                    break
-                share = (units - begin) // (2 * n_threads)
-                end = begin + max(1, (share + grain - 1) // grain) * grain
-                end = min(end, units)
-                seen = compare_exchange(slot, word, tag | end)
-                if seen == word:
-                    call_kernel(get(op + OP_KERNEL), op, env, begin, end)
-                    mine += end - begin
-                    word = atomic_get(slot)
-                else:
-                    word = seen
-        if get(op + OP_BARRIER) != 0 or i == n_rows - 1:
-            if goal > 0:
-                report(slot + DONE, generation, mine)
-                if not wait(control, slot + DONE, generation, goal):
-                    return
-            mine = goal = 0
+            n = work(op, slot, env, me, n_threads, units, generation)
+            if n < 0:
+                return
+            mine += n
+        if get(op + OP_BARRIER) == 0 and i < n_rows - 1:
+            continue
+        if goal > 0:
+            report(slot + DONE, generation, mine)
+            if reader <= i:
+                reader = next_reader(table, i + 1, n_rows)
+                start = end = 0
+                if reader < n_rows:
+                    op = table + reader * ROW_BYTES
+                    start, end = reads_of(op, units_of(op, n_tokens, n_outputs), me, n_threads)
+            start = wait(control, slot + DONE, generation, goal, start, end)
+            if start < 0:
+                return
+        mine = goal = 0
 
 
 def spin(n, unused, unused2, unused3):
@@ -255,7 +345,7 @@ def run(control, table, env, size):
     atomic_set(control + JOB_SLOTS, slots)
     atomic_set(control + TICKET, ticket + 2)
     if table != 0:
-        walk(control, slots, table, n_rows, env, n_threads, n_tokens, n_outputs, (ticket + 2) >> 1)
+        walk(control, slots, table, n_rows, env, 0, n_threads, n_tokens, n_outputs, (ticket + 2) >> 1)
 
 
 def serve(control, worker, unused, unused2):
@@ -293,4 +383,4 @@ def serve(control, worker, unused, unused2):
             atomic_set(me + WORKER_STOPPED, 1)
             return
         if worker + 1 < n_threads:
-            walk(control, slots, table, n_rows, env, n_threads, n_tokens, n_outputs, ticket >> 1)
+            walk(control, slots, table, n_rows, env, worker + 1, n_threads, n_tokens, n_outputs, ticket >> 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import random
 import subprocess
@@ -45,6 +47,18 @@ def record(op, env, begin, end):
     add(done + 8 * group, end - begin)
 
 
+def _end_of_memory(n_bytes: int) -> tuple[mmap.mmap, int]:
+    """Memory, and the address after its end: where the system has `mprotect`, no byte from there on may be read."""
+    area = mmap.mmap(-1, 2 * n_bytes)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(area)) + n_bytes
+    if sys.platform != "win32":
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), ctypes.c_size_t(n_bytes), 0) == 0
+    return area, end
+
+
+_area, CONSTANTS = _end_of_memory(mmap.ALLOCATIONGRANULARITY)  # what rows read ends where reading is an error
+
+
 class Recorder:
     """A random table of `record` rows, and what they should leave behind."""
 
@@ -61,6 +75,8 @@ class Recorder:
             row[Row.BARRIER] = rng.random() < 0.6
             row[Row.UNITS] = rng.choice([0, 1, 2, 7, 100])
             row[Row.UNITS_PER] = rng.choice([0, 0, 1, 3])
+            row[Row.READ_BYTES] = rng.choice([1, 7, 40])
+            row[Row.READS] = rng.choice([0, CONSTANTS - row[Row.UNITS] * row[Row.READ_BYTES]])
             row[Row.COUNT] = rng.choice([Env.N_TOKENS, Env.N_OUTPUTS])
             row[[Row.ARGS, Row.ARGS + 1, Row.ARGS + 5]] = seen.ctypes.data, group, rng.choice([0, 0, 20, 300])
             row[Row.ARGS + 2 : Row.ARGS + 5] = self.done.ctypes.data, self.goals.ctypes.data, self.errors.ctypes.data
@@ -228,18 +244,21 @@ def test_forked_child_starts_its_own_workers() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals to a process here")
 def test_interrupts_leave_the_executor_usable() -> None:
     done = _child(
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whoever runs the tests may ignore it
+        "def interrupt(*_):\n"  # once, and only where it is caught
+        "    global running\n"
+        "    if running: running = False; raise KeyboardInterrupt\n"
+        "running = False; signal.signal(signal.SIGINT, interrupt)\n"
         "e = Executor(3); rng = random.Random(7); caught = 0\n"
         "Recorder(rng).run(e)\n"
         "def tease():\n"
         "    for _ in range(60): time.sleep(0.003); os.kill(os.getpid(), signal.SIGINT)\n"
         "t = threading.Thread(target=tease); t.start()\n"
         "r = Recorder(random.Random(5))\n"
-        "while True:\n"
+        "while t.is_alive():\n"
         "    try:\n"
-        "        while t.is_alive(): r.run(e)\n"
-        "        break\n"
-        "    except KeyboardInterrupt: caught += 1\n"
+        "        running = True; r.run(e); running = False\n"
+        "    except KeyboardInterrupt:\n"
+        "        caught += 1\n"
         "for _ in range(20): Recorder(rng).run(e)\n"
         "assert caught > 20, caught; print('end')\n"
     )
