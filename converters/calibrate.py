@@ -21,9 +21,9 @@ from edgelm.cache import KVCache
 from edgelm.errors import UsageError
 from edgelm.formats import F32, QTensor
 from edgelm.models import model_of
-from edgelm.reference import Reference
+from edgelm.reference import Operations, Reference
 from edgelm.tokenizer import Tokenizer
-from edgelm.weights import Weights
+from edgelm.weights import Layer, Weights
 
 from . import vocab, vocab_prune
 from .arrays import Array, Floats
@@ -33,6 +33,7 @@ from .gguf_writer import Typed
 from .special_tokens import Folder
 
 KEPT_BYTES = 512 << 20  # of float32 weights that an evaluated model does not dequantize again
+STRIP_BYTES = 256 << 20  # of a weight that is multiplied at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +87,23 @@ def vocabulary(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return {**gguf.read(checkpoint.path).metadata, **changed}
 
 
+class Strips(Operations):
+    """Operations that read a large weight a strip of rows at a time: a table of tokens may be a gigabyte as float32."""
+
+    def linear(self, x: NDArray[Any], layer: Layer) -> NDArray[Any]:
+        n_rows, n_columns = layer.weight.shape
+        at_once = max(1, STRIP_BYTES // (4 * n_columns))
+        if n_rows <= at_once:
+            return super().linear(x, layer)
+        y = np.empty((len(x), n_rows), x.dtype)
+        for start in range(0, n_rows, at_once):
+            rows = np.arange(start, min(start + at_once, n_rows))
+            y[:, rows] = x @ self._dense.rows(layer.weight, rows).T
+        if layer.bias is not None:
+            y += self._dense(layer.bias)
+        return y
+
+
 @dataclass(frozen=True)
 class Interpreted:
     """A source as `edgelm.evaluate` takes one: its logits by the reference interpreter, in float32."""
@@ -97,7 +115,8 @@ class Interpreted:
     def of(cls, source: Source, n_ctx: int, kept_bytes: int = KEPT_BYTES) -> Interpreted:
         """For sequences of up to n_ctx tokens; kept_bytes: of weights that are not dequantized again at each use."""
         c = source.config
-        return cls(source, Reference(model_of(c), c, source.weights, n_ctx=n_ctx, max_weight_bytes=kept_bytes))
+        runner = Reference(model_of(c), c, source.weights, n_ctx=n_ctx, max_weight_bytes=kept_bytes, operations=Strips)
+        return cls(source, runner)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -9,11 +9,13 @@ import hf_folder
 import numpy as np
 import pytest
 import tiny
+from numpy.typing import NDArray
 from side_by_side import hidden_states
 from tiny import ALL
 
 from converters import calibrate, checkpoint
 from converters.chunks import Opened, Source
+from edgelm.cache import Batch
 from edgelm.errors import UsageError
 from edgelm.evaluate import perplexity
 from edgelm.models import model_of
@@ -90,6 +92,23 @@ def test_a_source_is_evaluated(tmp_path: Path) -> None:
     report = perplexity(model, tokens, 32, against=against)
     assert report.mean_kl is not None and 0 < report.mean_kl < 0.01
     assert perplexity(against, tokens, 32, against=against).mean_kl == 0
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2"])  # without biases, with them
+def test_large_weights_are_multiplied_in_strips(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = calibrate.opened(checkpoint.read(hf_folder.write(tmp_path, name)))
+    tokens = np.random.default_rng(0).integers(3, 500, 32).astype(np.int32)
+
+    def logits() -> NDArray[np.float32]:
+        model = calibrate.Interpreted.of(source, 32, kept_bytes=0)
+        return model.runner.forward(Batch.of([(model.new_cache().new_sequence(), tokens, "all")]))
+
+    whole, wholly_read = logits(), list[str]()
+    monkeypatch.setattr(calibrate, "STRIP_BYTES", 4 * 64 * 7)
+    read = calibrate.Unread.dequantize
+    monkeypatch.setattr(calibrate.Unread, "dequantize", lambda self: (wholly_read.append(self.name), read(self))[1])
+    np.testing.assert_allclose(logits(), whole, rtol=1e-5, atol=1e-5)
+    assert not any(len(source.weights.by_name[read].shape) == 2 for read in wholly_read)
 
 
 def test_encoders_have_no_logits(tmp_path: Path) -> None:
