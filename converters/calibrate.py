@@ -32,8 +32,8 @@ from .chunks import Opened, Source
 from .gguf_writer import Typed
 from .special_tokens import Folder
 
-KEPT_BYTES = 512 << 20  # of float32 weights that an evaluated model does not dequantize again
-STRIP_BYTES = 256 << 20  # of a weight that is multiplied at a time
+KEPT_BYTES = 256 << 20  # of float32 weights that an evaluated model does not dequantize again
+STRIP_BYTES = 64 << 20  # of a weight that is multiplied at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +57,10 @@ class Unread(QTensor):
         unique, places = np.unique(np.asarray(indices, np.int64), return_inverse=True)
         if len(unique) and not 0 <= unique[0] <= unique[-1] < self.shape[0]:
             raise IndexError(f"{self.name} has {self.shape[0]} rows")
-        found = np.empty((len(unique), self.shape[-1]), np.float32)
-        for at, row in enumerate(unique.tolist()):
-            found[at] = self.array.rows(row, row + 1)[0]
+        found, at = np.empty((len(unique), self.shape[-1]), np.float32), 0
+        for run in np.split(unique, np.flatnonzero(np.diff(unique) != 1) + 1) if len(unique) else ():
+            found[at : at + len(run)] = self.array.rows(int(run[0]), int(run[-1]) + 1)
+            at += len(run)
         self.forget()
         return found[places]
 

@@ -26,7 +26,7 @@ from edgelm.architectures import SQUARE_ATTENTION
 from edgelm.disk import Progress, nothing
 from edgelm.errors import UnsupportedError, UsageError
 
-from . import calibrate, prune_scores, vocab_prune
+from . import calibrate, prune_depth, prune_scores, vocab_prune
 from .arrays import Array
 from .checkpoint import Checkpoint
 from .chunks import Source, chunked
@@ -325,7 +325,7 @@ def _chosen(
     cosines, angles, carried = prune_scores.watched(source, tokens, progress)
     layers = LAYER_CHOICES.get(method, least_influence)(angles if method == "angular" else cosines, n_layers_gone)
     if spec.depth and method == "loss":
-        layers = prune_scores.least_loss(source, tokens, n_layers_gone, layers, progress)
+        layers = prune_depth.chosen(source, tokens, n_layers_gone, (layers,), spec.refit, progress)
     n_channels = c.dim - (spec.hidden.of(c.dim, "hidden", _unit(c.dim)) if spec.hidden else 0)
     channels = np.argsort(-carried, kind="stable")[:n_channels]
     return np.isin(np.arange(c.n_layers), layers), np.isin(np.arange(c.dim), channels)

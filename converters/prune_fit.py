@@ -202,29 +202,43 @@ def fitted(source: Source, tokens: NDArray[np.int32], goal: Goal, fits: Fits, pr
 
     Raises FormatError when the model computes something that is not a number.
     """
+    result = Result()
+    _fitted(source, tokens, tokens.size, goal, result, fits, progress)
+    return result
+
+
+def tried(source: Source, tokens: NDArray[np.int32], unseen: NDArray[np.int32], goal: Goal) -> tuple[Floats, Floats]:
+    """Last hidden states (tokens, D) of chunks that are not fitted to: of the original model, and of the pruned one."""
+    both = np.concatenate([tokens, unseen])
+    hidden = _fitted(source, both, tokens.size, goal, Result(), Fits(None, ""), nothing)
+    return hidden[tokens.size : both.size], hidden[both.size + tokens.size :]
+
+
+def _fitted(
+    source: Source, tokens: NDArray[np.int32], n_fit: int, goal: Goal, result: Result, fits: Fits, progress: Progress
+) -> Floats:
+    """Last hidden states of both models, fitted to the first n_fit tokens."""
     c, ahead = source.config, dict[int, Floats]()
     if goal.refit and c.spec.family == "decoder":  # an encoder's stream is normalised behind each sum
         wanted = frozenset(end + 1 for end in last_before(goal.gone).values())
         if wanted:
             run(source, tokens, lambda runner, batch: Keeping(runner, batch, wanted, ahead))
-    result = Result()
-    run(
+    return run(
         source,
         np.concatenate([tokens, tokens]),
-        lambda runner, batch: Fitting(runner, batch, goal, ahead, result, fits, progress),
+        lambda runner, batch: Fitting(runner, batch, n_fit, goal, ahead, result, fits, progress),
     )
-    return result
 
 
 class Fitting(Streams):
     """Operations on rows of which the first half is the original model's, the second the pruned one's."""
 
     def __init__(
-        self, runner: Reference, batch: Batch, goal: Goal, ahead: Mapping[int, Floats], result: Result,
+        self, runner: Reference, batch: Batch, n_fit: int, goal: Goal, ahead: Mapping[int, Floats], result: Result,
         fits: Fits, progress: Progress,
     ) -> None:  # fmt: skip
         super().__init__(runner, batch)
-        self._goal, self._result, self._fits, self._progress = goal, result, fits, progress
+        self._goal, self._result, self._fits, self._progress, self._n_fit = goal, result, fits, progress, n_fit
         self._half = len(batch.tokens) // 2
         self._dim = np.arange(self._c.dim) if goal.dim is None else goal.dim
         before = last_before(goal.gone)
@@ -295,29 +309,31 @@ class Fitting(Streams):
             kept = choose(w, sums[0] + sums[1], groups, n_gone)
             self._remember(i, size, groups, kept)
             sums = (sums[0].without(w, kept), sums[1].without(w, kept))
-        return self._settle(spec, student, target, weights, w, b, kept, sums)
+            student, w = student[:, kept], w[:, kept]
+            missing = target - _affine(student, w, b)
+        errors = _square(missing * weights), _square(target * weights)
+        return self._settle(spec, student, w, b, kept, sums, errors)
 
     def _sums(self, x: Floats, missing: Floats) -> tuple[Sums, Sums]:
         """Of the tokens to fit, and of the last ones, to judge the fit by."""
+        x, missing = x[: self._n_fit], missing[: self._n_fit]
         cut = len(x) - len(x) // _JUDGE
         return Sums.of(x[:cut], missing[:cut]), Sums.of(x[cut:], missing[cut:])
 
     def _settle(
-        self, spec: TensorSpec, x: Floats, target: Floats, weights: Floats, w: Floats, b: Floats | None,
-        kept: Indices, sums: tuple[Sums, Sums],
+        self, spec: TensorSpec, x: Floats, w: Floats, b: Floats | None, kept: Indices, sums: tuple[Sums, Sums],
+        errors: tuple[float, float],
     ) -> Floats:  # fmt: skip
-        """Fits the columns of w (out, in) that stay to the target, keeps what came of it, and goes on with that."""
-        x, w = x[:, kept], w[:, kept]
-        scale = float(np.sum((target * weights) ** 2, dtype=np.float64)) or 1.0
+        """Fits w, the columns `kept` of a matrix, keeps what came of it, and goes on with that.
 
-        def error(y: Floats) -> float:
-            return float(np.sum(((target - y) * weights) ** 2, dtype=np.float64)) / scale
-
-        before = after = error(_affine(x, w, b))
+        errors: the squares of what is missing, and of the target, over all tokens.
+        """
+        missing, whole = errors[0], errors[1] or 1.0
+        before = after = missing / whole
         if self._goal.refit:
-            better = w + fit(*sums)
-            if (left := error(_affine(x, better, b))) < before:
-                w, after = better, left
+            change = fit(*sums)
+            if (gain := (sums[0] + sums[1]).gain(change)) > 0:
+                w, after = w + change, max(0.0, missing - gain) / whole
         return self._taken(spec, x, b, self._fits.keep(spec.gguf, Fit(w, kept, (before, after))))
 
     def _taken(self, spec: TensorSpec, x: Floats, b: Floats | None, done: Fit) -> Floats:
@@ -341,16 +357,12 @@ class Fitting(Streams):
         wanted = theirs + added
         if i in self._ahead and spec.shape[1] == "ffn_dim":  # the layers behind it go
             wanted = self._ahead[i]
-        weights: Floats = 1 / np.sqrt(np.mean(wanted * wanted, axis=1, keepdims=True) + 1e-12)
+        weights = importance(wanted)
         more: Floats = wanted[:, dim] - own
         if post is None:
             return more, weights
-        # The norm divides by the size of what goes in: give it the original's size, and what comes out is as wanted.
-        size = np.sqrt(np.mean(y * y, axis=1, keepdims=True) + self._c.norm_eps)
-        w = w[dim]
-        floor = 0.1 * float(np.mean(w * w))  # a channel that the norm nearly closes is no lever
-        change = (more - added[:, dim]) * (w / (w * w + floor))
-        return y[:, dim] + change * size, weights / size
+        change, size = before_norm(more - added[:, dim], y, self._dense(post), self._c.norm_eps, dim)
+        return y[:, dim] + change, weights / size
 
     def _groups(self, spec: TensorSpec) -> tuple[Indices, str]:
         """The columns of a matrix in groups that go together, and the size that then shrinks.
@@ -384,8 +396,8 @@ class Fitting(Streams):
         start = _affine(student, w[:, dim], b)
         if not self._goal.refit:
             return start
-        weights, kept = np.ones((len(y), 1), np.float32), np.arange(len(dim))
-        return self._settle(spec, student, y, weights, w[:, dim], b, kept, self._sums(student, y - start))
+        errors = _square(y - start), _square(y)
+        return self._settle(spec, student, w[:, dim], b, np.arange(len(dim)), self._sums(student, y - start), errors)
 
 
 def adds_to_stream(spec: TensorSpec) -> bool:
@@ -393,8 +405,31 @@ def adds_to_stream(spec: TensorSpec) -> bool:
     return len(spec.shape) == 2 and spec.shape[0] == "dim" and spec.shape[1] != "dim"
 
 
+def importance(stream: Floats) -> Floats:
+    """The weight of each token (T, 1), by how small the stream is."""
+    weights: Floats = 1 / np.sqrt(np.mean(stream * stream, axis=1, keepdims=True) + 1e-12)
+    return weights
+
+
+def before_norm(
+    missing: Floats, y: Floats, w: Floats, eps: float, dim: Indices | slice = slice(None)
+) -> tuple[Floats, Floats]:
+    """What is missing behind a norm with weights w, as a change of what goes into it, y; and the size of y (T, 1).
+
+    The norm divides by the size of what goes in: give it the original's size, and what comes out is as wanted.
+    """
+    size: Floats = np.sqrt(np.mean(y * y, axis=1, keepdims=True) + eps)
+    w = w[dim]
+    floor = 0.1 * float(np.mean(w * w))  # a channel that the norm nearly closes is no lever
+    return missing * (w / (w * w + floor)) * size, size
+
+
 def _pattern(name: str) -> str:
     return re.sub(r"^blk\.\d+\.", "blk.{i}.", name)
+
+
+def _square(x: Floats) -> float:
+    return float(np.einsum("ij,ij->", x, x, dtype=np.float64))
 
 
 def _affine(x: Floats, w: Floats, b: Floats | None) -> Floats:

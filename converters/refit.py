@@ -13,12 +13,16 @@ Knows no model: matrices, and groups of columns that go or stay together.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from edgelm.errors import FormatError
+
+from .symmetric import damp, factorize, solve
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -26,6 +30,7 @@ Indices = NDArray[np.intp]
 
 CHOICE_RIDGE = 0.01  # of the mean of H's diagonal, added to it, when columns are chosen
 RIDGES = (10.0, 1.0, 0.1, 0.01, 0.001)  # of the same, among which the fit chooses
+_SAMPLE = 128  # outputs of a layer by which it chooses
 _ROUNDS = 16  # in which columns are taken away; the costs of those left are known exactly at the start of each
 
 
@@ -89,9 +94,11 @@ def fit(seen: Sums, unseen: Sums) -> Floats:
 
     The ridge is the one of RIDGES that does best on `unseen` when fitted to `seen`; the fit is to both.
     """
-    best, chosen = 0.0, np.inf
+    n_out = len(seen.g)
+    some = np.linspace(0, n_out - 1, min(n_out, _SAMPLE)).astype(int)
+    judge, best, chosen = Sums(unseen.h, unseen.g[some]), 0.0, np.inf
     for ridge in RIDGES:
-        gain = unseen.gain(_change(seen, ridge, np.float32))
+        gain = judge.gain(_change(seen, ridge, np.float32, some))
         if gain <= best and chosen < np.inf:
             break  # weaker ones only follow the noise further
         if gain > best:
@@ -99,11 +106,15 @@ def fit(seen: Sums, unseen: Sums) -> Floats:
     return np.zeros_like(seen.g) if chosen == np.inf else _change(seen + unseen, chosen, np.float64)
 
 
-def _change(sums: Sums, ridge: float, dtype: DTypeLike) -> Floats:
-    """G (H + ridge)⁻¹."""
-    h = _with_ridge(sums.h, ridge).astype(dtype, copy=False)
-    change: Floats = np.linalg.solve(h, sums.g.T.astype(dtype)).T.astype(np.float32)
-    return change
+def _change(sums: Sums, ridge: float, dtype: DTypeLike, rows: Any = slice(None)) -> Floats:
+    """G (H + ridge)⁻¹, of some outputs."""
+    for kind in (dtype, np.float64):
+        h = sums.h.astype(kind)
+        damp(h, ridge)
+        with contextlib.suppress(np.linalg.LinAlgError):
+            factorize(h)
+            return np.asarray(solve(h, sums.g[rows]), np.float32)
+    return np.zeros_like(sums.g[rows])  # inputs that are not worth a fit
 
 
 def _with_ridge(h: Floats, ridge: float) -> Doubles:
