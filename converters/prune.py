@@ -33,9 +33,10 @@ from .chunks import Source, chunked
 from .finished import Finished, made_of
 from .fits import Fits
 from .prune_cut import Cut, changed_rows, given
-from .prune_fit import Goal, Result, fitted, layer_of
+from .prune_fit import Goal, Result, fitted
 from .prune_scores import LAYER_CHOICES, least_influence
 from .sparse import Pattern, thinned, thinned_model
+from .streams import layer_of
 
 N_CTX = 512  # tokens of a chunk of calibration text
 SCORE_CHUNKS = 8  # of them, for what is decided beforehand

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.arch import TensorSpec
-from edgelm.architectures import POST_NORMS
 from edgelm.cache import Batch
 from edgelm.disk import Progress, nothing
 from edgelm.evaluate import score
@@ -24,7 +23,8 @@ from edgelm.reference import Reference
 from edgelm.weights import Layer
 
 from .chunks import Source
-from .prune_fit import Goal, Streams, adds_to_stream, before_norm, importance, last_before, layer_of, run, tried
+from .prune_fit import Goal, last_before, tried
+from .streams import Streams, adds_to_stream, before_norm, importance, layer_of, run
 from .symmetric import factorize, solve
 
 Floats = NDArray[np.float32]
@@ -132,10 +132,8 @@ class _Seeing(Streams):
         i = layer_of(name)
         if i is not None and ends_layer(self._specs[name]):
             self._seen.inputs[i] = x.copy()
-            post = POST_NORMS.get("blk.{i}." + name.split(".", 2)[2])
-            norm = self._runner.weights.by_name.get(post.format(i=i)) if post else None
-            if norm is not None:
-                self._seen.outputs[i] = y, self._dense(norm)
+            if (norm := self.post_norm(name)) is not None:
+                self._seen.outputs[i] = y, norm
         return y
 
 

@@ -12,7 +12,6 @@ So one run is enough, and what it holds is the activations of one layer and one 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,19 +19,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.arch import TensorSpec, tensors
-from edgelm.architectures import POST_NORMS
-from edgelm.cache import Batch, KVCache
+from edgelm.arch import TensorSpec
+from edgelm.cache import Batch
 from edgelm.disk import Progress, nothing
 from edgelm.formats import QTensor
-from edgelm.models import model_of
-from edgelm.reference import Operations, Reference
+from edgelm.reference import Reference
 from edgelm.tensors import COMPOSED
 from edgelm.weights import Layer
 
 from .chunks import Source
 from .fits import Fit, Fits
 from .refit import Sums, choose, fit
+from .streams import Keeping, Streams, adds_to_stream, before_norm, importance, layer_of, rms, run
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.intp]
@@ -69,12 +67,6 @@ class Result:
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
-def layer_of(name: str) -> int | None:
-    """The layer that a tensor belongs to, by its GGUF name; None for tensors of the whole model."""
-    found = re.match(r"blk\.(\d+)\.", name)
-    return int(found[1]) if found else None
-
-
 def last_before(gone: frozenset[int]) -> dict[int, int]:
     """{the layer before each run of layers that go: the last layer of that run}."""
     return {i - 1: _end(i, gone) for i in sorted(gone) if i and i - 1 not in gone}
@@ -84,115 +76,6 @@ def _end(i: int, gone: frozenset[int]) -> int:
     while i + 1 in gone:
         i += 1
     return i
-
-
-class Streams(Operations):
-    """Operations that know the residual stream: what enters each layer, and what is added to it.
-
-    `entering(layer, x)` is called with the stream (T, D) before each layer, and with layer = n_layers at the end of a
-    decoder.
-    """
-
-    def __init__(self, runner: Reference, batch: Batch) -> None:
-        super().__init__(runner, batch)
-        c = runner.config
-        self._c, self._is_encoder = c, c.spec.family == "encoder"
-        self._specs = {spec.gguf: spec for spec in tensors(c)}
-        self._layer: int | None = -1
-        self._stream: Floats = np.empty((0, 0), np.float32)
-        groups = {c.window(i): i for i in reversed(range(c.n_layers))}
-        self._first_of_group = [groups[c.window(i)] for i in range(c.n_layers)]
-
-    def entering(self, layer: int, x: Floats) -> None:
-        """Nothing, here."""
-
-    def _at(self, name: str, x: Floats) -> None:
-        """An operation with the weight `name` comes to x."""
-        layer = layer_of(name)
-        if layer is None and self._layer in (None, -1):
-            return
-        if layer != self._layer:
-            self._layer = layer
-            self.entering(self._c.n_layers if layer is None else layer, x)
-
-    def is_post_norm(self, name: str) -> bool:
-        """Whether a norm stands between a matrix and the sum that it goes into."""
-        return re.sub(r"^blk\.\d+\.", "blk.{i}.", name) in POST_NORMS.values()
-
-    def rms_norm(self, x: Floats, weight: QTensor | None, eps: float, heads: int = 0) -> Floats:
-        if heads or weight is None:
-            return super().rms_norm(x, weight, eps, heads)
-        self._at(weight.name, x)
-        return self._normed(x, weight, None, lambda part, w, b: _rms(part, w, eps))
-
-    def layer_norm(self, x: Floats, weight: QTensor, bias: QTensor | None, eps: float) -> Floats:
-        self._at(weight.name, x)
-        return self._normed(x, weight, bias, lambda part, w, b: _layer(part, w, b, eps))
-
-    def _normed(self, x: Floats, weight: QTensor, bias: QTensor | None, compute: Any) -> Floats:
-        out: Floats = self.norm(x, weight, bias, compute)
-        if not self.is_post_norm(weight.name):
-            self._stream = out if self._is_encoder else x
-        return out
-
-    def norm(self, x: Floats, weight: QTensor, bias: QTensor | None, compute: Any) -> Floats:
-        """compute(x, weight (D,), bias (D,) or None)."""
-        out: Floats = compute(x, self._dense(weight), None if bias is None else self._dense(bias))
-        return out
-
-    def linear(self, x: Floats, layer: Layer) -> Floats:
-        self._at(layer.weight.name, x)
-        return super().linear(x, layer)
-
-    def attention(
-        self, q: Floats, k: Floats, v: Floats, layer: int, scale: float, softcap: float = 0.0, causal: bool = True
-    ) -> Floats:
-        # Nothing is read again: all layers of a cache group share the pages of its first one.
-        return super().attention(q, k, v, self._first_of_group[layer], scale, softcap, causal)
-
-
-def _rms(x: Floats, w: Floats, eps: float) -> Floats:
-    h: Floats = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * w
-    return h
-
-
-def _layer(x: Floats, w: Floats, b: Floats | None, eps: float) -> Floats:
-    h: Floats = x - np.mean(x, axis=-1, keepdims=True)
-    h = h / np.sqrt(np.mean(h * h, axis=-1, keepdims=True) + eps) * w
-    return h if b is None else h + b
-
-
-def run(source: Source, tokens: NDArray[np.int32], operations: Any) -> Floats:
-    """Hidden states of chunks of tokens, read side by side by `operations(runner, batch)`, a kind of Streams.
-
-    The cache has one layer for each group of layers, as each uses it for itself.
-    """
-    c = source.config
-    runner = Reference(model_of(c), c, source.weights, head="hidden", n_ctx=tokens.shape[1], max_weight_bytes=0)
-    groups = tuple(type(g)(g.layers[:1], g.n_kv_heads, g.head_dim, g.v_head_dim, g.window) for g in c.cache_groups())
-    cache = KVCache(groups, "f32")
-    sequences = [cache.new_sequence() for _ in tokens]
-    try:
-        batch = Batch.of([(s, chunk, "all") for s, chunk in zip(sequences, tokens, strict=True)])
-        for sequence in sequences:
-            sequence.reserve(tokens.shape[1])
-        with np.errstate(all="ignore"):
-            return np.asarray(runner.model(operations(runner, batch), c, source.weights), np.float32)
-    finally:
-        for sequence in sequences:
-            sequence.release()
-
-
-class Keeping(Streams):
-    """Keeps the stream that enters some layers."""
-
-    def __init__(self, runner: Reference, batch: Batch, wanted: frozenset[int], kept: dict[int, Floats]) -> None:
-        super().__init__(runner, batch)
-        self._wanted, self._kept = wanted, kept
-
-    def entering(self, layer: int, x: Floats) -> None:
-        if layer in self._wanted:
-            self._kept[layer] = x.copy()
 
 
 def fitted(source: Source, tokens: NDArray[np.int32], goal: Goal, fits: Fits, progress: Progress = nothing) -> Result:
@@ -349,11 +232,8 @@ class Fitting(Streams):
         """
         n, dim = self._half, self._dim
         theirs, own = self._stream[:n], self._stream[n:, dim]
-        added = y
-        post = self._runner.weights.by_name.get(POST_NORMS.get(_pattern(spec.gguf), "").format(i=i))
-        if post is not None:
-            w = self._dense(post)
-            added = _rms(y, w, self._c.norm_eps)
+        post = self.post_norm(spec.gguf)
+        added = y if post is None else rms(y, post, self._c.norm_eps)
         wanted = theirs + added
         if i in self._ahead and spec.shape[1] == "ffn_dim":  # the layers behind it go
             wanted = self._ahead[i]
@@ -361,7 +241,7 @@ class Fitting(Streams):
         more: Floats = wanted[:, dim] - own
         if post is None:
             return more, weights
-        change, size = before_norm(more - added[:, dim], y, self._dense(post), self._c.norm_eps, dim)
+        change, size = before_norm(more - added[:, dim], y, post, self._c.norm_eps, dim)
         return y[:, dim] + change, weights / size
 
     def _groups(self, spec: TensorSpec) -> tuple[Indices, str]:
@@ -398,34 +278,6 @@ class Fitting(Streams):
             return start
         errors = _square(y - start), _square(y)
         return self._settle(spec, student, w[:, dim], b, np.arange(len(dim)), self._sums(student, y - start), errors)
-
-
-def adds_to_stream(spec: TensorSpec) -> bool:
-    """Whether a matrix adds to the residual stream: it gives `dim` numbers and takes something else."""
-    return len(spec.shape) == 2 and spec.shape[0] == "dim" and spec.shape[1] != "dim"
-
-
-def importance(stream: Floats) -> Floats:
-    """The weight of each token (T, 1), by how small the stream is."""
-    weights: Floats = 1 / np.sqrt(np.mean(stream * stream, axis=1, keepdims=True) + 1e-12)
-    return weights
-
-
-def before_norm(
-    missing: Floats, y: Floats, w: Floats, eps: float, dim: Indices | slice = slice(None)
-) -> tuple[Floats, Floats]:
-    """What is missing behind a norm with weights w, as a change of what goes into it, y; and the size of y (T, 1).
-
-    The norm divides by the size of what goes in: give it the original's size, and what comes out is as wanted.
-    """
-    size: Floats = np.sqrt(np.mean(y * y, axis=1, keepdims=True) + eps)
-    w = w[dim]
-    floor = 0.1 * float(np.mean(w * w))  # a channel that the norm nearly closes is no lever
-    return missing * (w / (w * w + floor)) * size, size
-
-
-def _pattern(name: str) -> str:
-    return re.sub(r"^blk\.\d+\.", "blk.{i}.", name)
 
 
 def _square(x: Floats) -> float:

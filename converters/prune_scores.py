@@ -19,7 +19,7 @@ from edgelm.reference import Reference
 from edgelm.weights import Layer
 
 from .chunks import Source
-from .prune_fit import Streams, layer_of, run
+from .streams import Streams, layer_of, run
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]

@@ -28,7 +28,7 @@ from edgelm.weights import Layer
 from .chunks import Source
 from .feedback import Feedback
 from .fits import Fit, Fits
-from .prune_fit import Streams, layer_of, run
+from .streams import Streams, layer_of, run
 
 Floats = NDArray[np.float32]
 METHODS = ("sparsegpt", "wanda", "magnitude")
