@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 Bytes = NDArray[np.uint8]
-_VERSION = "3"  # of what finished tensors are made by: those of another version are not taken
+_VERSION = "4"  # of what finished tensors are made by: those of another version are not taken
 _HEAD = 32 + 16  # sha256 of what follows; rows and bytes of a row, int64
 
 

@@ -46,6 +46,26 @@ class Two:
         return total
 
 
+class Few:
+    """A sum of squares xᵀ x of far fewer rows x, (T, n), than inputs: what solves with it is of T x T (Woodbury).
+
+    In float64: it takes the difference of what is nearly the same.
+    """
+
+    def __init__(self, x: NDArray[Any]) -> None:
+        self._x = x.astype(np.float64)
+        self._products = self._x @ self._x.T
+
+    def solve(self, rows: NDArray[Any], damping: float) -> Floats:
+        """rows (m, n) times the inverse of xᵀ x, damped as `damp` does it; rows: combinations of those of x."""
+        more = damping * (np.trace(self._products) / self._x.shape[1] or 1.0)
+        products = self._products + more * np.eye(len(self._products))
+        wide = rows.astype(np.float64)
+        wide -= np.linalg.solve(products, self._x @ wide.T).T @ self._x
+        wide /= more
+        return wide.astype(np.float32)
+
+
 def mirror(h: NDArray[Any]) -> None:
     """Makes the whole matrix of its lower triangle, in place."""
     for before, here in _strips(len(h)):

@@ -17,18 +17,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .symmetric import Two, mirror, root, solve, squared
+from .symmetric import Few, Two, mirror, root, solve, squared
 
 Floats = NDArray[np.float32]
 RIDGES = (0.03, 0.3, 3.0)  # of the mean of the diagonal of H
 _SAMPLE = 128  # outputs of a layer by which ridge and factor are chosen
+_FEW = 8  # rows are few when there are so many times as many inputs
 
 
 @dataclass
 class Sums:
-    """Over n rows x of a part of a text: (x* - x)ᵀ x, (in, in), or gapᵀ x, (out, in)."""
+    """Over n rows x of a part of a text: (x* - x)ᵀ x, (in, in), or gapᵀ x, (out, in); rows: x, if they are few."""
 
     n: int = 0
+    rows: list[NDArray[Any]] = field(default_factory=list)
     lost: Any = 0.0
     gap: Any = 0.0
 
@@ -40,6 +42,7 @@ class Moments:
     halves: tuple[Sums, Sums] = field(default_factory=lambda: (Sums(), Sums()))
     squares: Two = field(default_factory=lambda: Two(0))
     _roots: dict[tuple[int, float], Floats] = field(default_factory=dict)
+    _few: dict[int, Few] = field(default_factory=dict)
 
     def add(self, half: int, x: NDArray[Any], original: NDArray[Any]) -> None:
         """x, x*: (n, in). For inputs that several layers share."""
@@ -55,8 +58,10 @@ class Moments:
         if not any(sums.n for sums in self.halves):
             self.squares = Two(x.shape[1])
         self.squares.add(half, x)
-        self.halves[half].n += len(x)
-        return self.halves[half]
+        sums = self.halves[half]
+        sums.n += len(x)
+        sums.rows = [*sums.rows, x] if _FEW * sums.n <= x.shape[1] else []
+        return sums
 
     def importance(self) -> Floats:
         """Mean squares of the inputs over the whole text: (in,)."""
@@ -73,12 +78,22 @@ class Moments:
 
     def solved(self, which: int, missing: Floats, ridge: float) -> Floats:
         """missing @ (xᵀ x + ridge * mean of its diagonal)⁻¹, of a half (0, 1) or of the whole text (2)."""
+        if (few := self._rows(which)) is not None:
+            return few.solve(missing, ridge)
         found = self._roots.get((which, ridge))
         if found is None:
             found = root(self.squares.sum if which == 2 else self.squares.lower(which).copy, ridge)
             if np.ndim(self.halves[0].lost):  # other layers have these inputs, too
                 self._roots[which, ridge] = found
         return solve(found, missing)
+
+    def _rows(self, which: int) -> Few | None:
+        """The rows of a part of the text, if they are few."""
+        parts = self.halves if which == 2 else (self.halves[which],)
+        n_rows, n_inputs = sum(sums.n for sums in parts), len(self.squares.lower(0))
+        if which not in self._few and _FEW * n_rows <= n_inputs:
+            self._few[which] = Few(np.concatenate([x for sums in parts for x in sums.rows]))
+        return self._few.get(which)
 
 
 def fitted(w: Floats, moments: Moments) -> Floats:

@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from converters.symmetric import Two, damp, factorize, mirror, root, solve, squared
+from converters.symmetric import Few, Two, damp, factorize, mirror, root, solve, squared
 
 SIZES = [1, 7, 255, 256, 257, 600]
 
@@ -30,6 +30,15 @@ def test_a_root_in_place(n: int) -> None:
     h[-1, -1] = -1
     with pytest.raises(np.linalg.LinAlgError):
         factorize(h)
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 20])
+def test_few_rows_need_no_large_matrix(n_rows: int) -> None:
+    x = np.random.default_rng(n_rows).normal(0, 1, (n_rows, 200)).astype(np.float32)
+    rows = np.random.default_rng(1).normal(0, 1, (5, n_rows)).astype(np.float32) @ x
+    h = x.astype(np.float64).T @ x
+    damp(h, 0.03)
+    np.testing.assert_allclose(Few(x).solve(rows, 0.03), np.linalg.solve(h, rows.T).T, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("n", SIZES)

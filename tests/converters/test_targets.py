@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from converters import targets
 from converters.symmetric import root, solve
 from converters.targets import Moments, fitted
 
@@ -88,3 +89,28 @@ def test_least_squares() -> None:
     found = W + solve(root(lambda: x.T @ x, 0.0), W @ ((original - x).T @ x))
     best = np.linalg.lstsq(x.astype(float), original @ W.T.astype(float), rcond=None)[0].T
     np.testing.assert_allclose(found, best, atol=1e-3)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_few_rows_say_the_same_as_a_hessian(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = np.random.default_rng(3).normal(0, 0.1, (20, 640)).astype(np.float32)
+
+    def found() -> tuple[Moments, np.ndarray]:
+        moments = Moments()
+        for half, n in enumerate((40, 30)):
+            for part in range(2):  # rows come in parts
+                x, original = text(n // 2, 2 * part + half, 0.1, 640)
+                x[:, 5] = original[:, 5] = 0  # an input that is never driven
+                if stream:
+                    moments.add_gap(half, x, (original - x) @ w.T)
+                else:
+                    moments.add(half, x, original)
+        return moments, fitted(w, moments)
+
+    few, quick = found()
+    assert set(few._few) == {0, 1, 2} and not few._roots
+    monkeypatch.setattr(targets, "_FEW", 1 << 20)
+    many, slow = found()
+    assert not many._few and not any(sums.rows for sums in many.halves)
+    assert np.abs(slow - w).max() > 1e-3
+    np.testing.assert_allclose(quick, slow, atol=2e-5)
