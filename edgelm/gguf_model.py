@@ -137,19 +137,21 @@ class GGUFModel(Model):
             n_threads_batch=settings.threads_batch,
             kv_type=self.kv_type,
             shared=shared,
-            pack=lambda tensors: self._pack(tensors, progress),
+            pack=lambda tensors, pairs: self._pack(tensors, pairs, progress),
             progress=progress,
             **batch,
         )
 
-    def _pack(self, tensors: list[QTensor], progress: Progress | None) -> list[Any]:
+    def _pack(
+        self, tensors: list[QTensor], pairs: list[tuple[int, int]], progress: Progress | None
+    ) -> list[Any]:
         """The weights that a program asks for."""
         from . import packed
 
         # The window may be large and never be filled: room for a conversation is what has to be there.
         need = memory.estimate(self.config, (), min(self.n_ctx, 4096), self.kv_type)
         result, self.packed_file = packed.load(
-            self.gguf, tensors, self._settings.packed, need.total, default_threads(), progress
+            self.gguf, tensors, self._settings.packed, need.total, default_threads(), progress, pairs
         )
         return result
 

@@ -7,7 +7,7 @@ take and what shape they give, but neither how nor in which order they are compu
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +85,19 @@ def matrices(nodes: Iterable[Node]) -> list[Matrix]:
     """Every weight matrix of a graph, once, in the order in which they are used."""
     found = (node.args.get(name) for node in nodes for name in ("matrix", "table"))
     return list(dict.fromkeys(matrix for matrix in found if isinstance(matrix, Matrix)))
+
+
+def gates(nodes: Iterable[Node], among: Sequence[Matrix]) -> list[tuple[int, int]]:
+    """(gate, up), as places in `among`, of the values that are activation(gate(x)) * up(x)."""
+    places, found = {matrix: i for i, matrix in enumerate(among)}, []
+    for node in nodes:
+        for activation, up in (node.inputs, node.inputs[::-1]) if node.kind == "mul" else ():
+            gate = activation.inputs[0] if activation.inputs else activation
+            if activation.kind != "activation" or not gate.kind == up.kind == "linear" or gate.inputs != up.inputs:
+                continue
+            if gate.args["matrix"] in places and up.args["matrix"] in places:
+                found.append((places[gate.args["matrix"]], places[up.args["matrix"]]))
+    return found
 
 
 class Recorder:

@@ -31,12 +31,12 @@ from .errors import EdgelmError, FormatError, SourceError
 from .formats import QTensor
 from .free_memory import free_memory
 from .gguf import GGUF
-from .graph import Recorder, in_order, matrices
+from .graph import Recorder, gates, in_order, matrices
 from .models import model_of
 from .weights import Weights
 
 if TYPE_CHECKING:
-    from .kernels.packing import Packed
+    from .kernels.packing import Packed, Pairs
 
 SUFFIX = ".packed"
 SPARE_MEMORY = 128 << 20  # bytes that are left for everything else
@@ -49,14 +49,14 @@ _SAMPLE, _EVERY = 64, 1 << 20  # bytes of a weight that stand for so many
 class PackedFile:
     """The file that the packed weights of a model would be.
 
-    forms, n_bytes: where each of `tensors` lies in it, and bytes of all of them.
+    forms, n_bytes: where each of `tensors` lies in it, and bytes of all of them; pairs: as for `packing.arrange`.
     """
 
-    def __init__(self, file: GGUF, tensors: Sequence[QTensor]) -> None:
+    def __init__(self, file: GGUF, tensors: Sequence[QTensor], pairs: Pairs = ()) -> None:
         from .kernels import packing
 
         self.file, self.tensors = file, tensors
-        self.forms, self.n_bytes = packing.arrange(tensors)
+        self.forms, self.n_bytes = packing.arrange(tensors, pairs)
 
     @classmethod
     def of(cls, file: GGUF) -> PackedFile:
@@ -65,7 +65,9 @@ class PackedFile:
         head = "hidden" if config.spec.family == "encoder" else "logits"
         recorder = Recorder(config, head)
         result = model_of(config)(recorder, config, Weights.from_gguf(config, file.tensors))
-        return cls(file, [matrix.slice() for matrix in matrices(in_order([result]))])
+        nodes = in_order([result])
+        weights = matrices(nodes)
+        return cls(file, [matrix.slice() for matrix in weights], gates(nodes, weights))
 
     @property
     def beside(self) -> Path:
@@ -176,7 +178,9 @@ class PackedFile:
         """Digest of everything that decides which byte is where."""
         from .kernels.packing import LAYOUT
 
-        forms = [(f.format, f.transcoded_from, f.n_rows, f.n_cols, f.address, f.n_bytes) for f in self.forms]
+        forms = [
+            (f.format, f.transcoded_from, f.n_rows, f.n_cols, f.address, f.stride, f.n_bytes) for f in self.forms
+        ]
         return hashlib.sha256(repr((LAYOUT, forms)).encode()).digest()
 
     @cached_property
@@ -220,6 +224,7 @@ def load(
     n_more: int = 0,
     n_threads: int | None = None,
     progress: Progress | None = None,
+    pairs: Pairs = (),
 ) -> tuple[list[Packed], Path | None]:
     """The packed forms of a model's weights, and the file that they are in, if it is one.
 
@@ -229,6 +234,7 @@ def load(
             of a file.
         n_more: bytes that will be needed besides.
         progress: called as progress("packing weights", done, total).
+        pairs: as for `packing.arrange`.
 
     Raises:
         FormatError: the file at a path that was given cannot be used.
@@ -236,7 +242,7 @@ def load(
     """
     from .kernels import packing
 
-    packed_file = PackedFile(file, tensors)
+    packed_file = PackedFile(file, tensors, pairs)
     if place not in ("auto", "memory", "file"):
         return packed_file.map(Path(place)), Path(place)
     if place != "memory" and (path := packed_file.found()):
@@ -253,4 +259,4 @@ def load(
             )
         return packed_file.map(packed_file.write(path, n_threads, progress)), path
     report = None if progress is None else lambda done, total: progress("packing weights", done, total)
-    return packing.pack_all(tensors, n_threads, report, file.lend), None
+    return packing.pack_all(tensors, n_threads, report, file.lend, pairs), None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from .arch import Config
 from .cache import Batch, KVCache, Sequence, paged
 from .errors import ContextFull, UsageError
 from .formats import QTensor
-from .graph import Matrix, Node, Recorder, in_order, matrices
+from .graph import Matrix, Node, Recorder, gates, in_order, matrices
 from .kernels.abi import Env
 from .rope import RopeTable
 from .threads import default_threads
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from .lowering import Plan
 
 Progress = Callable[[str, int, int], None]
-Pack = Callable[[list[QTensor]], list[Any]]
+Pack = Callable[[list[QTensor], list[tuple[int, int]]], list[Any]]
 Part = tuple[int, int]  # tokens [begin, end) of a batch
 
 # Plain integers: an enumeration's members are slow to index with.
@@ -49,7 +50,8 @@ class Program:
             Models in which all tokens see each other take as many as the context has.
         kv_type: of the caches that are to be expected; those of another type cost time at their first call.
         shared: a program of the same weights, whose packed matrices serve here too.
-        pack: gives the packed forms of weights, see `edgelm.packed`; None packs them into memory.
+        pack: gives the packed forms of weights, and is told which of them are read in pairs, see `edgelm.packed`; None
+            packs them into memory.
         progress: called as progress(stage, done, total) while weights are packed and kernels compiled.
     """
 
@@ -236,10 +238,11 @@ class Program:
             env[Env.WORKSPACE], env[N_OUTPUTS] = results.ctypes.data, n_outputs * plan.cap_pieces
             self._executor.run(plan.cap, 1, env.ctypes.data, n_threads)
 
-    def _into_memory(self, tensors: list[QTensor]) -> list[Any]:
+    def _into_memory(self, tensors: list[QTensor], pairs: list[tuple[int, int]]) -> list[Any]:
         from .kernels.linear import pack_all
 
-        return pack_all(tensors, progress=lambda done, total: self._progress("packing weights", done, total))
+        report = partial(self._progress, "packing weights")
+        return pack_all(tensors, progress=report, pairs=pairs)
 
     def _view(self, place: tuple[int, int], n_rows: int) -> NDArray[np.float32]:
         """Rows of a value in the workspace."""
@@ -292,5 +295,6 @@ def _pack(nodes: list[Node], there: Mapping[Matrix, Any], pack: Pack) -> dict[Ma
     """Every weight matrix of a graph in the order of bytes that its kernel reads. there: packed before."""
     needed = matrices(nodes)
     missing = [matrix for matrix in needed if matrix not in there]
-    packed = dict(zip(missing, pack([matrix.slice() for matrix in missing]), strict=True)) if missing else {}
+    forms = pack([matrix.slice() for matrix in missing], gates(nodes, missing)) if missing else []
+    packed = dict(zip(missing, forms, strict=True))
     return {matrix: packed[matrix] if matrix in packed else there[matrix] for matrix in needed}

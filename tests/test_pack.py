@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def packed_file(path: Path) -> packed.PackedFile:
 
 
 # sha256 of `packing.LAYOUT` packed weights: what differs is not what older files hold, so the number has to be raised.
-LAYOUT = 2
+LAYOUT = 3
 PACKED = {
     "Q8_0 as Q8_0": "3c84b8b14d15cd2b",
     "Q4_0 as Q4_0": "135906bd65bac791",
@@ -82,6 +83,23 @@ def test_the_layout_has_the_number_that_files_know_it_by(name: str) -> None:
     digest = hashlib.sha256(form.keep[: form.n_bytes]).hexdigest()[:16]
     assert packing.LAYOUT == LAYOUT
     assert digest == PACKED[f"{name} as {form.format}"], "raise packing.LAYOUT, and write both down here"
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "F16", "F32", "TQ2_0"])
+def test_groups_of_weights_that_are_read_together_alternate(name: str) -> None:
+    """Gate and up: the same bytes as alone, a group of the one and a group of the other in turns."""
+    tensors = [weight(name, rows, 512) for rows in (21, 3000, 40, 3000, 40)]
+    tensors[3] = replace(tensors[3], data=tensors[3].data[::-1].copy())
+    forms = packing.pack_all(tensors, n_threads=2, pairs=[(3, 1), (0, 2)])
+    alone = [packing.pack(tensor) for tensor in tensors]
+    for form, expected in zip(forms, alone, strict=True):
+        start = form.address - form.keep.ctypes.data
+        places = start + form.stride * np.arange(form.n_groups)[:, None] + np.arange(form.group_bytes)
+        assert places.max() + 1 == start + form.span <= len(form.keep)
+        assert np.array_equal(form.keep[places].reshape(-1), expected.keep[: expected.n_bytes])
+    assert [form.stride // form.group_bytes for form in forms] == [1, 2, 1, 2, 1], "those that are alike"
+    assert forms[3].address == forms[1].address + forms[1].group_bytes
+    assert len(forms[0].keep) < sum(form.n_bytes for form in forms) + 64 * len(forms)
 
 
 @pytest.mark.parametrize("gives_back", [True, False])

@@ -11,7 +11,7 @@ from edgelm.kernels.int16_tiles import int16_embed_code
 from edgelm.kernels.simd import load_i32, load_i64
 from edgelm.kernels.tiles import embed_code
 
-_WEIGHTS, _GROUP_BYTES, _N_COLS, _IDS, _OFFSET, _Y, _Y_STRIDE, _SCALE = (WORD * (Row.ARGS + i) for i in range(8))
+_WEIGHTS, _GROUP_STRIDE, _N_COLS, _IDS, _OFFSET, _Y, _Y_STRIDE, _SCALE = (WORD * (Row.ARGS + i) for i in range(8))
 _WORKSPACE = WORD * Env.WORKSPACE
 
 
@@ -19,11 +19,11 @@ _WORKSPACE = WORD * Env.WORKSPACE
 def rows(code, op, env, begin, end):
     """The body of a kernel: tokens `begin` to `end` of the operation `op`."""
     ids, y = load_i64(env + WORD * load_i64(op + _IDS)), load_i64(env + _WORKSPACE) + load_i64(op + _Y)
-    weights, group_bytes, n_cols = load_i64(op + _WEIGHTS), load_i64(op + _GROUP_BYTES), load_i64(op + _N_COLS)
+    weights, stride, n_cols = load_i64(op + _WEIGHTS), load_i64(op + _GROUP_STRIDE), load_i64(op + _N_COLS)
     offset, y_stride, scale = load_i64(op + _OFFSET), load_i64(op + _Y_STRIDE), load_i64(op + _SCALE)
     for token in range(begin, end):
         row = load_i32(ids + 4 * token) + offset
-        group = weights + (row >> 4) * group_bytes
+        group = weights + (row >> 4) * stride
         call_function(code, group, n_cols, row & 15, y + token * y_stride, scale)
 
 

@@ -31,7 +31,7 @@ class Arg(IntEnum):
 
     WEIGHTS = 0
     SECOND = 1  # weights of the up projection, or 0
-    GROUP_BYTES = 2
+    GROUP_STRIDE = 2
     N_GROUPS = 3
     N_UNITS = 4  # of packed weights in a group
     X = 5
@@ -134,13 +134,13 @@ def row_gated(
 
 def can_gate(gate: Packed, up: Packed) -> bool:
     """Whether `row_gated` can do these two in one pass."""
-    return (gate.format, gate.n_rows, gate.n_cols) == (up.format, up.n_rows, up.n_cols)
+    return (gate.format, gate.n_rows, gate.n_cols, gate.stride) == (up.format, up.n_rows, up.n_cols, up.stride)
 
 
 def _linear(packed: Packed, units: int, x: tuple[int, int], y: tuple[int, int], count: int) -> list[int]:
     """A row without what is special."""
     args = [0] * len(Arg)
-    args[Arg.WEIGHTS], args[Arg.GROUP_BYTES] = packed.address, packed.group_bytes
+    args[Arg.WEIGHTS], args[Arg.GROUP_STRIDE] = packed.address, packed.stride
     args[Arg.N_GROUPS], args[Arg.N_UNITS], args[Arg.N_ROWS] = packed.n_groups, packed.n_units, packed.n_rows
     args[Arg.X], args[Arg.X_STRIDE] = x
     args[Arg.Y], args[Arg.Y_STRIDE] = y
@@ -149,7 +149,7 @@ def _linear(packed: Packed, units: int, x: tuple[int, int], y: tuple[int, int], 
     tokens = min(MAX_TOKENS, max(24, _CACHE // reads // 12 * 12))
     grain = max(1, _GRAIN // (2 * packed.group_bytes))
     row = _row(linear_kernel(packed.format), units, tokens, count, grain, args)
-    row[Row.READS], row[Row.READ_BYTES] = packed.address, packed.n_bytes // units
+    row[Row.READS], row[Row.READ_BYTES] = packed.address, packed.span // units
     return row
 
 
@@ -162,5 +162,5 @@ def row_embed(
     """
     ids = {"tokens": Env.TOKENS, "positions": Env.POSITIONS}[by]
     bits = int(np.float32(scale).view(np.int32))
-    args = [packed.address, packed.group_bytes, packed.n_cols, int(ids), offset, y_off, y_stride, bits]
+    args = [packed.address, packed.stride, packed.n_cols, int(ids), offset, y_off, y_stride, bits]
     return _row(f"embed_kernels:embed_{packed.format.lower()}", 1, 1, Env.N_TOKENS, 4, args)

@@ -38,7 +38,7 @@ SLAB_SCRATCH, OUT_SCRATCH = 2 * max(MAX_SLAB_BYTES, SLAB_BYTES), MAX_TOKENS * PA
 LISTED = 256  # blocks of which lists are kept: more are listed again for each unit
 LISTS_SCRATCH = LISTED * LIST + WORD  # and how many tokens stand in all of them
 (
-    _WEIGHTS, _SECOND, _GROUP_BYTES, _N_GROUPS, _N_UNITS, _X, _X_STRIDE, _Y, _Y_STRIDE, _N_ROWS, _BIAS, _RESIDUAL,
+    _WEIGHTS, _SECOND, _GROUP_STRIDE, _N_GROUPS, _N_UNITS, _X, _X_STRIDE, _Y, _Y_STRIDE, _N_ROWS, _BIAS, _RESIDUAL,
     _RESIDUAL_STRIDE, _ACTIVATION,
 ) = (WORD * (Row.ARGS + arg) for arg in Arg)  # fmt: skip
 _WORKSPACE, _LOGITS, _COUNT, _UNITS, _UNITS_PER = (
@@ -166,7 +166,7 @@ def units(code, op, env, begin, end):
     workspace, n_all = load_i64(env + _WORKSPACE), load_i64(env + load_i64(op + _COUNT) * WORD)
     units_per_chunk, chunk_tokens = load_i64(op + _UNITS), load_i64(op + _UNITS_PER)
     weights, up = load_i64(op + _WEIGHTS), load_i64(op + _SECOND)
-    group_bytes, n_groups, n_units = load_i64(op + _GROUP_BYTES), load_i64(op + _N_GROUPS), load_i64(op + _N_UNITS)
+    stride, n_groups, n_units = load_i64(op + _GROUP_STRIDE), load_i64(op + _N_GROUPS), load_i64(op + _N_UNITS)
     n_rows, bias, activation = load_i64(op + _N_ROWS), load_i64(op + _BIAS), load_i64(op + _ACTIVATION)
     x_stride, y_stride = load_i64(op + _X_STRIDE), load_i64(op + _Y_STRIDE)
     x, y = workspace + load_i64(op + _X), load_i64(op + _Y)
@@ -182,13 +182,13 @@ def units(code, op, env, begin, end):
         first_token = chunk * chunk_tokens
         n_tokens = min(chunk_tokens, n_all - first_token)
         if up != 0:
-            first, second = weights + group * group_bytes, up + group * group_bytes
+            first, second = weights + group * stride, up + group * stride
         else:
             group *= 2
-            first = weights + group * group_bytes
-            second = first + group_bytes if group + 1 < n_groups else first
+            first = weights + group * stride
+            second = first + stride if group + 1 < n_groups else first
         record = x + first_token * x_stride
-        step = 0 if unit + 1 == end else second - first + group_bytes if up == 0 else group_bytes
+        step = 0 if unit + 1 == end else second - first + stride if up == 0 else stride
         known, listed = listed == chunk, chunk
         products(code, first, second, n_units, record, x_stride, n_tokens, slab, out, rests, lists, known, step)
         column, left = group * ROW, n_rows - group * 16

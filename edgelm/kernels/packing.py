@@ -29,12 +29,13 @@ from edgelm.kernels import (
 from edgelm.kernels.blocks import BLOCKS, ROWS
 
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of a weight
-LAYOUT = 2  # of packed weights; to be raised when they change: a test compares
+LAYOUT = 3  # of packed weights; to be raised when they change: a test compares
 ALIGN = 64
 HUGE = 1 << 21  # bytes of a huge page
 _PIECE = 1 << 20  # bytes of packed weights that a thread makes at a time
 
 Lend = Callable[[np.ndarray], AbstractContextManager[np.ndarray]]
+Pairs = Sequence[tuple[int, int]]
 _Native = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 
 
@@ -43,7 +44,8 @@ class Packed:
     """A matrix (n_rows, n_cols) in packed form.
 
     format: name of the kernels' format; transcoded_from: name of the file's format where that is another one;
-    address, n_bytes: where the packed weights lie; keep: what owns them.
+    address, n_bytes: where the packed weights lie; stride: bytes from one group to the next, more than those of a group
+    where the groups of two matrices alternate; keep: what owns them.
     """
 
     format: str
@@ -51,6 +53,7 @@ class Packed:
     n_cols: int
     address: int
     n_bytes: int
+    stride: int
     transcoded_from: str | None = None
     keep: np.ndarray = field(repr=False, default_factory=lambda: np.empty(0, np.uint8))
 
@@ -64,6 +67,11 @@ class Packed:
         return self.n_bytes // self.n_groups
 
     @property
+    def span(self) -> int:
+        """Bytes from the beginning of the first group to the end of the last."""
+        return (self.n_groups - 1) * self.stride + self.group_bytes
+
+    @property
     def n_units(self) -> int:
         """Units of a group; columns of a matrix of floats."""
         return self.group_bytes // _unit(self.format)[1]
@@ -71,6 +79,9 @@ class Packed:
     def within(self, memory: np.ndarray) -> Packed:
         """The same in `memory`, where the address has counted from its beginning."""
         return replace(self, address=memory.ctypes.data + self.address, keep=memory)
+
+
+Weight = tuple[QTensor, Packed]
 
 
 class Target(Protocol):
@@ -121,19 +132,36 @@ def pack(tensor: QTensor) -> Packed:
     return pack_all([tensor])[0]
 
 
-def arrange(tensors: Sequence[QTensor]) -> tuple[list[Packed], int]:
+def arrange(tensors: Sequence[QTensor], pairs: Pairs = ()) -> tuple[list[Packed], int]:
     """The packed forms of weights before there is memory for them, side by side from address 0 on; bytes in all.
 
     A weight of more than two dimensions counts as a matrix of all its rows, one of one dimension as a single row.
+    pairs: weights, by index, that one row of the op table reads together; where they are alike, their groups alternate.
     """
-    forms, start = [], 0
-    for tensor in tensors:
-        (n_rows, n_cols), format = _shape(tensor), _format_for(tensor)
-        n_bytes = packed_bytes(format, n_rows, n_cols)
-        original = tensor.format.name if tensor.format.name != format else None
-        forms.append(Packed(format, n_rows, n_cols, start, n_bytes, original))
-        start += -(-n_bytes // ALIGN) * ALIGN
+    forms, start = [_unplaced(tensor) for tensor in tensors], 0
+    partner = {one: other for pair in pairs for one, other in (pair, pair[::-1])}
+    placed: set[int] = set()
+    for i, form in enumerate(forms):
+        if i in placed:
+            continue
+        j = partner.get(i, i)
+        together = [i] if j in {i, *placed} or not _alike(form, forms[j]) else [i, j]
+        for k, at in enumerate(together):
+            stride, address = len(together) * form.group_bytes, start + k * form.group_bytes
+            forms[at] = replace(forms[at], address=address, stride=stride)
+        placed.update(together)
+        start += -(-len(together) * form.n_bytes // ALIGN) * ALIGN
     return forms, start
+
+
+def _unplaced(tensor: QTensor) -> Packed:
+    (n_rows, n_cols), format = _shape(tensor), _format_for(tensor)
+    original = tensor.format.name if tensor.format.name != format else None
+    return Packed(format, n_rows, n_cols, 0, packed_bytes(format, n_rows, n_cols), 0, original)
+
+
+def _alike(one: Packed, other: Packed) -> bool:
+    return (one.format, one.n_rows, one.n_cols) == (other.format, other.n_rows, other.n_cols)
 
 
 def pack_all(
@@ -141,9 +169,10 @@ def pack_all(
     n_threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     lend: Lend = nullcontext,
+    pairs: Pairs = (),
 ) -> list[Packed]:
-    """The packed forms of weights in one piece of memory; parameters as for `pack_into`."""
-    forms, n_bytes = arrange(tensors)
+    """The packed forms of weights in one piece of memory; parameters as for `pack_into` and `arrange`."""
+    forms, n_bytes = arrange(tensors, pairs)
     memory = Memory(n_bytes)
     pack_into(memory, tensors, forms, n_threads, progress, lend)
     return [form.within(memory.bytes) for form in forms]
@@ -165,9 +194,10 @@ def pack_into(
     compiler.compile_all(dict.fromkeys(map(_kernel, tensors, forms)))
     total, done, lock, failures = sum(form.n_bytes for form in forms), 0, threading.Lock(), []
     pieces = (
-        (tensor, form, first, min(first + step, form.n_groups))
-        for tensor, form in zip(tensors, forms, strict=True)
-        for step in [max(1, _PIECE // form.group_bytes)]
+        (weights, first, min(first + step, form.n_groups))
+        for weights in _alternating(tensors, forms)
+        for _, form in weights[:1]
+        for step in [max(1, _PIECE // form.stride)]
         for first in range(0, form.n_groups, step)
     )
 
@@ -195,6 +225,17 @@ def pack_into(
         thread.join()
     if failures:
         raise failures[0]
+
+
+def _alternating(tensors: Sequence[QTensor], forms: Sequence[Packed]) -> list[list[Weight]]:
+    """Weights in the order of their places, those whose groups alternate together."""
+    found: list[list[Weight]] = []
+    for tensor, form in sorted(zip(tensors, forms, strict=True), key=lambda weight: weight[1].address):
+        if found and form.address - found[-1][0][1].address < form.stride:
+            found[-1].append((tensor, form))
+        else:
+            found.append([(tensor, form)])
+    return found
 
 
 def _shape(tensor: QTensor) -> tuple[int, int]:
@@ -234,21 +275,21 @@ def _kernel(tensor: QTensor, form: Packed) -> str:
     return f"packing_kernels:pack_{name.lower()}"
 
 
-def _pack_piece(target: Target, tensor: QTensor, form: Packed, first: int, last: int, lend: Lend) -> int:
-    """Packs groups `first` to `last`, not included; how many bytes these are."""
-    start, n_bytes = form.address + first * form.group_bytes, (last - first) * form.group_bytes
-    room = target.room(start, n_bytes)
-    with lend(tensor.data[first * ROWS : min(last * ROWS, form.n_rows)]) as data:
-        if form.transcoded_from is not None and form.format != "INT12":
-            data = _transcoded(tensor, data, form.format)
-        if data.strides[-1] != 1:
-            data = np.ascontiguousarray(data)
-        job = np.array(
-            [data.ctypes.data, data.strides[0], len(data), form.n_cols, room.ctypes.data, form.group_bytes], np.int64
-        )
-        _Native(compiler.address(_kernel(tensor, form)))(job.ctypes.data, 0, 0, last - first)
-    target.done(start, room)
-    return n_bytes
+def _pack_piece(target: Target, weights: list[Weight], first: int, last: int, lend: Lend) -> int:
+    """Packs groups `first` to `last`, not included, of weights whose groups alternate; how many bytes these are."""
+    base, stride = weights[0][1].address, weights[0][1].stride
+    room = target.room(base + first * stride, (last - first) * stride)
+    for tensor, form in weights:
+        with lend(tensor.data[first * ROWS : min(last * ROWS, form.n_rows)]) as data:
+            if form.transcoded_from is not None and form.format != "INT12":
+                data = _transcoded(tensor, data, form.format)
+            if data.strides[-1] != 1:
+                data = np.ascontiguousarray(data)
+            place = room.ctypes.data + form.address - base
+            job = np.array([data.ctypes.data, data.strides[0], len(data), form.n_cols, place, stride], np.int64)
+            _Native(compiler.address(_kernel(tensor, form)))(job.ctypes.data, 0, 0, last - first)
+    target.done(base + first * stride, room)
+    return len(room)
 
 
 # --- transcoding

@@ -1,7 +1,7 @@
 """Packing: one kernel for each format, from one body. `packing` calls them with a job in place of an operation.
 
 A job is int64: address of the first row in the file, bytes from row to row, rows, columns, address of the packed
-groups, bytes of a group.
+groups, bytes from one group to the next.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ def groups(code, block, job, begin, end):
     It reads 16 rows side by side, which memory gives slowly, so they are asked for first, in the order of the file.
     """
     source, row_bytes, n_rows, n_cols = load_i64(job), load_i64(job + 8), load_i64(job + 16), load_i64(job + 24)
-    target, group_bytes = load_i64(job + 32), load_i64(job + 40)
+    target, stride = load_i64(job + 32), load_i64(job + 40)
     for group in range(begin, end):
         rows = min(16, n_rows - group * 16)
         first = source + group * 16 * row_bytes
         for line in range(first, first + rows * row_bytes, 64):
             prefetch(line)
-        call_function(code, first, row_bytes, rows, n_cols // block, target + group * group_bytes)
+        call_function(code, first, row_bytes, rows, n_cols // block, target + group * stride)
 
 
 @njit
 def floats(n_bytes, job, begin, end):
     """The same for a matrix of numbers of `n_bytes` bytes: 16 rows side by side, column after column."""
     source, row_bytes, n_rows, n_cols = load_i64(job), load_i64(job + 8), load_i64(job + 16), load_i64(job + 24)
-    target, group_bytes = load_i64(job + 32), load_i64(job + 40)
+    target, stride = load_i64(job + 32), load_i64(job + 40)
     for group in range(begin, end):
         rows = min(16, n_rows - group * 16)
         for start in range(0, n_cols, 64):
             for lane in range(rows):
                 row = source + (group * 16 + lane) * row_bytes
-                column = target + group * group_bytes + lane * n_bytes
+                column = target + group * stride + lane * n_bytes
                 for i in range(start, min(start + 64, n_cols)):
                     if n_bytes == 2:
                         store(column + i * 32, load_i16(row + i * 2))
