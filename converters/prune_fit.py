@@ -124,6 +124,8 @@ class Fitting(Streams):
         self._goal, self._result, self._fits, self._progress, self._n_fit = goal, result, fits, progress, n_fit
         self._half = len(batch.tokens) // 2
         self._dim = np.arange(self._c.dim) if goal.dim is None else goal.dim
+        only_layers = goal.dim is None and not goal.n_gone
+        self._first = min(goal.gone, default=0) - 1 if only_layers else 0  # layer in which anything changes
         before = last_before(goal.gone)
         self._ahead = {layer: ahead[end + 1] for layer, end in before.items() if end + 1 in ahead}
 
@@ -161,7 +163,9 @@ class Fitting(Streams):
         out[:n] = _affine(x[:n], w, b)
         if i in self._goal.gone:
             return out
-        if adds_to_stream(spec):
+        if i is not None and i < self._first:
+            out[n:] = out[:n]
+        elif adds_to_stream(spec):
             out[n:, self._dim] = self._fit(spec, x, out[:n], w, b)
         elif spec.shape[1] == "dim" and self._goal.dim is not None:
             out[n:] = self._reading(spec, x, out[:n], w, b)
