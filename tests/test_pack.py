@@ -98,7 +98,7 @@ def test_groups_of_weights_that_are_read_together_alternate(name: str) -> None:
         assert places.max() + 1 == start + form.span <= len(form.keep)
         assert np.array_equal(form.keep[places].reshape(-1), expected.keep[: expected.n_bytes])
     assert [form.stride // form.group_bytes for form in forms] == [1, 2, 1, 2, 1], "those that are alike"
-    assert forms[3].address == forms[1].address + forms[1].group_bytes
+    assert forms[1].address == forms[3].address + forms[3].group_bytes
     assert len(forms[0].keep) < sum(form.n_bytes for form in forms) + 64 * len(forms)
 
 

@@ -136,16 +136,18 @@ def arrange(tensors: Sequence[QTensor], pairs: Pairs = ()) -> tuple[list[Packed]
     """The packed forms of weights before there is memory for them, side by side from address 0 on; bytes in all.
 
     A weight of more than two dimensions counts as a matrix of all its rows, one of one dimension as a single row.
-    pairs: weights, by index, that one row of the op table reads together; where they are alike, their groups alternate.
+    pairs: weights, by index, that one row of the op table reads in turns, in that order; where they are alike, their
+    groups alternate.
     """
     forms, start = [_unplaced(tensor) for tensor in tensors], 0
-    partner = {one: other for pair in pairs for one, other in (pair, pair[::-1])}
+    pair_of = {i: pair for pair in pairs for i in pair}
     placed: set[int] = set()
     for i, form in enumerate(forms):
         if i in placed:
             continue
-        j = partner.get(i, i)
-        together = [i] if j in {i, *placed} or not _alike(form, forms[j]) else [i, j]
+        one, other = pair_of.get(i, (i, i))
+        alternate = one != other and placed.isdisjoint((one, other)) and _alike(forms[one], forms[other])
+        together = (one, other) if alternate else (i,)
         for k, at in enumerate(together):
             stride, address = len(together) * form.group_bytes, start + k * form.group_bytes
             forms[at] = replace(forms[at], address=address, stride=stride)
