@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.arch import TensorSpec
+from edgelm.arch import Rope, TensorSpec
 from edgelm.cache import Batch
 from edgelm.disk import Progress, nothing
 from edgelm.evaluate import score
+from edgelm.formats import QTensor
 from edgelm.reference import Reference
 from edgelm.weights import Layer
 
@@ -118,19 +120,19 @@ class Bridges:
 
 
 class _Seeing(Streams):
-    """Operations that fill `Bridges`."""
+    """Operations that keep the streams that enter layers, and the rest of `Bridges` if there are some."""
 
-    def __init__(self, runner: Reference, batch: Batch, seen: Bridges) -> None:
+    def __init__(self, runner: Reference, batch: Batch, streams: list[Floats], seen: Bridges | None) -> None:
         super().__init__(runner, batch)
-        self._seen = seen
+        self._streams, self._seen = streams, seen
 
     def entering(self, layer: int, x: Floats) -> None:
-        self._seen.streams.append(x)
+        self._streams.append(x)
 
     def linear(self, x: Floats, layer: Layer) -> Floats:
         y, name = super().linear(x, layer), layer.weight.name
         i = layer_of(name)
-        if i is not None and ends_layer(self._specs[name]):
+        if self._seen is not None and i is not None and ends_layer(self._specs[name]):
             self._seen.inputs[i] = x.copy()
             if (norm := self.post_norm(name)) is not None:
                 self._seen.outputs[i] = y, norm
@@ -143,20 +145,50 @@ def ends_layer(spec: TensorSpec) -> bool:
 
 
 class _Without(Streams):
-    """Operations in which the layers `gone` add nothing to the stream, and the matrices before them make up for it."""
+    """Operations in which the layers `gone` add nothing to the stream, and the matrices before them make up for it.
 
-    def __init__(self, runner: Reference, batch: Batch, gone: frozenset[int], bridges: Bridges | None) -> None:
+    streams: that enter the layers of the whole model. Up to the first layer in which anything changes nothing is
+    computed; its stream is known.
+    """
+
+    def __init__(
+        self, runner: Reference, batch: Batch, gone: frozenset[int], bridges: Bridges | None, streams: list[Floats]
+    ) -> None:
         super().__init__(runner, batch)
-        self._gone, self._bridges = gone, bridges
+        self._gone, self._bridges, self._streams = gone, bridges, streams
         self._ends: Mapping[int, int] = {} if bridges is None else last_before(gone)
+        self._first = min(gone) - (bridges is not None)
+
+    @property
+    def _is_known(self) -> bool:
+        return self._layer is not None and self._layer < self._first
+
+    def norm(self, x: Floats, weight: QTensor, bias: QTensor | None, compute: Any) -> Floats:
+        return x if self._is_known else super().norm(x, weight, bias, compute)
+
+    def rms_norm(self, x: Floats, weight: QTensor | None, eps: float, heads: int = 0) -> Floats:
+        return x if heads and self._is_known else super().rms_norm(x, weight, eps, heads)
+
+    def rope(self, x: Floats, rope: Rope, heads: int) -> Floats:
+        return x if self._is_known else super().rope(x, rope, heads)
+
+    def attention(
+        self, q: Floats, k: Floats, v: Floats, layer: int, scale: float, softcap: float = 0.0, causal: bool = True
+    ) -> Floats:
+        if self._is_known:
+            return np.zeros((len(q), self._c.n_heads * self._c.v_head_dim), np.float32)
+        return super().attention(q, k, v, layer, scale, softcap, causal)
 
     def linear(self, x: Floats, layer: Layer) -> Floats:
         name = layer.weight.name
         i = layer_of(name)
-        if i in self._gone:
+        ends = i is not None and ends_layer(self._specs[name])
+        if self._is_known and ends and i == self._first - 1:
+            return self._streams[self._first] - self._stream
+        if self._is_known or i in self._gone:
             return np.zeros((len(x), layer.weight.shape[0]), np.float32)
         y = super().linear(x, layer)
-        if self._bridges is not None and i is not None and i in self._ends and ends_layer(self._specs[name]):
+        if self._bridges is not None and ends and i is not None and i in self._ends:
             y = y + self._bridges.given(i, self._ends[i], x)
         return y
 
@@ -172,15 +204,17 @@ class Trial:
         if fit is not None:
             self._bridges = Bridges(c.norm_eps)
             n = max(1, min(fit.shape[1], _FIT_BYTES // (4 * len(fit) * c.n_layers * c.ffn_dim)))
-            run(source, fit[:, :n], partial(_Seeing, seen=self._bridges))
-        self._whole = Predictions(source, self._hidden(frozenset()))
+            run(source, fit[:, :n], partial(_Seeing, streams=self._bridges.streams, seen=self._bridges))
+        self._streams = list[Floats]()
+        hidden = run(source, self._tokens, partial(_Seeing, streams=self._streams, seen=None))
+        self._whole = Predictions(source, self._scored(hidden))
 
     def loss(self, gone: Iterable[int]) -> float:
-        """Mean KL divergence without these layers."""
-        return self._whole.kl(self._hidden(frozenset(gone)))
+        """Mean KL divergence without these layers, at least one."""
+        operations = partial(_Without, gone=frozenset(gone), bridges=self._bridges, streams=self._streams)
+        return self._whole.kl(self._scored(run(self._source, self._tokens, operations)))
 
-    def _hidden(self, gone: frozenset[int]) -> Floats:
-        hidden = run(self._source, self._tokens, partial(_Without, gone=gone, bridges=self._bridges))
+    def _scored(self, hidden: Floats) -> Floats:
         n = self._tokens.shape[1]
         hidden = hidden.reshape(*self._tokens.shape, -1)[:, max(n // 2, n - N_SCORED) :]
         return np.ascontiguousarray(hidden.reshape(-1, hidden.shape[-1]))
@@ -189,13 +223,13 @@ class Trial:
 def least_missed(source: Source, n: int, trial: Trial, progress: Progress = nothing) -> tuple[int, ...]:
     """The n layers that go when each time the one goes that is missed least.
 
-    After the first round only the better half, by the round before, is tried again.
+    After the first round only the better third, by the round before, is tried again.
     """
     gone, losses = list[int](), dict.fromkeys(range(source.config.n_layers), 0.0)
     for i in range(n):
         progress("choose layers", i, n)
         pool = sorted(losses.keys() - gone, key=lambda layer: (losses[layer], layer))
-        tried = pool[: max(_FEWEST_TRIED, len(pool) // 2)] if gone else pool
+        tried = pool[: max(_FEWEST_TRIED, len(pool) // 3)] if gone else pool
         losses |= {layer: trial.loss([*gone, layer]) for layer in tried}
         gone.append(min(tried, key=lambda layer: (losses[layer], layer)))
     progress("choose layers", n, n)

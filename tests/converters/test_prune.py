@@ -136,6 +136,19 @@ def test_a_gap_is_bridged_as_least_squares_says(has_norm: bool) -> None:
     np.testing.assert_allclose(more, expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("name", ["llama-bias", "gemma3", "gpt2", "phi3"])
+@pytest.mark.parametrize("is_bridged", [False, True])
+def test_what_lies_before_a_gap_need_not_be_computed(name: str, is_bridged: bool, tmp_path: Path) -> None:
+    source = calibrate.opened(checkpoints.read(tiny.tiny(name, folder=tmp_path, n_layers=5)))
+    chunks = np.array(TOKENS[:128], np.int32).reshape(4, 32)
+    trial = prune_depth.Trial(source, chunks[:2], chunks[2:] if is_bridged else None)
+    for gone in ([4], [2, 3], [1, 4], [3]):
+        quick = trial.loss(gone)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prune_depth._Without, "_is_known", False)
+            assert quick == pytest.approx(trial.loss(gone), rel=1e-3)
+
+
 @pytest.mark.parametrize("name", ["llama-bias", "gemma3", "phi3"])
 def test_layers_are_judged_by_what_pruning_leaves(name: str, tmp_path: Path) -> None:
     """The hidden states of tokens that are not fitted to are those of the pruned file."""
