@@ -232,11 +232,13 @@ def pack_into(
 def _alternating(tensors: Sequence[QTensor], forms: Sequence[Packed]) -> list[list[Weight]]:
     """Weights in the order of their places, those whose groups alternate together."""
     found: list[list[Weight]] = []
+    end = 0
     for tensor, form in sorted(zip(tensors, forms, strict=True), key=lambda weight: weight[1].address):
-        if found and form.address - found[-1][0][1].address < form.stride:
+        if form.address < end:
             found[-1].append((tensor, form))
         else:
             found.append([(tensor, form)])
+            end = form.address + form.span
     return found
 
 
