@@ -52,9 +52,9 @@ class Bench:
             floats = x + tokens * x_stride
             self.workspace[floats : floats + values.nbytes] = values.view(np.uint8).ravel()
             self._run([linear.row_quantize(floats, 4 * cols, cols, x, kind=kind)])
-        base = self.weights.ctypes.data
+        base, stride = self.weights.ctypes.data, size // -(-rows // 16)
         self.table = np.array(repeats * [
-            linear.row_linear(Packed(format, rows, cols, base + i * size, size), x, x_stride, y, 4 * rows)
+            linear.row_linear(Packed(format, rows, cols, base + i * size, size, stride), x, x_stride, y, 4 * rows)
             for i in range(copies)
         ], np.int64)  # fmt: skip
         self.n_bytes, self.macs = repeats * copies * size, repeats * copies * rows * cols * tokens
