@@ -7,7 +7,8 @@ changes no bit of the result:
     acc = fma(minimum, sum of d * x, acc), after both, if there are minima
 
 where sum is an exact integer, of 16 inputs, and d the scale of these activations. Where `Isa.joins_halves` and there is
-one scale, both halves go to acc at once, as fma(float(sum of the second), d, float(sum of the first) * d). Remainders
+one scale, both halves go to acc at once, as fma(float(sum of the second), d, float(sum of the first) * d); where the
+weights are so small that `Isa.joins`, as float(sum of the first * d + sum of the second * d), of integers. Remainders
 are summed up by themselves, in the same way, and that is added at the end.
 
 Knows formats as `blocks.Blocks`, machines as `isa.Isa`, activations as the record of `quantize`.
@@ -23,9 +24,10 @@ from numba.core import cgutils
 
 from edgelm.kernels import isas
 from edgelm.kernels.blocks import CHUNKS, Blocks, at
-from edgelm.kernels.emit import F32, I32, F32x16, emit_fma, load_at, spread, store_at
+from edgelm.kernels.emit import F32, I32, F32x16, I32x16, emit_fma, load_at, spread, store_at
 from edgelm.kernels.isa import Form, Isa
 from edgelm.kernels.records import (
+    FACTORS,
     MAGIC_HIGH,
     MAGIC_LOW,
     OFFSET_HIGH,
@@ -33,6 +35,7 @@ from edgelm.kernels.records import (
     SCALE_HIGH,
     SCALE_LOW,
     SCALED_SUM,
+    ZERO,
 )
 
 Value = ir.Value
@@ -47,6 +50,7 @@ class Tile:
     def __init__(self, context: Any, b: ir.IRBuilder, fmt: Blocks, form: Form, groups: int, tokens: int) -> None:
         self.context, self.b, self.fmt, self.form = context, b, fmt, form
         self.isa: Isa = isas.select(context)
+        self.whole = fmt.joins(self.isa)
         zero = ir.Constant(F32x16, None)
         self.acc = [[cgutils.alloca_once_value(b, zero) for _ in range(tokens)] for _ in range(groups)]
 
@@ -63,8 +67,9 @@ class Tile:
         for halves in ((0, 1),) if isa.joins_halves else ((0,), (1,)):
             sums = self._sums(weights, records, halves)
             for g, t in places:
-                if isa.joins_halves and fmt.halves == 1:
-                    self.add(g, first + t, self._joined(sums[0, g, t], sums[1, g, t], records[t]), scales[g][0])
+                if self.whole or (isa.joins_halves and fmt.halves == 1):
+                    join = self._whole if self.whole else self._joined
+                    self.add(g, first + t, join(sums[0, g, t], sums[1, g, t], records[t]), scales[g][0])
                     continue
                 for half in halves:
                     scaled = self._scaled(sums[half, g, t], records[t], half)
@@ -78,7 +83,7 @@ class Tile:
         """Exact sums of products by (half, group, token)."""
         b, isa, fmt, sums = self.b, self.isa, self.fmt, Sums()
         for half, (t, record), g in itertools.product(halves, enumerate(records), range(len(weights))):
-            sums[half, g, t] = isa.start(b, record, HALVES[half][0], self.form, fmt.bits, fmt.zero)
+            sums[half, g, t] = isa.start(b, record, HALVES[half][0], self.form, fmt.bits, fmt.zero and not self.whole)
         for i, half in itertools.product(range(CHUNKS // 2), halves):
             chunk = half * CHUNKS // 2 + i
             w = [group(chunk) for group in weights]
@@ -112,6 +117,13 @@ class Tile:
         high = self.b.sitofp(high, F32x16)
         return emit_fma(self.context, self.b, high, self.factor(record, 1), self._scaled(low, record, 0))
 
+    def _whole(self, low: Value, high: Value, record: Value) -> Value:
+        """The same of sums without the zero point of the weights, by integers."""
+        total = self.isa.join(self.b, low, high, self._integer(record, FACTORS))
+        if self.fmt.zero:
+            total = self.b.add(total, self._integer(record, ZERO))
+        return self.b.sitofp(total, F32x16)
+
     def factor(self, record: Value, half: int) -> Value:
         """d of half a block, in all lanes."""
         return self._float(record, HALVES[half][1])
@@ -130,6 +142,9 @@ class Tile:
         total = b.sub(I32(self.isa.first), load_at(b, at(b, record, offset), I32, 4))
         scaled = b.fmul(b.sitofp(total, F32), load_at(b, at(b, record, d), F32, 4))
         return spread(b, b.fmul(scaled, ir.Constant(F32, 1 / 128)), F32x16)
+
+    def _integer(self, record: Value, field: int) -> Value:
+        return spread(self.b, load_at(self.b, at(self.b, record, field), I32, 4), I32x16)
 
     def _float(self, record: Value, field: int) -> Value:
         return spread(self.b, load_at(self.b, at(self.b, record, field), F32, 4), F32x16)

@@ -128,6 +128,10 @@ class Blocks:
     def form(self, isa: Isa) -> Form:
         return isa.form(self.bits, self.zero)
 
+    def joins(self, isa: Isa) -> bool:
+        """Whether sums of both halves of a block go through `Isa.join`."""
+        return self.halves == 1 and isa.joins(self.bits)
+
     def factor(self, form: Form) -> float:
         """What sums of products must be multiplied with at the end: exact, a power of two."""
         return 2.0 ** (self.bits - 8) if form is Form.TOP else 1.0

@@ -35,7 +35,7 @@ class Code(IntEnum):
     SLAB_BLOCKS = 21  # that a tile goes over at a time
     SLAB_BYTES = 22
     FACTOR = 23  # of the sums: a power of two, as the bits of a float32
-    REST = 24  # adds the remainders of a slab; 0: there are none
+    REST = 24  # adds the remainders of a slab; 0: activations have no remainders, and no unit: see `records`
     SIZE = 25
 
 

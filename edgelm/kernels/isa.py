@@ -74,7 +74,7 @@ class Isa:
     shifts_bytes: ClassVar[bool] = False  # by an instruction, not only larger lanes
     magic: ClassVar[bool] = False  # whether sums start at MAGIC_BITS; only where there is a fused multiply-add
     joins_halves: ClassVar[bool] = False  # whether both halves of a block are added before a scale that they share
-    tile_pass: ClassVar[int] = 0  # tokens of a matrix tile whose sums are under way at the same time; 0: all
+    whole_scales: ClassVar[bool] = False  # whether records have their `records.FACTORS`, for `join`
     rest_tokens: ClassVar[int] = 1  # of a tile of remainders
 
     def form(self, bits: int, zero: bool) -> Form:
@@ -116,6 +116,25 @@ class Isa:
     def end(self, b: ir.IRBuilder, sums: Any) -> Value:
         """The sums as I32x16."""
         return sums
+
+    def joins(self, bits: int) -> bool:
+        """Whether sums of half a block with weights of `bits` bits, not less a zero point, fit into `join`."""
+        return False
+
+    def pass_tokens(self, joins: bool) -> int:
+        """Tokens of a matrix tile whose sums are under way at the same time; 0: all. joins: by `join`."""
+        return 0
+
+    def direct_sizes(self, joins: bool) -> tuple[int, ...]:
+        """`direct`, for sums that go through `join` or do not."""
+        return self.direct
+
+    def join(self, b: ir.IRBuilder, low: Value, high: Value, factors: Value) -> Value:
+        """low * one factor + high * the other, exactly: I32x16, of sums that fit into int16.
+
+        factors: two int16 in each lane.
+        """
+        raise NotImplementedError
 
     def step_pair(self, b: ir.IRBuilder, sums: Value, w: Value, x: Value) -> Value:
         """Adds the products of 8 inputs of two rows with those of two tokens, in each four lanes: see `pair_tiles`.

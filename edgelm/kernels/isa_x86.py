@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 from llvmlite import ir
 from llvmlite.binding import llvm_version_info
 
-from edgelm.kernels.emit import I8, I16, I8x64, call, repeat
+from edgelm.kernels.emit import I8, I16, I8x64, I32x16, assembler, call, repeat
 from edgelm.kernels.isa import X_MAX, Form, Isa, Narrow, Value, joined, parts
+from edgelm.kernels.records import BLOCK
 
 AMD = "sse4a"  # an extension that AMD's processors have, and nobody else's
 
@@ -59,11 +60,31 @@ class Vnni512Zen(Vnni512):
     """The same on AMD. What counts there are products and FMA (docs/LOG.md).
 
     With one group in a tile, every product reads its activations as it goes: a load and a product are one instruction.
+    Sums of 16 products with weights of four bits fit into int16, so one instruction multiplies those of both halves of
+    a block with whole scales and adds them; shifts are free beside products.
     """
 
     needs = (frozenset({"avx512vnni", "avx512bw", AMD}),)
-    magic, joins_halves = False, True
-    tokens, groups, tile_pass, rest_tokens = (12, 4, 2, 1), 1, 3, 4
+    magic, joins_halves, whole_scales = False, True, True
+    tokens, groups, rest_tokens = (12, 4, 2, 1), 1, 4
+
+    def form(self, bits: int, zero: bool) -> Form:
+        return Form.LOW if self.joins(bits) else super().form(bits, zero)
+
+    def joins(self, bits: int) -> bool:
+        return BLOCK // 2 * X_MAX * ((1 << bits) - 1) < 1 << 15
+
+    def pass_tokens(self, joins: bool) -> int:
+        return 6 if joins else 3
+
+    def direct_sizes(self, joins: bool) -> tuple[int, ...]:
+        return (2, 1) if joins else self.direct
+
+    def join(self, b: ir.IRBuilder, low: Value, high: Value, factors: Value) -> Value:
+        operands = [low, b.shl(high, repeat(I32x16, 16)), repeat(I32x16, 0xFFFF)]
+        pairs = assembler(b, I32x16, "vpternlogd $$0xe4, $3, $2, $0", "=v,0,v,v", operands)  # LLVM would permute words
+        words = ir.VectorType(I16, 32)
+        return call(b, "llvm.x86.avx512.pmaddw.d.512", I32x16, b.bitcast(pairs, words), b.bitcast(factors, words))
 
 
 class Vnni256(Vnni512):

@@ -10,7 +10,7 @@ those go over it again that have remainders there, listed once for all units wit
 
 from __future__ import annotations
 
-from numba import int8, njit
+from numba import float32, int8, njit
 
 from edgelm.kernels.abi import WORD, Env, Row
 from edgelm.kernels.block_tile import ROW
@@ -35,6 +35,7 @@ from edgelm.kernels.tiles import MAX_SLAB_BYTES, linear_code
 from edgelm.kernels.vector_math import gelu_f32, silu_f32
 
 SLAB_SCRATCH, OUT_SCRATCH = 2 * max(MAX_SLAB_BYTES, SLAB_BYTES), MAX_TOKENS * PAIR
+POWERS_SCRATCH = 4 * MAX_TOKENS
 LISTED = 256  # blocks of which lists are kept: more are listed again for each unit
 LISTS_SCRATCH = LISTED * LIST + WORD  # and how many tokens stand in all of them
 (
@@ -175,7 +176,7 @@ def units(code, op, env, begin, end):
     residual = residual + workspace if residual >= 0 else 0
     slab, out, rests, lists = scratch(SLAB_SCRATCH), scratch(OUT_SCRATCH), scratch(OUT_SCRATCH), scratch(LISTS_SCRATCH)
     listed = -1  # chunk of tokens that `lists` are of
-    power = splat_f32(load_f32(code + _FACTOR))
+    powers, power, in_units = scratch(POWERS_SCRATCH), load_f32(code + _FACTOR), load_i64(code + _REST) != 0
     for unit in range(begin, end):
         chunk = unit // units_per_chunk
         group = unit - chunk * units_per_chunk
@@ -190,10 +191,15 @@ def units(code, op, env, begin, end):
         record = x + first_token * x_stride
         step = 0 if unit + 1 == end else second - first + stride if up == 0 else stride
         known, listed = listed == chunk, chunk
+        if not known:
+            for t in range(n_tokens):
+                own_unit = load_f32(record + (t + 1) * x_stride - RECORD) if in_units else float32(1.0)
+                store(powers + 4 * t, power * own_unit)
         products(code, first, second, n_units, record, x_stride, n_tokens, slab, out, rests, lists, known, step)
         column, left = group * ROW, n_rows - group * 16
         for t in range(n_tokens):
-            low, high = mul_f32(load_f32x16(out + t * PAIR), power), mul_f32(load_f32x16(out + t * PAIR + ROW), power)
+            factor = splat_f32(load_f32(powers + 4 * t))
+            low, high = mul_f32(load_f32x16(out + t * PAIR), factor), mul_f32(load_f32x16(out + t * PAIR + ROW), factor)
             target = y + (first_token + t) * y_stride + column
             if up != 0:
                 gated = mul_f32(silu_f32(low) if activation == 1 else gelu_f32(low), high)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from edgelm.kernels import isas
@@ -13,6 +15,7 @@ from edgelm.kernels.abi import WORD, Env, Row
 from edgelm.kernels.emit import (
     F32,
     I8,
+    I16,
     I32,
     I64,
     F32x16,
@@ -29,14 +32,17 @@ from edgelm.kernels.functions import call_function
 from edgelm.kernels.int16_tiles import int16_record_code
 from edgelm.kernels.records import (
     BLOCK,
+    FACTORS,
     FLAG,
     MAGIC,
     MAGIC_LOW,
+    MAX_FACTOR,
     OFFSET_LOW,
     RECORD,
     SCALE_HIGH,
     SCALE_LOW,
     SCALED_SUM,
+    ZERO,
     activation_bytes,
 )
 from edgelm.kernels.simd import load_f32, load_i64, splat_i32, store, to_i8
@@ -71,11 +77,31 @@ def _pair(b: ir.IRBuilder, values: Value, address: Value) -> None:
     store_at(b, _shuffle(b, values, undefined(values.type), [0, 1]), address, 4)
 
 
-def _write_block(context: Any, b: ir.IRBuilder, halves: list[Value], target: Value) -> None:
-    """Writes the 64 bytes of a record for 32 float32, two vectors."""
+def _maximum(b: ir.IRBuilder, x: Value, y: Value) -> Value:
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
 
-    def maximum(x, y):
-        return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+def _float_scales(b: ir.IRBuilder, peaks: Value) -> tuple[Value, Value]:
+    """d of blocks whose largest magnitudes are `peaks`, and what values are multiplied with. F32x4"""
+    scales = b.fmul(peaks, repeat(F32x4, 1 / 127))
+    scales = b.bitcast(b.and_(b.bitcast(scales, I32x4), repeat(I32x4, -4)), F32x4)  # so that MAGIC * d is exact
+    normal = b.fcmp_ordered(">=", scales, repeat(F32x4, TINY))
+    inverses = b.select(normal, b.fdiv(repeat(F32x4, 1.0), scales), repeat(F32x4, 0.0))
+    return b.select(normal, scales, repeat(F32x4, 0.0)), inverses
+
+
+def _whole_scales(b: ir.IRBuilder, peaks: Value, inverse_unit: Value) -> tuple[Value, Value]:
+    """The same in whole units."""
+    units, most = spread(b, inverse_unit, F32x4), repeat(F32x4, MAX_FACTOR - 1)
+    wanted = b.fmul(b.fmul(peaks, repeat(F32x4, 1 / 127)), units)
+    wanted = b.select(b.fcmp_ordered("<", wanted, most), wanted, most)
+    scales = b.sitofp(b.add(b.fptosi(wanted, I32x4), repeat(I32x4, 1)), F32x4)
+    return scales, b.fdiv(units, scales)
+
+
+def _write_block(context: Any, b: ir.IRBuilder, halves: list[Value], target: Value, inverse_unit: Value) -> None:
+    """Writes the 64 bytes of a record for 32 float32, two vectors."""
+    isa = isas.select(context)
 
     def at(offset):
         return b.add(target, I64(offset))
@@ -83,12 +109,9 @@ def _write_block(context: Any, b: ir.IRBuilder, halves: list[Value], target: Val
     def both(values, i):
         return _shuffle(b, values, undefined(values.type), [i] * 16)
 
-    peaks = _reduce(b, *(call(b, "llvm.fabs.v16f32", F32x16, x) for x in halves), maximum)
-    scales = b.fmul(peaks, repeat(F32x4, 1 / 127))
-    scales = b.bitcast(b.and_(b.bitcast(scales, I32x4), repeat(I32x4, -4)), F32x4)  # so that MAGIC * d is exact
-    normal = b.fcmp_ordered(">=", scales, repeat(F32x4, TINY))
-    inverses = b.select(normal, b.fdiv(repeat(F32x4, 1.0), scales), repeat(F32x4, 0.0))
-    scales = b.select(normal, scales, repeat(F32x4, 0.0))
+    peaks = _reduce(b, *(call(b, "llvm.fabs.v16f32", F32x16, x) for x in halves), partial(_maximum, b))
+    whole = isa.whole_scales
+    scales, inverses = _whole_scales(b, peaks, inverse_unit) if whole else _float_scales(b, peaks)
     quants = []
     for i, x in enumerate(halves):
         rounded = b.fadd(b.fmul(x, both(inverses, i)), repeat(F32x16, MAGIC))  # to nearest even
@@ -99,40 +122,78 @@ def _write_block(context: Any, b: ir.IRBuilder, halves: list[Value], target: Val
     _pair(b, scales, at(SCALE_LOW))
     total = b.fadd(*(b.extract_element(scaled, I32(i)) for i in range(2)))
     store_at(b, total, at(SCALED_SUM), 4)
-    _pair(b, b.fmul(scales, repeat(F32x4, -MAGIC)), at(MAGIC_LOW))
-    first = repeat(I32x4, isas.select(context).first)
+    if whole:
+        factors = b.fptosi(scales, I32x4)
+        _pair(b, b.trunc(factors, ir.VectorType(I16, 4)), at(FACTORS))
+        zeros = b.mul(b.mul(factors, sums), repeat(I32x4, -8))
+        store_at(b, b.add(*(b.extract_element(zeros, I32(i)) for i in range(2))), at(ZERO), 4)
+    else:
+        _pair(b, b.fmul(scales, repeat(F32x4, -MAGIC)), at(MAGIC_LOW))
+    first = repeat(I32x4, isa.first)
     _pair(b, b.sub(first, b.mul(sums, repeat(I32x4, 128))), at(OFFSET_LOW))
     store_at(b, I32(0), at(FLAG), 4)
 
 
 @intrinsic
-def quantize_block(typingctx, source, target):
-    """Writes the 64 bytes of a record for 32 float32."""
+def write_unit(typingctx, x, n_cols, place):
+    """Stores the unit of the record of `n_cols` float32 at `x`, and 1 / unit, to `place`."""
 
     def codegen(context, b, sig, args):
-        _write_block(context, b, [load_at(b, b.add(args[0], I64(i)), F32x16) for i in (0, 64)], args[1])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
-
-
-@intrinsic
-def quantize_rest(typingctx, source, target, rest):
-    """What the record at `target` is short of for 32 float32: its remainder, to `rest`, and its flag."""
-
-    def codegen(context, b, sig, args):
-        source, target, rest = args
-        halves = []
-        for i in range(2):
-            scale = spread(b, load_at(b, b.add(target, I64(SCALE_LOW + 4 * i)), F32, 4), F32x16)
-            q = b.sitofp(load_at(b, b.add(target, I64(16 * i)), I8x16), F32x16)
-            x = load_at(b, b.add(source, I64(64 * i)), F32x16)
-            halves.append(emit_fma(context, b, b.fneg(q), scale, x))
-        _write_block(context, b, halves, rest)
-        store_at(b, I32(1), b.add(target, I64(FLAG)), 4)
+        x, n_cols, place = args
+        unit = inverse = ir.Constant(F32, 1.0)
+        if isas.select(context).whole_scales:
+            largest = cgutils.alloca_once_value(b, repeat(I32x16, 0))  # as bits: NaN is larger than infinity
+            with cgutils.for_range(b, b.lshr(n_cols, I64(4)), intp=I64) as loop:
+                bits = load_at(b, b.add(x, b.shl(loop.index, I64(6))), I32x16)
+                bits, old = b.and_(bits, repeat(I32x16, 0x7FFFFFFF)), b.load(largest)
+                b.store(b.select(b.icmp_unsigned(">", bits, old), bits, old), largest)
+            bits = call(b, "llvm.vector.reduce.umax.v16i32", I32, b.load(largest))
+            bits = b.bitcast(b.fmul(b.bitcast(bits, F32), ir.Constant(F32, 1 / 127)), I32)
+            exponent = b.sub(b.lshr(bits, I32(23)), I32(14))  # of the largest d, less the bits of MAX_FACTOR but one
+            usable = b.icmp_signed(">", exponent, I32(0))
+            finite = b.icmp_unsigned("<", bits, I32(0x7F800000))
+            unit = b.bitcast(b.shl(exponent, I32(23)), F32)
+            unit = b.select(usable, b.select(finite, unit, ir.Constant(F32, float("nan"))), ir.Constant(F32, 0.0))
+            inverse = b.bitcast(b.shl(b.sub(I32(254), exponent), I32(23)), F32)
+            inverse = b.select(b.and_(usable, finite), inverse, ir.Constant(F32, 0.0))
+        store_at(b, unit, place, 4)
+        store_at(b, inverse, b.add(place, I64(4)), 4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def quantize_block(typingctx, source, target, unit):
+    """Writes the 64 bytes of a record for 32 float32. unit: address of that, from `write_unit`."""
+
+    def codegen(context, b, sig, args):
+        source, target, unit = args
+        inverse = load_at(b, b.add(unit, I64(4)), F32, 4)
+        _write_block(context, b, [load_at(b, b.add(source, I64(i)), F32x16) for i in (0, 64)], target, inverse)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def quantize_rest(typingctx, source, target, rest, unit):
+    """What the record at `target` is short of for 32 float32: its remainder, to `rest`, and its flag."""
+
+    def codegen(context, b, sig, args):
+        source, target, rest, unit = args
+        halves, inverse = [], load_at(b, b.add(unit, I64(4)), F32, 4)
+        for i in range(2):
+            scale = b.fmul(load_at(b, b.add(target, I64(SCALE_LOW + 4 * i)), F32, 4), load_at(b, unit, F32, 4))
+            scale = spread(b, scale, F32x16)
+            q = b.sitofp(load_at(b, b.add(target, I64(16 * i)), I8x16), F32x16)
+            x = load_at(b, b.add(source, I64(64 * i)), F32x16)
+            halves.append(emit_fma(context, b, b.fneg(q), scale, x))
+        _write_block(context, b, halves, rest, inverse)
+        store_at(b, I32(1), b.add(target, I64(FLAG)), 4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), codegen
 
 
 @njit
@@ -153,13 +214,15 @@ def quantize_row(x, n_cols, out, limit):
     """Writes the record of the `n_cols` float32 at address `x` to address `out`; limit: see `records`."""
     n_blocks = n_cols // BLOCK
     total = 0.0
-    for i in range(n_blocks):
-        quantize_block(x + 4 * BLOCK * i, out + RECORD * i)
-        total += inexactness(out + RECORD * i)
     rest = out + RECORD * (n_blocks + n_blocks % 2)
+    unit = rest + RECORD * (n_blocks + n_blocks % 2)
+    write_unit(x, n_cols, unit)
+    for i in range(n_blocks):
+        quantize_block(x + 4 * BLOCK * i, out + RECORD * i, unit)
+        total += inexactness(out + RECORD * i)
     for i in range(n_blocks):
         if inexactness(out + RECORD * i) * n_blocks > limit * total:
-            quantize_rest(x + 4 * BLOCK * i, out + RECORD * i, rest + RECORD * i)
+            quantize_rest(x + 4 * BLOCK * i, out + RECORD * i, rest + RECORD * i, unit)
         else:
             clear(rest + RECORD * i)
     if n_blocks % 2 == 1:

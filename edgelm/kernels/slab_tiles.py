@@ -5,7 +5,7 @@
 
 A slab has for each block eight int8 vectors, scales and minima, ready to multiply; sums lie as (token, 2, 16) float32.
 A processor's registers do not hold the sums of all tokens of a tile twice, exact and as floats, so a tile may go over
-a block in passes of some tokens (`Isa.tile_pass`): the sums of one become floats while the products of the next run.
+a block in passes of some tokens (`Isa.pass_tokens`): the sums of one become floats while the products of the next run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _SlabTile:
         self.b, self.fmt, self.isa, self.slabs = b, fmt, isas.select(context), slabs
         self.copies = 2 if self.isa.two_by_two and n_tokens == 1 else 1  # a token goes with itself
         self.tile: Any = Tile(context, b, fmt, fmt.form(self.isa), len(slabs), n_tokens * self.copies)
-        self.sums = self.tile.acc
+        self.sums, self.joins = self.tile.acc, self.tile.whole
         if self.isa.two_by_two:
             self.tile = PairTile(self.tile)
 
@@ -66,12 +66,12 @@ class _SlabTile:
         )
 
     def add_in_passes(self, slabs: list[Value], record: Value, stride: Value, n_tokens: int) -> None:
-        """The same for all tokens, `stride` apart: no more at a time than `Isa.tile_pass`.
+        """The same for all tokens, `stride` apart: no more at a time than `Isa.pass_tokens`.
 
         LLVM would begin all passes at once. But the addresses of the next depend on this one's sums, and on what became
         of the ones before.
         """
-        b, size = self.b, self.isa.tile_pass or n_tokens
+        b, size = self.b, self.isa.pass_tokens(self.joins) or n_tokens
         done: list[Value] = []
         for first in range(0, n_tokens, size):
             n = min(size, n_tokens - first)

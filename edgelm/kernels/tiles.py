@@ -271,7 +271,11 @@ def code_fields(context: Any, b: ir.IRBuilder, blocks: Blocks) -> dict[int, Any]
         return function_address(context, b.module, blocks, emit, n_args, *numbers)
 
     return {
-        **tile_fields(isa.direct, lambda tokens: function(_direct, 8, tokens, isa.direct_groups), Code.DIRECT),
+        **tile_fields(
+            isa.direct_sizes(blocks.joins(isa)),
+            lambda tokens: function(_direct, 8, tokens, isa.direct_groups),
+            Code.DIRECT,
+        ),
         **tile_fields(isa.tokens, lambda tokens: function(_tile, 8, tokens)),
         Code.DIRECT_MOST: isa.direct_most,
         Code.UNPACK: function(_unpack, 5),

@@ -42,12 +42,26 @@ def activations(n_tokens: int, n_cols: int, seed: int = 1) -> np.ndarray:
     return (rng.standard_normal((n_tokens, n_cols)) * rng.uniform(0.1, 3, (n_tokens, n_cols))).astype(np.float32)
 
 
-def quantized(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+WHOLE = isas.select(cpu_target.target_context).whole_scales
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """(tokens, 1, 1) float32: in what scales are given. With `WHOLE`, the largest has 15 bits before the point."""
+    peak = np.abs(x).max(axis=-1)[:, None, None] * np.float32(1 / 127)
+    exponent = (peak.view(np.int32) >> 23) - 14
+    return np.where(exponent > 0, exponent << 23, 0).astype(np.int32).view(np.float32) if WHOLE else np.ones_like(peak)
+
+
+def quantized(x: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What a record holds of `x`: int8 (tokens, blocks of 16, 16) and float32 scales (tokens, blocks of 16, 1)."""
     blocks = x.reshape(len(x), -1, 16)
     scale = np.abs(blocks).max(axis=-1, keepdims=True) * np.float32(1 / 127)
-    scale = (scale.view(np.int32) & -4).view(np.float32)
     with np.errstate(divide="ignore", over="ignore"):
+        if WHOLE:
+            inverse = np.where(units == 0, np.float32(0), 1 / units)
+            whole = np.minimum(scale * inverse, np.float32(32766)).astype(np.int32) + 1
+            return np.rint(blocks * (inverse / whole.astype(np.float32))).astype(np.int8), whole.astype(np.float32)
+        scale = (scale.view(np.int32) & -4).view(np.float32)
         inverse = np.where(scale < np.finfo(np.float32).tiny, np.float32(0), np.float32(1) / scale)
     return np.rint(blocks * inverse).astype(np.int8), np.where(inverse == 0, np.float32(0), scale)
 
@@ -60,11 +74,12 @@ def has_remainder(scale: np.ndarray, limit: float = LIMIT) -> np.ndarray:
 
 def represented(x: np.ndarray, limit: float) -> np.ndarray:
     """What a record stands for, as float64."""
-    q, scale = quantized(x)
-    first = (q * scale.astype(np.float64)).reshape(x.shape)
+    units = unit(x)
+    q, scale = quantized(x, units)
+    first = (q * scale.astype(np.float64) * units).reshape(x.shape)
     chosen = np.repeat(has_remainder(scale, limit), 32, axis=1)
-    q, scale = quantized((x - first).astype(np.float32))
-    return first + np.where(chosen, (q * scale.astype(np.float64)).reshape(x.shape), 0)
+    q, scale = quantized((x - first).astype(np.float32), units)
+    return first + np.where(chosen, (q * scale.astype(np.float64) * units).reshape(x.shape), 0)
 
 
 class Product:
@@ -160,7 +175,7 @@ def test_what_records_are_short_of_is_added(name: str, limit: float) -> None:
     x[::2, 77] = 100
     product = Product(packed, x, limit)
     size = np.abs(x.reshape(len(x), -1, 16)).max(axis=-1, keepdims=True)
-    error = np.abs(product.exact - x).reshape(len(x), -1, 16) / size
+    error = np.maximum(np.abs(product.exact - x).reshape(len(x), -1, 16) - unit(x) * WHOLE, 0) / size
     least = 1 / 250**2
     assert error.max() < least if limit == 0 else error[::2, 77 // 16].max() < least < error.max()
     result = product.linear(packed)
@@ -250,13 +265,17 @@ def test_records() -> None:
     target = space.take(4 * size)
     space.set(Env.N_TOKENS, 4)
     space.run(linear.row_quantize(source, stride, 160, target))
-    lines = space.bytes_at(target, 4 * size).reshape(4, -1)[:, : 12 * 64].reshape(4, 2, 6, 64)
-    q, scale = quantized(x)
+    lines = space.bytes_at(target, 4 * size).reshape(4, -1)
+    ends, lines = lines[:, 12 * 64 :].copy().view(np.float32), lines[:, : 12 * 64].reshape(4, 2, 6, 64)
+    units = unit(x)
+    q, scale = quantized(x, units)
     flags = has_remainder(scale)
     assert flags[3].tolist() == [False, True, False, False, False]
     check_lines(lines[:, 0, :5], q, scale, flags)
-    rest = (x - (q * scale.astype(np.float64)).reshape(x.shape)).astype(np.float32)
-    check_lines(lines[:, 1, :5][flags], *(part.reshape(4, 5, -1)[flags] for part in quantized(rest)))
+    rest = (x - (q * scale.astype(np.float64) * units).reshape(x.shape)).astype(np.float32)
+    check_lines(lines[:, 1, :5][flags], *(part.reshape(4, 5, -1)[flags] for part in quantized(rest, units)))
+    assert np.array_equal(ends[:, :1], units[..., 0])
+    assert np.array_equal(ends[:, 1] * ends[:, 0], ends[:, 0] != 0)
     assert not lines[:, 1, :5][~flags].any() and not lines[:, :, 5].any()
 
 
@@ -268,7 +287,12 @@ def check_lines(lines: np.ndarray, q: np.ndarray, scale: np.ndarray, flags: np.n
     sums, scale = q.reshape(*shape, 2, 16).astype(np.int32).sum(axis=-1), scale.reshape(*shape, 2)
     assert np.array_equal(floats[..., :2], scale)
     assert np.array_equal(floats[..., 2], (scale * sums.astype(np.float32)).sum(axis=-1))
-    assert np.array_equal(floats[..., 3:5].astype(np.float64), -1.5 * 2.0**23 * scale.astype(np.float64))
+    if WHOLE:
+        factors = scale.astype(np.int32)
+        assert np.array_equal(np.ascontiguousarray(lines[..., 44:48]).view(np.int16), factors)
+        assert np.array_equal(ints[..., 4], -8 * (factors * sums).sum(axis=-1))
+    else:
+        assert np.array_equal(floats[..., 3:5].astype(np.float64), -1.5 * 2.0**23 * scale.astype(np.float64))
     first = isas.select(cpu_target.target_context).first
     assert first in (0, np.float32(1.5 * 2**23).view(np.int32))
     assert np.array_equal(ints[..., 5:7], first - 128 * sums)
