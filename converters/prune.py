@@ -326,7 +326,7 @@ def _chosen(
     cosines, angles, carried = prune_scores.watched(source, tokens, progress)
     layers = LAYER_CHOICES.get(method, least_influence)(angles if method == "angular" else cosines, n_layers_gone)
     if spec.depth and method == "loss":
-        layers = prune_depth.chosen(source, tokens, n_layers_gone, (layers,), spec.refit, progress)
+        layers = prune_depth.chosen(source, tokens, n_layers_gone, layers, progress)
     n_channels = c.dim - (spec.hidden.of(c.dim, "hidden", _unit(c.dim)) if spec.hidden else 0)
     channels = np.argsort(-carried, kind="stable")[:n_channels]
     return np.isin(np.arange(c.n_layers), layers), np.isin(np.arange(c.dim), channels)

@@ -85,43 +85,29 @@ def fitted(source: Source, tokens: NDArray[np.int32], goal: Goal, fits: Fits, pr
 
     Raises FormatError when the model computes something that is not a number.
     """
-    result = Result()
-    _fitted(source, tokens, tokens.size, goal, result, fits, progress)
-    return result
-
-
-def tried(source: Source, tokens: NDArray[np.int32], unseen: NDArray[np.int32], goal: Goal) -> tuple[Floats, Floats]:
-    """Last hidden states (tokens, D) of chunks that are not fitted to: of the original model, and of the pruned one."""
-    both = np.concatenate([tokens, unseen])
-    hidden = _fitted(source, both, tokens.size, goal, Result(), Fits(None, ""), nothing)
-    return hidden[tokens.size : both.size], hidden[both.size + tokens.size :]
-
-
-def _fitted(
-    source: Source, tokens: NDArray[np.int32], n_fit: int, goal: Goal, result: Result, fits: Fits, progress: Progress
-) -> Floats:
-    """Last hidden states of both models, fitted to the first n_fit tokens."""
     c, ahead = source.config, dict[int, Floats]()
     if goal.refit and c.spec.family == "decoder":  # an encoder's stream is normalised behind each sum
         wanted = frozenset(end + 1 for end in last_before(goal.gone).values())
         if wanted:
             run(source, tokens, lambda runner, batch: Keeping(runner, batch, wanted, ahead))
-    return run(
+    result = Result()
+    run(
         source,
         np.concatenate([tokens, tokens]),
-        lambda runner, batch: Fitting(runner, batch, n_fit, goal, ahead, result, fits, progress),
+        lambda runner, batch: Fitting(runner, batch, goal, ahead, result, fits, progress),
     )
+    return result
 
 
 class Fitting(Streams):
     """Operations on rows of which the first half is the original model's, the second the pruned one's."""
 
     def __init__(
-        self, runner: Reference, batch: Batch, n_fit: int, goal: Goal, ahead: Mapping[int, Floats], result: Result,
+        self, runner: Reference, batch: Batch, goal: Goal, ahead: Mapping[int, Floats], result: Result,
         fits: Fits, progress: Progress,
     ) -> None:  # fmt: skip
         super().__init__(runner, batch)
-        self._goal, self._result, self._fits, self._progress, self._n_fit = goal, result, fits, progress, n_fit
+        self._goal, self._result, self._fits, self._progress = goal, result, fits, progress
         self._half = len(batch.tokens) // 2
         self._dim = np.arange(self._c.dim) if goal.dim is None else goal.dim
         only_layers = goal.dim is None and not goal.n_gone
@@ -203,7 +189,6 @@ class Fitting(Streams):
 
     def _sums(self, x: Floats, missing: Floats) -> tuple[Sums, Sums]:
         """Of the tokens to fit, and of the last ones, to judge the fit by."""
-        x, missing = x[: self._n_fit], missing[: self._n_fit]
         cut = len(x) - len(x) // _JUDGE
         return Sums.of(x[:cut], missing[:cut]), Sums.of(x[cut:], missing[cut:])
 

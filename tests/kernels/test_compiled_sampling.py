@@ -18,6 +18,8 @@ rows = st.builds(
     st.integers(0, 2**32), st.integers(1, 400), st.sampled_from([0.0, 0.3, 3.0, 30.0]), st.integers(0, 500),
     st.integers(0, 7),
 )  # fmt: skip
+# Changes of a logit are no smaller than its last places: beyond that, ties are decided by how each side rounds.
+penalties = st.integers(-2000, 2000).map(lambda n: n / 1000)
 chains = st.fixed_dictionaries(
     {"top_k": st.integers(1, CAPACITY), "seed": st.integers(0, 2**64 - 1)},
     optional={
@@ -27,8 +29,8 @@ chains = st.fixed_dictionaries(
         "top_n_sigma": st.floats(-1, 3), "adaptive_target": st.floats(-1, 1), "dynatemp_range": st.floats(0, 1),
         "temperature": st.sampled_from([0.0, 1e-20, 1e-4, 0.1, 0.8, 1.0, 3.0]),
         "top_p": st.floats(0, 1.1), "min_p": st.floats(0, 1.1), "min_keep": st.integers(0, 200),
-        "repeat_penalty": st.floats(0.1, 10), "frequency_penalty": st.floats(-2, 2),
-        "presence_penalty": st.floats(-2, 2), "repeat_last_n": st.integers(-1, 9),
+        "repeat_penalty": st.floats(0.1, 10), "frequency_penalty": penalties,
+        "presence_penalty": penalties, "repeat_last_n": st.integers(-1, 9),
         "dry_multiplier": st.floats(0, 5), "dry_allowed_length": st.integers(0, 3),
         "logit_bias": st.sampled_from([{}, {0: 3.5}, {0: -math.inf}]),
     },
