@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.cache import Batch
 from edgelm.evaluate import score
 from edgelm.models import model_of
-from edgelm.reference import Operations, Reference
+from edgelm.reference import Reference
 
 from .chunks import Source
 
@@ -18,24 +16,25 @@ N_TOKENS, N_SCORED = 96, 64  # of each sequence; its end is scored
 _KEPT_BYTES = 1 << 30  # of weights as float32
 
 
+def beginnings(tokens: NDArray[np.int32], n_sequences: int) -> tuple[NDArray[np.int32], int]:
+    """How some chunks of a text begin, taken from all over it; and the first place in each that is scored."""
+    some = np.linspace(0, len(tokens) - 1, min(n_sequences, len(tokens))).astype(int)
+    found = tokens[some, :N_TOKENS]
+    n = found.shape[1]
+    return found, max(n // 2, n - N_SCORED)
+
+
 class Probe:
     """A model that runs again and again; whoever has it changes `runner` in between.
 
-    tokens: int32 (chunks, n_ctx) of a text; the beginnings of `n_sequences` chunks are read. operations: as `Reference`
-    takes them. Not for encoders, which predict nothing.
+    tokens: int32 (chunks, n_ctx) of a text; the beginnings of `n_sequences` chunks are read. Not for encoders, which
+    predict nothing.
     """
 
-    def __init__(
-        self, source: Source, tokens: NDArray[np.int32], n_sequences: int,
-        operations: Callable[[Reference, Batch], Operations] | None = None,
-    ) -> None:  # fmt: skip
-        some = np.linspace(0, len(tokens) - 1, min(n_sequences, len(tokens))).astype(int)
-        c, self._tokens = source.config, tokens[some, :N_TOKENS]
-        n = self._tokens.shape[1]
-        self._first = max(n // 2, n - N_SCORED)
-        self.runner = Reference(
-            model_of(c), c, source.weights, n_ctx=n, max_weight_bytes=_KEPT_BYTES, operations=operations
-        )
+    def __init__(self, source: Source, tokens: NDArray[np.int32], n_sequences: int) -> None:
+        c, (self._tokens, self._first) = source.config, beginnings(tokens, n_sequences)
+        n_ctx = self._tokens.shape[1]
+        self.runner = Reference(model_of(c), c, source.weights, n_ctx=n_ctx, max_weight_bytes=_KEPT_BYTES)
         self._base = self._logits()
         self._targets = np.zeros(len(self._base), np.int64)
 

@@ -7,7 +7,7 @@ place was tried as well, and is no better: docs/LOG.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,11 +23,12 @@ from edgelm.reference import Reference
 from edgelm.weights import Layer
 
 from .chunks import Source
-from .streams import Streams, adds_to_stream, layer_of, run
+from .probe import beginnings
+from .streams import Keeping, Streams, adds_to_stream, layer_of, run
 
 Floats = NDArray[np.float32]
 
-N_SEQUENCES, N_TOKENS, N_SCORED = 4, 96, 64  # that layers are tried on; the end of each is scored
+N_SEQUENCES = 4  # that layers are tried on
 _FEWEST_TRIED = 4  # layers in each round
 _LIKELY = 32  # tokens that the model finds most probable, at each place
 _STRIP = 1 << 14  # rows of the output matrix at a time
@@ -74,17 +75,6 @@ def _logits(hidden: Floats, layer: Layer, rows: NDArray[np.intp]) -> Floats:
     return logits
 
 
-class _Seeing(Streams):
-    """Operations that keep the streams that enter layers."""
-
-    def __init__(self, runner: Reference, batch: Batch, streams: list[Floats]) -> None:
-        super().__init__(runner, batch)
-        self._streams = streams
-
-    def entering(self, layer: int, x: Floats) -> None:
-        self._streams.append(x)
-
-
 def ends_layer(spec: TensorSpec) -> bool:
     """Whether this is the last matrix of a layer that adds to the stream."""
     return adds_to_stream(spec) and spec.shape[1] == "ffn_dim"
@@ -97,7 +87,7 @@ class _Without(Streams):
     there is known.
     """
 
-    def __init__(self, runner: Reference, batch: Batch, gone: frozenset[int], streams: list[Floats]) -> None:
+    def __init__(self, runner: Reference, batch: Batch, gone: frozenset[int], streams: Mapping[int, Floats]) -> None:
         super().__init__(runner, batch)
         self._gone, self._streams, self._first = gone, streams, min(gone)
 
@@ -135,9 +125,9 @@ class Trial:
     """How far a decoder's predictions move without some layers, on chunks of tokens (chunks, n_ctx)."""
 
     def __init__(self, source: Source, tokens: NDArray[np.int32]) -> None:
-        some = np.linspace(0, len(tokens) - 1, min(N_SEQUENCES, len(tokens))).astype(int)
-        self._source, self._tokens, self._streams = source, tokens[some, :N_TOKENS], list[Floats]()
-        hidden = run(source, self._tokens, partial(_Seeing, streams=self._streams))
+        self._source, (self._tokens, self._first) = source, beginnings(tokens, N_SEQUENCES)
+        self._streams, layers = dict[int, Floats](), frozenset(range(source.config.n_layers))
+        hidden = run(source, self._tokens, partial(Keeping, wanted=layers, kept=self._streams))
         self._whole = Predictions(source, self._scored(hidden))
 
     def loss(self, gone: Iterable[int]) -> float:
@@ -146,8 +136,7 @@ class Trial:
         return self._whole.kl(self._scored(run(self._source, self._tokens, operations)))
 
     def _scored(self, hidden: Floats) -> Floats:
-        n = self._tokens.shape[1]
-        hidden = hidden.reshape(*self._tokens.shape, -1)[:, max(n // 2, n - N_SCORED) :]
+        hidden = hidden.reshape(*self._tokens.shape, -1)[:, self._first :]
         return np.ascontiguousarray(hidden.reshape(-1, hidden.shape[-1]))
 
 

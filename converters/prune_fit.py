@@ -30,7 +30,7 @@ from edgelm.weights import Layer
 from .chunks import Source
 from .fits import Fit, Fits
 from .refit import Sums, choose, fit
-from .streams import Keeping, Streams, adds_to_stream, before_norm, importance, layer_of, rms, run
+from .streams import Keeping, Streams, adds_to_stream, layer_of, rms, run
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.intp]
@@ -226,11 +226,11 @@ class Fitting(Streams):
         wanted = theirs + added
         if i in self._ahead and spec.shape[1] == "ffn_dim":  # the layers behind it go
             wanted = self._ahead[i]
-        weights = importance(wanted)
+        weights = _importance(wanted)
         more: Floats = wanted[:, dim] - own
         if post is None:
             return more, weights
-        change, size = before_norm(more - added[:, dim], y, post, self._c.norm_eps, dim)
+        change, size = _before_norm(more - added[:, dim], y, post, self._c.norm_eps, dim)
         return y[:, dim] + change, weights / size
 
     def _groups(self, spec: TensorSpec) -> tuple[Indices, str]:
@@ -267,6 +267,25 @@ class Fitting(Streams):
             return start
         errors = _square(y - start), _square(y)
         return self._settle(spec, student, w[:, dim], b, np.arange(len(dim)), self._sums(student, y - start), errors)
+
+
+def _importance(stream: Floats) -> Floats:
+    """The weight of each token (T, 1), by how small the stream is."""
+    weights: Floats = 1 / np.sqrt(np.mean(stream * stream, axis=1, keepdims=True) + 1e-12)
+    return weights
+
+
+def _before_norm(
+    missing: Floats, y: Floats, w: Floats, eps: float, dim: Indices | slice = slice(None)
+) -> tuple[Floats, Floats]:
+    """What is missing behind a norm with weights w, as a change of what goes into it, y; and the size of y (T, 1).
+
+    The norm divides by the size of what goes in: give it the original's size, and what comes out is as wanted.
+    """
+    size: Floats = np.sqrt(np.mean(y * y, axis=1, keepdims=True) + eps)
+    w = w[dim]
+    floor = 0.1 * float(np.mean(w * w))  # a channel that the norm nearly closes is no lever
+    return missing * (w / (w * w + floor)) * size, size
 
 
 def _square(x: Floats) -> float:

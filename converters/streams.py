@@ -24,7 +24,6 @@ from edgelm.weights import Layer
 from .chunks import Source
 
 Floats = NDArray[np.float32]
-Indices = NDArray[np.intp]
 
 
 def layer_of(name: str) -> int | None:
@@ -154,22 +153,3 @@ class Keeping(Streams):
     def entering(self, layer: int, x: Floats) -> None:
         if layer in self._wanted:
             self._kept[layer] = x.copy()
-
-
-def importance(stream: Floats) -> Floats:
-    """The weight of each token (T, 1), by how small the stream is."""
-    weights: Floats = 1 / np.sqrt(np.mean(stream * stream, axis=1, keepdims=True) + 1e-12)
-    return weights
-
-
-def before_norm(
-    missing: Floats, y: Floats, w: Floats, eps: float, dim: Indices | slice = slice(None)
-) -> tuple[Floats, Floats]:
-    """What is missing behind a norm with weights w, as a change of what goes into it, y; and the size of y (T, 1).
-
-    The norm divides by the size of what goes in: give it the original's size, and what comes out is as wanted.
-    """
-    size: Floats = np.sqrt(np.mean(y * y, axis=1, keepdims=True) + eps)
-    w = w[dim]
-    floor = 0.1 * float(np.mean(w * w))  # a channel that the norm nearly closes is no lever
-    return missing * (w / (w * w + floor)) * size, size

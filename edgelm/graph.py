@@ -7,7 +7,7 @@ take and what shape they give, but neither how nor in which order they are compu
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,17 +87,20 @@ def matrices(nodes: Iterable[Node]) -> list[Matrix]:
     return list(dict.fromkeys(matrix for matrix in found if isinstance(matrix, Matrix)))
 
 
+def gated(mul: Node) -> Iterator[tuple[Node, Node]]:
+    """(activation, up), if a product is activation(gate(x)) * up(x) of two linear layers; either way round."""
+    for activation, up in (mul.inputs, mul.inputs[::-1]):
+        if activation.kind == "activation" and up.kind == "linear":
+            gate = activation.inputs[0]
+            if gate.kind == "linear" and gate.inputs == up.inputs:
+                yield activation, up
+
+
 def gates(nodes: Iterable[Node], among: Sequence[Matrix]) -> list[tuple[int, int]]:
-    """(gate, up), as places in `among`, of the values that are activation(gate(x)) * up(x)."""
-    places, found = {matrix: i for i, matrix in enumerate(among)}, []
-    for node in nodes:
-        for activation, up in (node.inputs, node.inputs[::-1]) if node.kind == "mul" else ():
-            gate = activation.inputs[0] if activation.inputs else activation
-            if activation.kind != "activation" or not gate.kind == up.kind == "linear" or gate.inputs != up.inputs:
-                continue
-            if gate.args["matrix"] in places and up.args["matrix"] in places:
-                found.append((places[gate.args["matrix"]], places[up.args["matrix"]]))
-    return found
+    """(gate, up), as places in `among`, of the products that are `gated`."""
+    places = {matrix: i for i, matrix in enumerate(among)}
+    found = [(a.inputs[0].args["matrix"], up.args["matrix"]) for n in nodes if n.kind == "mul" for a, up in gated(n)]
+    return [(places[gate], places[up]) for gate, up in found if gate in places and up in places]
 
 
 class Recorder:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from .arch import Config, Pairing, Rope
 from .errors import UnsupportedError
 from .formats import QTensor
-from .graph import OUTPUTS, TOKENS, Matrix, Node
+from .graph import OUTPUTS, TOKENS, Matrix, Node, gated
 from .kernels.abi import Env, Row
 from .kernels.records import LIMIT
 from .pages import GroupLayout
@@ -145,12 +145,11 @@ class Lowering:
         return None
 
     def _gate(self, mul: Node) -> tuple[Node, Node] | None:
-        """(activation, up) of a product that is activation(gate(x)) * up(x)."""
-        for activation, up in (mul.inputs, mul.inputs[::-1]):
-            if not (self._sole(activation, "activation") and self._sole(up, "linear")):
-                continue
+        """(activation, up) of a product that is `gated`, if one row can compute it and nothing else needs its parts."""
+        for activation, up in gated(mul):
             gate = activation.inputs[0]
-            if not self._sole(gate, "linear") or gate.inputs != up.inputs or gate.n_cols != up.n_cols:
+            sole = self._sole(activation, "activation") and self._sole(up, "linear") and self._sole(gate, "linear")
+            if not sole or gate.n_cols != up.n_cols:
                 continue
             known = activation.args["function"] in self._linear.ACTIVATIONS
             plain = gate.args["bias"] is None and up.args["bias"] is None

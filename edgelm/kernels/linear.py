@@ -13,7 +13,7 @@ import numpy as np
 from edgelm.errors import UnsupportedError
 from edgelm.kernels import compiler, int16
 from edgelm.kernels.abi import Env, Row
-from edgelm.kernels.packing import Packed, is_float, pack, pack_all
+from edgelm.kernels.packing import Packed, alike, is_float, pack, pack_all
 from edgelm.kernels.records import LIMIT, MAX_TOKENS, activation_bytes
 
 __all__ = [
@@ -134,7 +134,7 @@ def row_gated(
 
 def can_gate(gate: Packed, up: Packed) -> bool:
     """Whether `row_gated` can do these two in one pass."""
-    return (gate.format, gate.n_rows, gate.n_cols, gate.stride) == (up.format, up.n_rows, up.n_cols, up.stride)
+    return alike(gate, up) and gate.stride == up.stride
 
 
 def _linear(packed: Packed, units: int, x: tuple[int, int], y: tuple[int, int], count: int) -> list[int]:

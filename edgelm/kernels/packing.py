@@ -146,7 +146,7 @@ def arrange(tensors: Sequence[QTensor], pairs: Pairs = ()) -> tuple[list[Packed]
         if i in placed:
             continue
         one, other = pair_of.get(i, (i, i))
-        alternate = one != other and placed.isdisjoint((one, other)) and _alike(forms[one], forms[other])
+        alternate = one != other and placed.isdisjoint((one, other)) and alike(forms[one], forms[other])
         together = (one, other) if alternate else (i,)
         for k, at in enumerate(together):
             stride, address = len(together) * form.group_bytes, start + k * form.group_bytes
@@ -162,7 +162,8 @@ def _unplaced(tensor: QTensor) -> Packed:
     return Packed(format, n_rows, n_cols, 0, packed_bytes(format, n_rows, n_cols), 0, original)
 
 
-def _alike(one: Packed, other: Packed) -> bool:
+def alike(one: Packed, other: Packed) -> bool:
+    """Whether two matrices have the same format and shape."""
     return (one.format, one.n_rows, one.n_cols) == (other.format, other.n_rows, other.n_cols)
 
 
