@@ -13,15 +13,16 @@ from typing import Any
 
 from llvmlite import ir
 
-from edgelm.kernels.blocks import Blocks, Int, Value, at, f16_lanes, f32_lanes, i8_lanes, u8_lanes
+from edgelm.kernels.blocks import Blocks, Value, at, f16_lanes, f32_lanes, i8_lanes, u8_lanes
 from edgelm.kernels.emit import F32x16, I32x16, repeat
+from edgelm.kernels.lanes import Int, Place, Rows
 
 Scales = tuple[list[Value], list[Value]]
 
 
-def nibbles(source: Int) -> list[Int]:
+def nibbles(source: Rows) -> list[Int]:
     """Sixteen bytes: low nibbles are inputs 0-15, high nibbles 16-31."""
-    words = [(source + 4 * i).load() for i in range(4)]
+    words = source.words(4)
     return [word & 0x0F0F0F0F for word in words] + [(word >> 4) & 0x0F0F0F0F for word in words]
 
 
@@ -41,8 +42,8 @@ class _Scaled(Blocks):
     def scales(self, context: Any, b: ir.IRBuilder, unit: Value, block: Value) -> Scales:
         return [f16_lanes(context, b, at(b, unit, 0, block, 32))], []
 
-    def pack_scales(self, source: Int, part: Int, unit: Int, block: Int, lane: Int) -> None:
-        (unit + block * 32 + lane * 2).store(source.load(16), 16)
+    def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
+        (unit + block * 32).store(source.load(16), 16)
 
 
 class _ScaledMinimum(Blocks):
@@ -52,33 +53,34 @@ class _ScaledMinimum(Blocks):
     def scales(self, context: Any, b: ir.IRBuilder, unit: Value, block: Value) -> Scales:
         return [f16_lanes(context, b, unit)], [f16_lanes(context, b, at(b, unit, 32))]
 
-    def pack_scales(self, source: Int, part: Int, unit: Int, block: Int, lane: Int) -> None:
-        (unit + lane * 2).store(source.load(16), 16)
-        (unit + lane * 2 + 32).store((source + 2).load(16), 16)
+    def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
+        both = source.load()
+        unit.store(both, 16)
+        (unit + 32).store(both >> 16, 16)
 
 
 class Q8_0(_Scaled):
     file_bytes, planes, bits = 34, ((8, 0),), 8
 
-    def words(self, source: Int, part: Int) -> list[Int]:
-        return [(source + 2 + 4 * i).load() for i in range(8)]
+    def words(self, source: Rows, part: Int) -> list[Int]:
+        return (source + 2).words(8)
 
 
 class Q4_0(_Scaled):
     file_bytes = 18
 
-    def words(self, source: Int, part: Int) -> list[Int]:
+    def words(self, source: Rows, part: Int) -> list[Int]:
         return nibbles(source + 2)
 
 
 class Q4_1(_ScaledMinimum):
     file_bytes = 20
 
-    def words(self, source: Int, part: Int) -> list[Int]:
+    def words(self, source: Rows, part: Int) -> list[Int]:
         return nibbles(source + 4)
 
 
-def _five_bits(source: Int) -> list[Int]:
+def _five_bits(source: Rows) -> list[Int]:
     """Four bytes of fifth bits, then nibbles."""
     high = source.load()
     return [word | spread(high, 4 * i) << 4 for i, word in enumerate(nibbles(source + 4))]
@@ -87,14 +89,14 @@ def _five_bits(source: Int) -> list[Int]:
 class Q5_0(_Scaled):
     file_bytes, planes, bits = 22, ((4, 0), (1, 4)), 5
 
-    def words(self, source: Int, part: Int) -> list[Int]:
+    def words(self, source: Rows, part: Int) -> list[Int]:
         return _five_bits(source + 2)
 
 
 class Q5_1(_ScaledMinimum):
     file_bytes, planes, bits = 24, ((4, 0), (1, 4)), 5
 
-    def words(self, source: Int, part: Int) -> list[Int]:
+    def words(self, source: Rows, part: Int) -> list[Int]:
         return _five_bits(source + 4)
 
 
@@ -116,36 +118,33 @@ class _ScalesAndMinima(Blocks):
         minimum = _times(b, f16_lanes(context, b, at(b, unit, 32)), u8_lanes(b, at(b, unit, 192, block, 16)))
         return [scale], [b.fneg(minimum)]
 
-    def pack_scales(self, source: Int, part: Int, unit: Int, block: Int, lane: Int) -> None:
-        (unit + lane * 2).store(source.load(16), 16)
-        (unit + lane * 2 + 32).store((source + 2).load(16), 16)
-        packed = source + 4 + part
-        first, i = part.below(4), part.value.type
-        low = packed.load(8)  # scale of blocks 0-3, minimum of 4-7 less 4
-        mid = (packed + Int(part.b, part.b.select(first, i(4), i(0)))).load(8)
-        high = (packed + Int(part.b, part.b.select(first, i(0), i(4)))).load(8)
-        top = (packed + Int(part.b, part.b.select(first, i(0), i(-4)))).load(8)  # its upper bits: of scale part
-        scale = (low & 63).where((high & 15) | ((top >> 6) << 4), first)
-        minimum = (mid & 63).where((high >> 4) | ((low >> 6) << 4), first)
-        (unit + block * 16 + lane + 64).store(scale, 8)
-        (unit + block * 16 + lane + 192).store(minimum, 8)
+    def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
+        d, *packed = source.words(4)
+        unit.store(d, 16)
+        (unit + 32).store(d >> 16, 16)
+        shift, first = ((part & 3) * 8).i32(), part.below(4)
+        low, mid, high = ((word >> shift) & 255 for word in packed)  # scales and minima of 0-3, lower halves of 4-7
+        scale = (low & 63).where((high & 15) | (low >> 6) << 4, first)
+        minimum = (mid & 63).where((high >> 4) | (mid >> 6) << 4, first)
+        (unit + block * 16 + 64).store(scale, 8)
+        (unit + block * 16 + 192).store(minimum, 8)
 
 
 class Q4_K(_ScalesAndMinima):
     file_bytes = 144
 
-    def words(self, source: Int, part: Int) -> list[Int]:
+    def words(self, source: Rows, part: Int) -> list[Int]:
         start, shift = source + 16 + (part >> 1) * 32, ((part & 1) * 4).i32()
-        return [((start + 4 * i).load() >> shift) & 0x0F0F0F0F for i in range(8)]
+        return [(word >> shift) & 0x0F0F0F0F for word in start.words(8)]
 
 
 class Q5_K(_ScalesAndMinima):
     file_bytes, planes, bits = 176, ((4, 0), (1, 4)), 5
 
-    def words(self, source: Int, part: Int) -> list[Int]:
+    def words(self, source: Rows, part: Int) -> list[Int]:
         start, shift, bit = source + 48 + (part >> 1) * 32, ((part & 1) * 4).i32(), part.i32()
-        low = [((start + 4 * i).load() >> shift) & 0x0F0F0F0F for i in range(8)]
-        return [w | (((source + 16 + 4 * i).load() >> bit) & 0x01010101) << 4 for i, w in enumerate(low)]
+        low = [(word >> shift) & 0x0F0F0F0F for word in start.words(8)]
+        return [w | ((h >> bit) & 0x01010101) << 4 for w, h in zip(low, (source + 16).words(8), strict=True)]
 
 
 class _ScalesOfHalves(Blocks):
@@ -157,43 +156,43 @@ class _ScalesOfHalves(Blocks):
         d = f16_lanes(context, b, unit)
         return [_times(b, d, i8_lanes(b, at(b, unit, 64 + 16 * half, block, 32))) for half in range(2)], []
 
-    def _store(self, unit: Int, block: Int, lane: Int, d: Int, scales: list[Int]) -> None:
-        (unit + lane * 2).store(d, 16)
+    def _store(self, unit: Place, block: Int, d: Int, scales: list[Int]) -> None:
+        unit.store(d, 16)
         for half, scale in enumerate(scales):
-            (unit + block * 32 + lane + 64 + 16 * half).store(scale, 8)
+            (unit + block * 32 + 64 + 16 * half).store(scale, 8)
 
 
 class Q6_K(_ScalesOfHalves):
     file_bytes, planes, bits = 210, ((4, 0), (2, 4)), 6
 
-    def words(self, source: Int, part: Int) -> list[Int]:
+    def words(self, source: Rows, part: Int) -> list[Int]:
         half, quarter = part >> 2, part & 3
         low, shift_low = source + half * 64 + (quarter & 1) * 32, ((quarter >> 1) * 4).i32()
         high, shift_high = source + 128 + half * 32, (quarter * 2).i32()
-        words = [((low + 4 * i).load() >> shift_low) & 0x0F0F0F0F for i in range(8)]
-        return [w | (((high + 4 * i).load() >> shift_high) & 0x03030303) << 4 for i, w in enumerate(words)]
+        words = [(word >> shift_low) & 0x0F0F0F0F for word in low.words(8)]
+        return [w | ((h >> shift_high) & 0x03030303) << 4 for w, h in zip(words, high.words(8), strict=True)]
 
-    def pack_scales(self, source: Int, part: Int, unit: Int, block: Int, lane: Int) -> None:
-        scales = [(source + 192 + part * 2 + half).load(8) for half in range(2)]
-        self._store(unit, block, lane, (source + 208).load(16), scales)
+    def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
+        scales = (source + 192 + part * 2).load(16)
+        self._store(unit, block, (source + 208).load(16), [scales, scales >> 8])
 
 
 class Q3_K(_ScalesOfHalves):
     file_bytes, planes, bits, header = 110, ((2, 0), (1, 2)), 3, 288 + 32
 
-    def words(self, source: Int, part: Int) -> list[Int]:
+    def words(self, source: Rows, part: Int) -> list[Int]:
         low, shift, bit = source + 32 + (part >> 2) * 32, ((part & 3) * 2).i32(), part.i32()
-        words = [((low + 4 * i).load() >> shift) & 0x03030303 for i in range(8)]
-        return [w | (((source + 4 * i).load() >> bit) & 0x01010101) << 2 for i, w in enumerate(words)]
+        words = [(word >> shift) & 0x03030303 for word in low.words(8)]
+        return [w | ((h >> bit) & 0x01010101) << 2 for w, h in zip(words, source.words(8), strict=True)]
 
-    def pack_scales(self, source: Int, part: Int, unit: Int, block: Int, lane: Int) -> None:
+    def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
         scales = []
         for half in range(2):
             i = part * 2 + half
             low = ((source + 96 + (i & 7)).load(8) >> ((i >> 3) * 4).i32()) & 15
             high = ((source + 104 + (i & 3)).load(8) >> ((i >> 2) * 2).i32()) & 3
             scales.append((low | high << 4) - 32)
-        self._store(unit, block, lane, (source + 108).load(16), scales)
+        self._store(unit, block, (source + 108).load(16), scales)
 
 
 class Q2_K(Blocks):
@@ -209,15 +208,16 @@ class Q2_K(Blocks):
         minima = [_times(b, dmin, b.lshr(pair, repeat(I32x16, 4))) for pair in both]
         return scales, [b.fneg(minimum) for minimum in minima]
 
-    def words(self, source: Int, part: Int) -> list[Int]:
+    def words(self, source: Rows, part: Int) -> list[Int]:
         low, shift = source + 16 + (part >> 2) * 32, ((part & 3) * 2).i32()
-        return [((low + 4 * i).load() >> shift) & 0x03030303 for i in range(8)]
+        return [(word >> shift) & 0x03030303 for word in low.words(8)]
 
-    def pack_scales(self, source: Int, part: Int, unit: Int, block: Int, lane: Int) -> None:
-        (unit + lane * 2).store((source + 80).load(16), 16)
-        (unit + lane * 2 + 32).store((source + 82).load(16), 16)
+    def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
+        d, both = (source + 80).load(), (source + part * 2).load(16)
+        unit.store(d, 16)
+        (unit + 32).store(d >> 16, 16)
         for half in range(2):
-            (unit + block * 32 + lane + 64 + 16 * half).store((source + part * 2 + half).load(8), 8)
+            (unit + block * 32 + 64 + 16 * half).store(both >> 8 * half, 8)
 
 
 # --- levels from a table
@@ -229,7 +229,7 @@ _E2M1_TWICE = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
 class IQ4_NL(_Scaled):
     file_bytes, bits, table = 18, 8, _IQ4_LEVELS
 
-    def words(self, source: Int, part: Int) -> list[Int]:
+    def words(self, source: Rows, part: Int) -> list[Int]:
         return nibbles(source + 2)
 
 
@@ -241,14 +241,14 @@ class IQ4_XS(Blocks):
     def scales(self, context: Any, b: ir.IRBuilder, unit: Value, block: Value) -> Scales:
         return [_times(b, f16_lanes(context, b, unit), i8_lanes(b, at(b, unit, 64, block, 16)))], []
 
-    def words(self, source: Int, part: Int) -> list[Int]:
+    def words(self, source: Rows, part: Int) -> list[Int]:
         return nibbles(source + 8 + part * 16)
 
-    def pack_scales(self, source: Int, part: Int, unit: Int, block: Int, lane: Int) -> None:
-        (unit + lane * 2).store(source.load(16), 16)
+    def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
+        unit.store(source.load(16), 16)
         high = ((source + 2).load(16) >> (part * 2).i32()) & 3
         low = ((source + 4 + (part >> 1)).load(8) >> ((part & 1) * 4).i32()) & 15
-        (unit + block * 16 + lane + 64).store((low | high << 4) - 32, 8)
+        (unit + block * 16 + 64).store((low | high << 4) - 32, 8)
 
 
 class MXFP4(Blocks):
@@ -264,11 +264,11 @@ class MXFP4(Blocks):
         bits = b.select(b.icmp_unsigned("<", e, repeat(I32x16, 2)), subnormal, normal)
         return [b.bitcast(bits, F32x16)], []
 
-    def words(self, source: Int, part: Int) -> list[Int]:
+    def words(self, source: Rows, part: Int) -> list[Int]:
         return nibbles(source + 1)
 
-    def pack_scales(self, source: Int, part: Int, unit: Int, block: Int, lane: Int) -> None:
-        (unit + block * 16 + lane).store(source.load(8), 8)
+    def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
+        (unit + block * 16).store(source.load(8), 8)
 
 
 class INT8(Blocks):
@@ -280,9 +280,9 @@ class INT8(Blocks):
     def scales(self, context: Any, b: ir.IRBuilder, unit: Value, block: Value) -> Scales:
         return [f32_lanes(b, unit), f32_lanes(b, at(b, unit, 64))], []
 
-    def words(self, source: Int, part: Int) -> list[Int]:
-        return [(source + 8 + 4 * i).load() for i in range(8)]
+    def words(self, source: Rows, part: Int) -> list[Int]:
+        return (source + 8).words(8)
 
-    def pack_scales(self, source: Int, part: Int, unit: Int, block: Int, lane: Int) -> None:
+    def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
         for half in range(2):
-            (unit + lane * 4 + 64 * half).store((source + 4 * half).load())
+            (unit + 64 * half).store((source + 4 * half).load())

@@ -5,8 +5,8 @@ first the scales of the unit, lane by lane, then for each block its quants as bi
 of 64 bytes; bit field k of vector v holds *chunk* v + p * k, a chunk being four neighbouring inputs of each of the 16
 rows: row r in lane r of 32 bits. So unpacking a chunk is a shift, a mask and, for formats of two planes, an or.
 
-`Blocks` turns that description into code: vectors for the kernels, scalar words for packing. The formats themselves are
-in `block_formats`. Zero bytes are zero weights in every format, so what pads needs no care.
+`Blocks` turns that description into code: vectors for the kernels, integers of 16 rows for packing. The formats are in
+`block_formats`. Zero bytes are zero weights in every format, so what pads needs no care.
 
 Knows nothing of activations or of how a machine multiplies, except the form it wants weights in (`isa.Form`).
 """
@@ -17,61 +17,13 @@ from typing import Any, ClassVar
 
 from llvmlite import ir
 
-from edgelm.kernels.emit import I8, I16, I32, F32x16, I8x64, I32x16, load_at, repeat, store_at, widen_f16
+from edgelm.kernels.emit import I8, I16, F32x16, I8x64, I32x16, load_at, repeat, widen_f16
 from edgelm.kernels.isa import Form, Isa
+from edgelm.kernels.lanes import ROWS, Int, Place, Rows
 
 Value = ir.Value
-ROWS = 16  # rows of a group
 CHUNKS = 8  # of a block of 32 inputs
 BLOCKS: dict[str, Blocks] = {}
-
-
-class Int:
-    """An integer of the generated code that can be calculated with as in C; shifts to the right bring in zeros."""
-
-    def __init__(self, b: ir.IRBuilder, value: Value) -> None:
-        self.b, self.value = b, value
-
-    def _with(self, emit: Any, other: Int | int) -> Int:
-        return Int(self.b, emit(self.value, other.value if isinstance(other, Int) else self.value.type(other)))
-
-    def __add__(self, other: Int | int) -> Int:
-        return self._with(self.b.add, other)
-
-    def __sub__(self, other: Int | int) -> Int:
-        return self._with(self.b.sub, other)
-
-    def __mul__(self, other: Int | int) -> Int:
-        return self._with(self.b.mul, other)
-
-    def __and__(self, other: Int | int) -> Int:
-        return self._with(self.b.and_, other)
-
-    def __or__(self, other: Int | int) -> Int:
-        return self._with(self.b.or_, other)
-
-    def __lshift__(self, other: Int | int) -> Int:
-        return self._with(self.b.shl, other)
-
-    def __rshift__(self, other: Int | int) -> Int:
-        return self._with(self.b.lshr, other)
-
-    def where(self, other: Int, condition: Value) -> Int:
-        return Int(self.b, self.b.select(condition, self.value, other.value))
-
-    def below(self, other: int) -> Value:
-        return self.b.icmp_signed("<", self.value, self.value.type(other))
-
-    def i32(self) -> Int:
-        return Int(self.b, self.b.trunc(self.value, I32))
-
-    def load(self, bits: int = 32) -> Int:
-        """The unsigned integer of `bits` bits at this address, as an int32."""
-        found = load_at(self.b, self.value, ir.IntType(bits))
-        return Int(self.b, found if bits == 32 else self.b.zext(found, I32))
-
-    def store(self, number: Int, bits: int = 32) -> None:
-        store_at(self.b, number.value if bits == 32 else self.b.trunc(number.value, ir.IntType(bits)), self.value)
 
 
 class Blocks:
@@ -115,12 +67,12 @@ class Blocks:
         """Scales and minima of a block of the unit at address `unit`: one or two F32x16, and as many or no minima."""
         raise NotImplementedError
 
-    def words(self, source: Int, part: Int) -> list[Int]:
-        """The eight chunks of one row as int32, a quant in each byte: block `part` of the file's block at `source`."""
+    def words(self, source: Rows, part: Int) -> list[Int]:
+        """The eight chunks of each row as int32, a quant in each byte: block `part` of the file's block at `source`."""
         raise NotImplementedError
 
-    def pack_scales(self, source: Int, part: Int, unit: Int, block: Int, lane: Int) -> None:
-        """Stores scales and minima of the same to block `block` of `unit`, row `lane`."""
+    def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
+        """Stores scales and minima of the same to block `block` of `unit`."""
         raise NotImplementedError
 
     # --- vectors
@@ -163,10 +115,10 @@ class Blocks:
 
     # --- packing
 
-    def pack(self, source: Int, part: Int, unit: Int, block: Int, lane: Int) -> None:
-        """Code that packs one block of one row."""
+    def pack(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
+        """Code that packs one block of each row."""
         words = self.words(source, part)
-        target = unit + block * self.quant_bytes + lane * 4 + self.header
+        target = unit + (block * self.quant_bytes + self.header)
         for bits, at in self.planes:
             for v in range(bits):
                 value = None
@@ -176,7 +128,7 @@ class Blocks:
                     value = field if value is None else value | field
                 (target + 64 * v).store(value)
             target = target + 64 * bits
-        self.pack_scales(source, part, unit, block, lane)
+        self.pack_scales(source, part, unit, block)
 
 
 def _bytes(value: int) -> int:

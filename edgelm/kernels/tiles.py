@@ -30,10 +30,11 @@ from edgelm.kernels import (
     isas,
 )
 from edgelm.kernels.block_tile import ROW, Tile
-from edgelm.kernels.blocks import BLOCKS, CHUNKS, Blocks, Int, at
+from edgelm.kernels.blocks import BLOCKS, CHUNKS, Blocks, at
 from edgelm.kernels.emit import F32, I8, I32, I64, F32x16, I32x16, load_at, prefetch_at, spread, store_at
 from edgelm.kernels.functions import Code, address_of, code_address, function_address, stack, tile_fields
 from edgelm.kernels.isa import Form
+from edgelm.kernels.lanes import Int, Place, Rows
 from edgelm.kernels.pair_tiles import doubled, paired
 from edgelm.kernels.records import FLAG, RECORD
 from edgelm.kernels.slab_tiles import _rest, _tile, slab_block_bytes
@@ -234,14 +235,13 @@ def _lane(b: ir.IRBuilder, own: Value, k: int) -> Value:
 def _pack(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) -> None:
     """(source, row_bytes, n_rows, n_blocks, target): rows of a file, at most 16, to a packed group."""
     source, row_bytes, n_rows, n_blocks, target = args
+    rows = Rows.of(b, source, row_bytes, n_rows)
     with cgutils.for_range(b, n_blocks, intp=I64) as loop:
         unit, block = _locate(b, blocks, target, loop.index)
         place = b.udiv(loop.index, I64(blocks.file_blocks))
         part = b.sub(loop.index, b.mul(place, I64(blocks.file_blocks)))
-        place = b.add(source, b.mul(place, I64(blocks.file_bytes)))
-        with cgutils.for_range(b, n_rows, intp=I64) as inner:
-            row = b.add(place, b.mul(inner.index, row_bytes))
-            blocks.pack(*(Int(b, value) for value in (row, part, unit, block, inner.index)))
+        place = b.mul(place, I64(blocks.file_bytes))
+        blocks.pack(rows + Int(b, place), Int(b, part), Place(b, unit, n_rows), Int(b, block))
 
 
 # --- the way to them from Numba
