@@ -53,15 +53,15 @@ def packed_file(path: Path) -> packed.PackedFile:
 
 
 # sha256 of `packing.LAYOUT` packed weights: what differs is not what older files hold, so the number has to be raised.
-LAYOUT = 3
+LAYOUT = 4
 PACKED = {
     "Q8_0 as Q8_0": "3c84b8b14d15cd2b",
     "Q4_0 as Q4_0": "135906bd65bac791",
     "Q4_1 as Q4_1": "60f2f949aa3b5fba",
     "Q5_0 as Q5_0": "d21b7585a3c6a278",
     "Q5_1 as Q5_1": "f0f991e7879c90ef",
-    "Q4_K as Q4_K": "edde4cf7f3e0794a",
-    "Q5_K as Q5_K": "461d84bee6512999",
+    "Q4_K as Q4_K": "0c16d586cb7fdafe",
+    "Q5_K as Q5_K": "bdcad90852ec88a9",
     "Q6_K as Q6_K": "3bfdb4be0a8d7736",
     "Q3_K as Q3_K": "f9590c0057e14178",
     "Q2_K as Q2_K": "31bf5d984e1dca8a",

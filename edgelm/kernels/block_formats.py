@@ -9,12 +9,13 @@ Knows nothing of how machines multiply.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from llvmlite import ir
 
 from edgelm.kernels.blocks import Blocks, Value, at, f16_lanes, f32_lanes, i8_lanes, u8_lanes
-from edgelm.kernels.emit import F32x16, I32x16, repeat
+from edgelm.kernels.emit import F32x16, I8x64, I32x16, load_at, repeat, stack, store_at
 from edgelm.kernels.lanes import Int, Place, Rows
 
 Scales = tuple[list[Value], list[Value]]
@@ -39,8 +40,8 @@ class _Scaled(Blocks):
 
     blocks, file_blocks, header = 2, 1, 64
 
-    def scales(self, context: Any, b: ir.IRBuilder, unit: Value, block: Value) -> Scales:
-        return [f16_lanes(context, b, at(b, unit, 0, block, 32))], []
+    def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
+        return [f16_lanes(context, b, at(b, head, 0, block, 32))], []
 
     def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
         (unit + block * 32).store(source.load(16), 16)
@@ -50,8 +51,8 @@ class _ScaledMinimum(Blocks):
     blocks, file_blocks, header = 1, 1, 64
     zero, minimum = False, True
 
-    def scales(self, context: Any, b: ir.IRBuilder, unit: Value, block: Value) -> Scales:
-        return [f16_lanes(context, b, unit)], [f16_lanes(context, b, at(b, unit, 32))]
+    def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
+        return [f16_lanes(context, b, head)], [f16_lanes(context, b, at(b, head, 32))]
 
     def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
         both = source.load()
@@ -100,7 +101,7 @@ class Q5_1(_ScaledMinimum):
         return _five_bits(source + 4)
 
 
-# --- K-quants: super-blocks of 256. Small scales are widened to a byte; `part` is the block of 32 in the super-block
+# --- K-quants: super-blocks of 256. Small scales have a byte each, if nothing else is said; `part` is the block of 32
 
 
 def _times(b: ir.IRBuilder, factor: Value, integers: Value) -> Value:
@@ -108,26 +109,42 @@ def _times(b: ir.IRBuilder, factor: Value, integers: Value) -> Value:
 
 
 class _ScalesAndMinima(Blocks):
-    """Q4_K and Q5_K: d, dmin, then eight scales and eight minima of 6 bits."""
+    """Q4_K and Q5_K: d, dmin, then eight scales and eight minima of 6 bits.
 
-    header = 64 + 2 * 128
+    In the header lie the lower four bits of a block's scales and minima in 16 bytes, then, two for each, their upper
+    ones: of the scales of blocks 0-3 and 4-7, then of the minima. Opened, each has a byte. So a header is read at once:
+    memory sees a stream in order (docs/LOG.md), and the bytes are as many as in the file.
+    """
+
+    header = 64 + 128 + 64
     zero, minimum = False, True
 
-    def scales(self, context: Any, b: ir.IRBuilder, unit: Value, block: Value) -> Scales:
-        scale = _times(b, f16_lanes(context, b, unit), u8_lanes(b, at(b, unit, 64, block, 16)))
-        minimum = _times(b, f16_lanes(context, b, at(b, unit, 32)), u8_lanes(b, at(b, unit, 192, block, 16)))
-        return [scale], [b.fneg(minimum)]
+    def opened(self, b: ir.IRBuilder, unit: Value) -> Value:
+        place = stack(b, 64 + 2 * 128)
+        store_at(b, load_at(b, unit, I8x64, 64), place, 64)
+        lower = [load_at(b, at(b, unit, 64 + 64 * half), I8x64, 64) for half in range(2)]
+        upper = load_at(b, at(b, unit, 192), I8x64, 64)
+        for which, half in itertools.product(range(2), range(2)):
+            low = b.lshr(lower[half], repeat(I8x64, 4)) if which else b.and_(lower[half], repeat(I8x64, 15))
+            shift = 4 - 2 * (2 * which + half)
+            high = b.shl(upper, repeat(I8x64, shift)) if shift >= 0 else b.lshr(upper, repeat(I8x64, -shift))
+            value = b.or_(low, b.and_(high, repeat(I8x64, 0x30)))
+            store_at(b, value, at(b, place, 64 + 128 * which + 64 * half), 64)
+        return place
+
+    def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
+        d, less = f16_lanes(context, b, head), b.fneg(f16_lanes(context, b, at(b, head, 32)))
+        scale, minimum = (u8_lanes(b, at(b, head, start, block, 16)) for start in (64, 192))
+        return [_times(b, d, scale)], [_times(b, less, minimum)]
 
     def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
         d, *packed = source.words(4)
         unit.store(d, 16)
         (unit + 32).store(d >> 16, 16)
-        shift, first = ((part & 3) * 8).i32(), part.below(4)
-        low, mid, high = ((word >> shift) & 255 for word in packed)  # scales and minima of 0-3, lower halves of 4-7
-        scale = (low & 63).where((high & 15) | (low >> 6) << 4, first)
-        minimum = (mid & 63).where((high >> 4) | (mid >> 6) << 4, first)
-        (unit + block * 16 + 64).store(scale, 8)
-        (unit + block * 16 + 192).store(minimum, 8)
+        four, first = part & 3, part.below(4)
+        low, mid, high = ((word >> (four * 8).i32()) & 255 for word in packed)  # high: lower bits of blocks 4-7
+        (unit + block * 16 + 64).store(((low & 15) | (mid & 15) << 4).where(high, first), 8)
+        (unit + four * 16 + 192).store((low >> 4) | (mid & 0xF0), 8)
 
 
 class Q4_K(_ScalesAndMinima):
@@ -152,9 +169,9 @@ class _ScalesOfHalves(Blocks):
 
     header, halves = 320, 2
 
-    def scales(self, context: Any, b: ir.IRBuilder, unit: Value, block: Value) -> Scales:
-        d = f16_lanes(context, b, unit)
-        return [_times(b, d, i8_lanes(b, at(b, unit, 64 + 16 * half, block, 32))) for half in range(2)], []
+    def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
+        d = f16_lanes(context, b, head)
+        return [_times(b, d, i8_lanes(b, at(b, head, 64 + 16 * half, block, 32))) for half in range(2)], []
 
     def _store(self, unit: Place, block: Int, d: Int, scales: list[Int]) -> None:
         unit.store(d, 16)
@@ -201,9 +218,9 @@ class Q2_K(Blocks):
     file_bytes, header, planes, bits = 84, 64 + 256, ((2, 0),), 2
     zero, minimum, halves = False, True, 2
 
-    def scales(self, context: Any, b: ir.IRBuilder, unit: Value, block: Value) -> Scales:
-        d, dmin = f16_lanes(context, b, unit), f16_lanes(context, b, at(b, unit, 32))
-        both = [u8_lanes(b, at(b, unit, 64 + 16 * half, block, 32)) for half in range(2)]
+    def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
+        d, dmin = f16_lanes(context, b, head), f16_lanes(context, b, at(b, head, 32))
+        both = [u8_lanes(b, at(b, head, 64 + 16 * half, block, 32)) for half in range(2)]
         scales = [_times(b, d, b.and_(pair, repeat(I32x16, 15))) for pair in both]
         minima = [_times(b, dmin, b.lshr(pair, repeat(I32x16, 4))) for pair in both]
         return scales, [b.fneg(minimum) for minimum in minima]
@@ -238,8 +255,8 @@ class IQ4_XS(Blocks):
 
     file_bytes, header, bits, table = 136, 64 + 128, 8, _IQ4_LEVELS
 
-    def scales(self, context: Any, b: ir.IRBuilder, unit: Value, block: Value) -> Scales:
-        return [_times(b, f16_lanes(context, b, unit), i8_lanes(b, at(b, unit, 64, block, 16)))], []
+    def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
+        return [_times(b, f16_lanes(context, b, head), i8_lanes(b, at(b, head, 64, block, 16)))], []
 
     def words(self, source: Rows, part: Int) -> list[Int]:
         return nibbles(source + 8 + part * 16)
@@ -257,8 +274,8 @@ class MXFP4(Blocks):
     file_bytes, file_blocks, blocks, header = 17, 1, 2, 32
     bits, table = 8, _E2M1_TWICE
 
-    def scales(self, context: Any, b: ir.IRBuilder, unit: Value, block: Value) -> Scales:
-        e = u8_lanes(b, at(b, unit, 0, block, 16))
+    def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
+        e = u8_lanes(b, at(b, head, 0, block, 16))
         normal = b.shl(b.sub(e, repeat(I32x16, 1)), repeat(I32x16, 23))
         subnormal = b.shl(repeat(I32x16, 1 << 21), e)
         bits = b.select(b.icmp_unsigned("<", e, repeat(I32x16, 2)), subnormal, normal)
@@ -277,8 +294,8 @@ class INT8(Blocks):
     file_bytes, file_blocks, blocks, header = 40, 1, 1, 128
     planes, bits, halves = ((8, 0),), 8, 2
 
-    def scales(self, context: Any, b: ir.IRBuilder, unit: Value, block: Value) -> Scales:
-        return [f32_lanes(b, unit), f32_lanes(b, at(b, unit, 64))], []
+    def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
+        return [f32_lanes(b, head), f32_lanes(b, at(b, head, 64))], []
 
     def words(self, source: Rows, part: Int) -> list[Int]:
         return (source + 8).words(8)

@@ -63,8 +63,12 @@ class Blocks:
 
     # --- what differs between formats
 
-    def scales(self, context: Any, b: ir.IRBuilder, unit: Value, block: Value) -> tuple[list[Value], list[Value]]:
-        """Scales and minima of a block of the unit at address `unit`: one or two F32x16, and as many or no minima."""
+    def opened(self, b: ir.IRBuilder, unit: Value) -> Value:
+        """Address of the scales of the unit at `unit`, as `scales` reads them: perhaps on the stack."""
+        return unit
+
+    def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> tuple[list[Value], list[Value]]:
+        """Scales and minima of a block of a unit that is `opened`: one or two F32x16, and as many or no minima."""
         raise NotImplementedError
 
     def words(self, source: Rows, part: Int) -> list[Int]:

@@ -70,6 +70,14 @@ def store_at(b: ir.IRBuilder, value: ir.Value, address: ir.Value, align: int = 1
     b.store(value, b.inttoptr(address, value.type.as_pointer()), align=align)
 
 
+def stack(b: ir.IRBuilder, n_bytes: int) -> ir.Value:
+    """Address of uninitialised memory on the stack (`cgutils.alloca_once` would fill it with zeros, for minutes)."""
+    with b.goto_entry_block():
+        memory = b.alloca(ir.ArrayType(I8, n_bytes))
+        memory.align = 64
+        return b.ptrtoint(memory, I64)
+
+
 def opaque(b: ir.IRBuilder, address: ir.Value, after: list[ir.Value] | None = None) -> ir.Value:
     """`address`, of which LLVM knows no more than that it depends on the vectors `after`: an empty piece of assembler.
 

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edgelm.kernels.emit import I8, I64
+from edgelm.kernels.emit import I64, stack
 
 Value = ir.Value
 
@@ -109,11 +109,3 @@ def scratch(typingctx, n_bytes):
         return stack(b, n_bytes.literal_value)
 
     return types.int64(n_bytes), codegen
-
-
-def stack(b: ir.IRBuilder, n_bytes: int) -> Value:
-    """Address of uninitialised memory on the stack (`cgutils.alloca_once` would fill it with zeros, for minutes)."""
-    with b.goto_entry_block():
-        memory = b.alloca(ir.ArrayType(I8, n_bytes))
-        memory.align = 64
-        return b.ptrtoint(memory, I64)

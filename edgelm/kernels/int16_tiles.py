@@ -44,11 +44,12 @@ from edgelm.kernels.emit import (
     prefetch_at,
     repeat,
     spread,
+    stack,
     store_at,
     target,
 )
 from edgelm.kernels.float_tiles import NUMBERS, Number
-from edgelm.kernels.functions import Code, address_of, code_address, function_address, stack, tile_fields
+from edgelm.kernels.functions import Code, address_of, code_address, function_address, tile_fields
 from edgelm.kernels.int16 import BLOCK, PIECE, RECORD, SCALES, UNIT, VALUES, W_MAX, X_MAX
 from edgelm.kernels.isa import joined, parts
 from edgelm.kernels.tiles import AHEAD, behind, in_order, in_turn

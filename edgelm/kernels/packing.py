@@ -29,7 +29,7 @@ from edgelm.kernels import (
 from edgelm.kernels.blocks import BLOCKS, ROWS
 
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of a weight
-LAYOUT = 3  # of packed weights; to be raised when they change: a test compares
+LAYOUT = 4  # of packed weights; to be raised when they change: a test compares
 ALIGN = 64
 HUGE = 1 << 21  # bytes of a huge page
 _PIECE = 1 << 20  # bytes of packed weights that a thread makes at a time

@@ -31,8 +31,8 @@ from edgelm.kernels import (
 )
 from edgelm.kernels.block_tile import ROW, Tile
 from edgelm.kernels.blocks import BLOCKS, CHUNKS, Blocks, at
-from edgelm.kernels.emit import F32, I8, I32, I64, F32x16, I32x16, load_at, prefetch_at, spread, store_at
-from edgelm.kernels.functions import Code, address_of, code_address, function_address, stack, tile_fields
+from edgelm.kernels.emit import F32, I8, I32, I64, F32x16, I32x16, load_at, prefetch_at, spread, stack, store_at
+from edgelm.kernels.functions import Code, address_of, code_address, function_address, tile_fields
 from edgelm.kernels.isa import Form
 from edgelm.kernels.lanes import Int, Place, Rows
 from edgelm.kernels.pair_tiles import doubled, paired
@@ -84,6 +84,7 @@ def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_
         with cgutils.for_range(b, n_units, intp=I64) as loop:
             step = b.mul(loop.index, I64(blocks.unit_bytes))
             units = [b.add(group, step) for group in weights]
+            heads = [blocks.opened(b, unit) for unit in units]
             ahead = [_ahead(b, blocks, *place) for place in zip(units, ends, after, strict=True)]
             records = b.mul(loop.index, I64(RECORD * blocks.blocks))
             here = [b.add(token, records) for token in tokens]
@@ -97,7 +98,7 @@ def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_
                         with short_work:
                             place = behind(b, b.add(units[0], share), NEAR, ends[0], after[0])
                             _prefetch(b, blocks, place, near=True)
-                unpacked = _unpacked(tile, units, inner.index)
+                unpacked = _unpacked(tile, units, heads, inner.index)
                 tile.add_block(*unpacked, inputs)
                 if holds_weights:
                     with b.if_then(_has_rest(b, inputs)):  # the same weights once more, as they are unpacked
@@ -121,19 +122,19 @@ def _add_rests(
         units = [at(b, group, 0, loop.index, blocks.unit_bytes) for group in groups]
         here = [at(b, token, 0, loop.index, RECORD * blocks.blocks) for token in tokens]
         every = [at(b, record, RECORD * i) for record in here for i in range(blocks.blocks)]
-        with (
-            b.if_then(_has_rest(b, every), likely=False),  # most units have none: one branch for all their blocks
-            cgutils.for_range(b, I64(blocks.blocks), intp=I64) as inner,
-        ):
-            inputs = [at(b, record, 0, inner.index, RECORD) for record in here]
-            with b.if_then(_has_rest(b, inputs), likely=False):
-                tile.add_block(*_unpacked(tile, units, inner.index), [b.add(record, rest) for record in inputs])
+        with b.if_then(_has_rest(b, every), likely=False):  # most units have none: one branch for all their blocks
+            heads = [blocks.opened(b, unit) for unit in units]
+            with cgutils.for_range(b, I64(blocks.blocks), intp=I64) as inner:
+                inputs = [at(b, record, 0, inner.index, RECORD) for record in here]
+                with b.if_then(_has_rest(b, inputs), likely=False):
+                    unpacked = _unpacked(tile, units, heads, inner.index)
+                    tile.add_block(*unpacked, [b.add(record, rest) for record in inputs])
 
 
-def _unpacked(tile: Tile, units: list[Value], block: Value) -> tuple[list[Any], Any, Any]:
-    """Weights, scales and minima of a block of each unit, as `Tile.add_block` takes them."""
+def _unpacked(tile: Tile, units: list[Value], heads: list[Value], block: Value) -> tuple[list[Any], Any, Any]:
+    """Weights, scales and minima of a block of each unit, as `Tile.add_block` takes them; heads: `Blocks.opened`."""
     blocks, b = tile.fmt, tile.b
-    scales, minima = zip(*(blocks.scales(tile.context, b, unit, block) for unit in units), strict=True)
+    scales, minima = zip(*(blocks.scales(tile.context, b, head, block) for head in heads), strict=True)
     return [_vectors(blocks.quants(b, tile.isa, unit, block, tile.form)) for unit in units], scales, minima
 
 
@@ -183,11 +184,15 @@ def _unpack(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) ->
     """(weights, n_blocks, slab, end, after): blocks (whole units) of a packed group on to a slab; as for `_ahead`."""
     weights, n_blocks, slab, end, after = args
     isa = isas.select(context)
-    with cgutils.for_range(b, n_blocks, intp=I64) as loop:
-        unit, block = _locate(b, blocks, weights, loop.index)
-        _prefetch(b, blocks, at(b, _ahead(b, blocks, unit, end, after), 0, block, _share(blocks)))
-        target = b.add(slab, b.mul(loop.index, I64(slab_block_bytes(blocks, isa.two_by_two))))
-        _unpack_block(context, b, isa, blocks, unit, block, target, blocks.form(isa), isa.two_by_two)
+    size = slab_block_bytes(blocks, isa.two_by_two)
+    with cgutils.for_range(b, b.udiv(n_blocks, I64(blocks.blocks)), intp=I64) as outer:
+        unit = at(b, weights, 0, outer.index, blocks.unit_bytes)
+        head, ahead = blocks.opened(b, unit), _ahead(b, blocks, unit, end, after)
+        slab_unit = at(b, slab, 0, outer.index, blocks.blocks * size)
+        with cgutils.for_range(b, I64(blocks.blocks), intp=I64) as inner:
+            _prefetch(b, blocks, at(b, ahead, 0, inner.index, _share(blocks)))
+            target = at(b, slab_unit, 0, inner.index, size)
+            _unpack_block(context, b, isa, blocks, unit, head, inner.index, target, blocks.form(isa), isa.two_by_two)
 
 
 def _locate(b: ir.IRBuilder, blocks: Blocks, weights: Value, index: Value) -> tuple[Value, Value]:
@@ -196,8 +201,8 @@ def _locate(b: ir.IRBuilder, blocks: Blocks, weights: Value, index: Value) -> tu
     return b.add(weights, b.mul(unit, I64(blocks.unit_bytes))), b.sub(index, b.mul(unit, I64(blocks.blocks)))
 
 
-def _unpack_block(context, b, isa, blocks: Blocks, unit, block, target, form, pairs=False) -> None:
-    scales, minima = blocks.scales(context, b, unit, block)
+def _unpack_block(context, b, isa, blocks: Blocks, unit, head, block, target, form, pairs=False) -> None:
+    scales, minima = blocks.scales(context, b, head, block)
     quants = blocks.quants(b, isa, unit, block, form)
     if pairs:
         quants, scales, minima = paired(b, quants), doubled(b, scales), doubled(b, minima)
@@ -213,7 +218,8 @@ def _embed(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) -> 
     own = b.add(slab, b.mul(lane, I64(4)))
     factor = spread(b, b.bitcast(b.trunc(scale, I32), F32), F32x16)
     with cgutils.for_range(b, b.udiv(n_cols, I64(32)), intp=I64) as loop:
-        _unpack_block(context, b, isa, blocks, *_locate(b, blocks, weights, loop.index), slab, form)
+        unit, block = _locate(b, blocks, weights, loop.index)
+        _unpack_block(context, b, isa, blocks, unit, blocks.opened(b, unit), block, slab, form)
         target = b.add(out, b.mul(loop.index, I64(128)))
         for half in range(2):
             words = ir.Constant(ir.VectorType(I32, 4), ir.Undefined)

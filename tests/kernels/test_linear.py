@@ -154,7 +154,7 @@ def test_looked_up_rows_are_the_dequantized_ones(name: str) -> None:
     np.testing.assert_allclose(view, values[5:11], rtol=3e-7)
 
 
-@pytest.mark.parametrize("name", ["Q4_1", "Q6_K", "Q8_0", "F32"])
+@pytest.mark.parametrize("name", ["Q4_1", "Q4_K", "Q6_K", "Q8_0", "F32"])
 @pytest.mark.parametrize("n_rows", [1, 16, 33, 96])
 def test_any_number_of_tokens_gives_the_same_bits(name: str, n_rows: int) -> None:
     """Also more tokens than a unit of work has, and more blocks than a slab has."""
