@@ -106,10 +106,10 @@ def _load_assembler() -> None:
     initialize_native_asmparser()
 
 
-def prefetch_at(b: ir.IRBuilder, address: ir.Value, near: bool = False) -> None:
+def prefetch_at(b: ir.IRBuilder, address: ir.Value, near: bool = False, to_write: bool = False) -> None:
     """Asks for the cache line at `address`, any address, in the second-level cache; near: in the first."""
-    level = I32(3 if near else 2)
-    call(b, "llvm.prefetch.p0", ir.VoidType(), b.inttoptr(address, I8.as_pointer()), I32(0), level, I32(1))
+    how = I32(int(to_write)), I32(3 if near else 2), I32(1)
+    call(b, "llvm.prefetch.p0", ir.VoidType(), b.inttoptr(address, I8.as_pointer()), *how)
 
 
 def target(context: Any) -> tuple[str, frozenset[str]]:

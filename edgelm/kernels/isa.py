@@ -125,6 +125,10 @@ class Isa:
         """Tokens of a matrix tile whose sums are under way at the same time; 0: all. joins: by `join`."""
         return 0
 
+    def tile_sizes(self, joins: bool) -> tuple[int, ...]:
+        """`tokens`, for sums that go through `join` or do not."""
+        return self.tokens
+
     def direct_sizes(self, joins: bool) -> tuple[int, ...]:
         """`direct`, for sums that go through `join` or do not."""
         return self.direct

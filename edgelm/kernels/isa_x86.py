@@ -74,8 +74,11 @@ class Vnni512Zen(Vnni512):
     def joins(self, bits: int) -> bool:
         return BLOCK // 2 * X_MAX * ((1 << bits) - 1) < 1 << 15
 
+    def tile_sizes(self, joins: bool) -> tuple[int, ...]:
+        return (6, 4, 2, 1) if joins else self.tokens
+
     def pass_tokens(self, joins: bool) -> int:
-        return 6 if joins else 3
+        return 0 if joins else 3
 
     def direct_sizes(self, joins: bool) -> tuple[int, ...]:
         return (2, 1) if joins else self.direct

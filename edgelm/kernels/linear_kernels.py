@@ -10,7 +10,7 @@ those go over it again that have remainders there, listed once for all units wit
 
 from __future__ import annotations
 
-from numba import float32, int8, njit
+from numba import float32, int8, int64, njit
 
 from edgelm.kernels.abi import WORD, Env, Row
 from edgelm.kernels.block_tile import ROW
@@ -27,6 +27,7 @@ from edgelm.kernels.simd import (
     load_i64,
     load_u8,
     mul_f32,
+    prefetch_to_write,
     splat_f32,
     store,
 )
@@ -57,6 +58,12 @@ _WORKSPACE, _LOGITS, _COUNT, _UNITS, _UNITS_PER = (
 )  # fmt: skip
 
 
+# Where results go, int64 each: address of the first token's, bytes from one token's to the next, rows that are left,
+# bias and residual of these (0: none), bytes from one token's residual to the next, factors of sums, activation or 0.
+_Y_STEP, _LEFT, _BIASES, _RESIDUALS, _RESIDUAL_STEP, _POWERS, _GATED = (WORD * i for i in range(1, 8))
+_RESULTS = WORD * 8
+
+
 @njit
 def list_remainders(records, stride, n_tokens, n_blocks, lists):
     """For each block of records the tokens that have a remainder of it to `lists`, as `records.LIST` says: how many."""
@@ -76,10 +83,12 @@ def list_remainders(records, stride, n_tokens, n_blocks, lists):
 
 
 @njit
-def products(code, first, second, n_units, records, stride, n_tokens, slab, out, rests, lists, known, step):
+def products(code, first, second, n_units, records, stride, n_tokens, slab, out, rests, lists, known, step, results):
     """Sums of two groups at `first` and `second` with `n_tokens` records, as (token, 2, 16) float32 at `out`.
 
-    rests: room for as many; lists: of remainders, if `known` they are there; step: from these groups to the next.
+    rests: room for as many; lists: of remainders, if `known` they are there; step: from these groups to the next;
+    results: where they go, as `finish` makes them of the sums after each tile of the last slab. What it stores to is
+    asked for before that tile: it is in no near cache, and each line would be waited for.
     """
     if n_tokens <= load_i64(code + _DIRECT_MOST):
         t = 0
@@ -89,6 +98,7 @@ def products(code, first, second, n_units, records, stride, n_tokens, slab, out,
                 record, place = records + t * stride, out + t * PAIR
                 call_function(direct, first, second, n_units, record, stride, place, first + step, second + step)
                 t += tokens
+        finish(results, out, 0, 0, n_tokens)
         return
     zero = splat_f32(0.0)
     for i in range(0, n_tokens * PAIR, ROW):
@@ -120,28 +130,68 @@ def products(code, first, second, n_units, records, stride, n_tokens, slab, out,
             call_function(unpack, low, n, slab, first + group_bytes, first + step)
             call_function(unpack, high, n, slab + slab_bytes, second + group_bytes, second + step)
             low, high = slab, slab + slab_bytes
-        t = 0
-        for size in range(0, 32, 8):
-            tile, tokens = load_i64(code + _TILES + size), load_i64(code + _TILE_TOKENS + size)
-            while t + tokens <= n_tokens:
-                record = records + t * stride + block * record_bytes
-                call_function(tile, low, high, n, record, stride, out + t * PAIR, next_low, next_high)
-                t += tokens
         if rest != 0:
             listed = block % LISTED
             if listed == 0 and n_blocks > LISTED:
                 some = min(LISTED, n_blocks - block)
                 list_remainders(records + block * record_bytes, stride, n_tokens, some, lists)
-            record = records + (stride - record_bytes) // 2 + block * record_bytes
+            record = records + stride // 2 + block * record_bytes
             call_function(rest, low, high, n, record, stride, rests, lists + listed * LIST)
+        t = 0
+        for size in range(0, 32, 8):
+            tile, tokens = load_i64(code + _TILES + size), load_i64(code + _TILE_TOKENS + size)
+            while t + tokens <= n_tokens:
+                if block + n == n_blocks:
+                    ask_for(results, t, tokens)
+                record = records + t * stride + block * record_bytes
+                call_function(tile, low, high, n, record, stride, out + t * PAIR, next_low, next_high)
+                if block + n == n_blocks:
+                    finish(results, out, rests if rest != 0 else 0, t, tokens)
+                t += tokens
         block += n
-    if rest != 0:
-        for i in range(0, n_tokens * PAIR, ROW):
-            store(out + i, add_f32(load_f32x16(out + i), load_f32x16(rests + i)))
 
 
 @njit
-def finish(value, n, y, bias, residual):
+def ask_for(results, first, n_tokens):
+    """Asks for what `finish` will store to."""
+    y, y_stride = load_i64(results), load_i64(results + _Y_STEP)
+    both = load_i64(results + _GATED) == 0 and load_i64(results + _LEFT) > 16
+    for t in range(first, first + n_tokens):
+        prefetch_to_write(y + t * y_stride)
+        if both:
+            prefetch_to_write(y + t * y_stride + ROW)
+
+
+@njit
+def finish(results, out, rests, first, n_tokens):
+    """Stores what becomes of the sums at `out`, plus those at `rests` (0: none), of some tokens.
+
+    results: where to, `_RESULTS`.
+    """
+    y, y_stride, left = load_i64(results), load_i64(results + _Y_STEP), load_i64(results + _LEFT)
+    bias, residual, residual_stride = (
+        load_i64(results + _BIASES), load_i64(results + _RESIDUALS), load_i64(results + _RESIDUAL_STEP),
+    )  # fmt: skip
+    powers, activation = load_i64(results + _POWERS), load_i64(results + _GATED)
+    for t in range(first, first + n_tokens):
+        low, high = load_f32x16(out + t * PAIR), load_f32x16(out + t * PAIR + ROW)
+        if rests != 0:
+            low = add_f32(low, load_f32x16(rests + t * PAIR))
+            high = add_f32(high, load_f32x16(rests + t * PAIR + ROW))
+        factor, target = splat_f32(load_f32(powers + 4 * t)), y + t * y_stride
+        low, high = mul_f32(low, factor), mul_f32(high, factor)
+        if activation != 0:
+            gated = mul_f32(silu_f32(low) if activation == 1 else gelu_f32(low), high)
+            put(gated, left, target, 0, 0)
+            continue
+        r = residual + t * residual_stride if residual != 0 else 0
+        put(low, left, target, bias, r)
+        if left > 16:
+            put(high, left - 16, target + ROW, bias + ROW if bias != 0 else 0, r + ROW if r != 0 else 0)
+
+
+@njit
+def put(value, n, y, bias, residual):
     """Stores the first `n` of 16 results, plus 16 float32 at `bias` and at `residual` (0: none), to `y`."""
     if n >= 16:
         if bias != 0:
@@ -176,7 +226,12 @@ def units(code, op, env, begin, end):
     residual = residual + workspace if residual >= 0 else 0
     slab, out, rests, lists = scratch(SLAB_SCRATCH), scratch(OUT_SCRATCH), scratch(OUT_SCRATCH), scratch(LISTS_SCRATCH)
     listed = -1  # chunk of tokens that `lists` are of
+    results = scratch(_RESULTS)
+    store(results + _Y_STEP, y_stride)
+    store(results + _RESIDUAL_STEP, residual_stride)
+    store(results + _GATED, activation if up != 0 else 0)
     powers, power, in_units = scratch(POWERS_SCRATCH), load_f32(code + _FACTOR), load_i64(code + _REST) != 0
+    store(results + _POWERS, powers)
     for unit in range(begin, end):
         chunk = unit // units_per_chunk
         group = unit - chunk * units_per_chunk
@@ -195,22 +250,14 @@ def units(code, op, env, begin, end):
             for t in range(n_tokens):
                 own_unit = load_f32(record + (t + 1) * x_stride - RECORD) if in_units else float32(1.0)
                 store(powers + 4 * t, power * own_unit)
-        products(code, first, second, n_units, record, x_stride, n_tokens, slab, out, rests, lists, known, step)
-        column, left = group * ROW, n_rows - group * 16
-        for t in range(n_tokens):
-            factor = splat_f32(load_f32(powers + 4 * t))
-            low, high = mul_f32(load_f32x16(out + t * PAIR), factor), mul_f32(load_f32x16(out + t * PAIR + ROW), factor)
-            target = y + (first_token + t) * y_stride + column
-            if up != 0:
-                gated = mul_f32(silu_f32(low) if activation == 1 else gelu_f32(low), high)
-                finish(gated, left, target, 0, 0)
-            else:
-                b = bias + column if bias != 0 else 0
-                r = residual + (first_token + t) * residual_stride + column if residual != 0 else 0
-                finish(low, left, target, b, r)
-                if left > 16:
-                    b, r = b + ROW if b != 0 else 0, r + ROW if r != 0 else 0
-                    finish(high, left - 16, target + ROW, b, r)
+        column = group * ROW
+        store(results, int64(y + first_token * y_stride + column))
+        store(results + _LEFT, int64(n_rows - group * 16))
+        store(results + _BIASES, int64(bias + column if bias != 0 else 0))
+        store(results + _RESIDUALS, int64(residual + first_token * residual_stride + column if residual != 0 else 0))
+        products(
+            code, first, second, n_units, record, x_stride, n_tokens, slab, out, rests, lists, known, step, results
+        )
 
 
 def linear_f32(op, env, begin, end):

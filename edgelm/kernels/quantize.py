@@ -196,6 +196,9 @@ def quantize_rest(typingctx, source, target, rest, unit):
     return types.void(types.int64, types.int64, types.int64, types.int64), codegen
 
 
+record_bytes = njit(activation_bytes)
+
+
 @njit
 def inexactness(record):
     """Sum of d² of both halves of a block: the squares of what it is short of are in proportion to it."""
@@ -214,8 +217,8 @@ def quantize_row(x, n_cols, out, limit):
     """Writes the record of the `n_cols` float32 at address `x` to address `out`; limit: see `records`."""
     n_blocks = n_cols // BLOCK
     total = 0.0
-    rest = out + RECORD * (n_blocks + n_blocks % 2)
-    unit = rest + RECORD * (n_blocks + n_blocks % 2)
+    stride = record_bytes(n_cols)
+    rest, unit = out + stride // 2, out + stride - RECORD
     write_unit(x, n_cols, unit)
     for i in range(n_blocks):
         quantize_block(x + 4 * BLOCK * i, out + RECORD * i, unit)

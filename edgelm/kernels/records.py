@@ -11,18 +11,18 @@ A record holds one row of activations: for each block of 32 inputs 64 bytes, one
                      offset; at 56 of inputs 16-31
     60  int32        not 0 if the block has a remainder
 
-and at its end, in a line of their own, two float32: a unit, in which all d are given, and 1 / unit. So sums of products
+and at its end, in the last line, two float32: a unit, in which all d are given, and 1 / unit. So sums of products
 are multiplied with the unit at their end. It is 1, or, where `Isa.whole_scales`, a power of two such that all d are
 whole numbers from 1 to 32767; 0 if no d is a normal number, NaN if one is not finite. There,
 
     44  int16        both d
     48  int32        -8 * (d * sum of q of inputs 0-15 + d * sum of q of inputs 16-31), for weights of 4 bits less 8
 
-The number of blocks is rounded up to even; a block that pads is zero. As many blocks follow for remainders: what q * d
-is short of, for a block of which q * d would be too inexact, in the same form; else zeros. Adding products with zeros
+The number of blocks is rounded up to even; a block that pads is zero. Half way to the next record is a place for as many
+remainders: what q * d is short of, for a block of which q * d would be too inexact, in the same form; else zeros. Adding products with zeros
 changes nothing, so a kernel may leave them out or not. Most of the inexactness of a row is in few of its blocks, those
-with an outlier: a limit chooses them. With the line of the unit it is an odd number of cache lines, so that the records
-of a batch do not meet in the same lines of the cache.
+with an outlier: a limit chooses them. From one record to the next it is 8 cache lines more than a multiple of 16: so eight
+blocks, which a matrix kernel goes over at a time, of eight records lie in all 64 sets of a cache, and not in the same.
 
 A whole number between -2 ** 22 and 2 ** 22 added to the bits of MAGIC as a float32 gives the bits of its sum with
 MAGIC: that is how sums of products become floats without being converted.
@@ -49,6 +49,5 @@ MAGIC, MAGIC_BITS = 1.5 * 2.0**23, 0x4B400000
 
 
 def activation_bytes(n_cols: int) -> int:
-    """Bytes from one record to the next; a multiple of 64. `n_cols` activations, a multiple of 32."""
-    n_blocks = n_cols // BLOCK
-    return RECORD * (2 * (n_blocks + n_blocks % 2) + 1)
+    """Bytes from one record to the next; an odd multiple of 512. `n_cols` activations, a multiple of 32."""
+    return 2 * RECORD * ((n_cols // BLOCK + 1 + 4) // 8 * 8 + 4)

@@ -123,6 +123,15 @@ def prefetch(typingctx, address):
 
 
 @intrinsic
+def prefetch_to_write(typingctx, address):
+    """Asks for the cache line at `address`, any address, to be written."""
+    def codegen(context, b, sig, args):
+        prefetch_at(b, args[0], near=True, to_write=True)
+        return context.get_dummy_value()
+    return types.void(types.int64), codegen
+
+
+@intrinsic
 def store(typingctx, address, value):
     """Stores a vector or a scalar of any of the types here."""
     def codegen(context, b, sig, args):
