@@ -75,7 +75,7 @@ class Isa:
     magic: ClassVar[bool] = False  # whether sums start at MAGIC_BITS; only where there is a fused multiply-add
     joins_halves: ClassVar[bool] = False  # whether both halves of a block are added before a scale that they share
     whole_scales: ClassVar[bool] = False  # whether records have their `records.FACTORS`, for `join`
-    rest_tokens: ClassVar[int] = 1  # of a tile of remainders
+    asks_for_records: ClassVar[bool] = False  # whether a tile does, for those of the next one
 
     def form(self, bits: int, zero: bool) -> Form:
         """The form in which weights of `bits` bits, with a zero point or without, are wanted."""

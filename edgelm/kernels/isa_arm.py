@@ -51,7 +51,6 @@ class NeonI8mm(NeonDot):
 
     needs = (frozenset({"dotprod", "i8mm"}),)
     two_by_two = True
-    rest_tokens = 2
 
     def step_pair(self, b: ir.IRBuilder, sums: Value, w: Value, x: Value) -> Value:
         name, done = "llvm.aarch64.neon.smmla.v4i32.v16i8", []

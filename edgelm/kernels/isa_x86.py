@@ -38,7 +38,6 @@ class Vnni512(_Bytes):
     magic = True
     direct, direct_groups, direct_most = (4, 2, 1), 2, 4
     tokens, groups = (6, 4, 2, 1), 2  # 12 sums and 12 accumulators: all but a few of 32 registers
-    rest_tokens = 2
     float_tokens, float_groups = (8, 2, 1), 2
     shuffle = "llvm.x86.avx512.pshuf.b.512"
     dot = "llvm.x86.avx512.vpdpbusd.512"
@@ -65,8 +64,8 @@ class Vnni512Zen(Vnni512):
     """
 
     needs = (frozenset({"avx512vnni", "avx512bw", AMD}),)
-    magic, joins_halves, whole_scales = False, True, True
-    tokens, groups, rest_tokens = (12, 4, 2, 1), 1, 4
+    magic, joins_halves, whole_scales, asks_for_records = False, True, True, True
+    tokens, groups = (12, 4, 2, 1), 1
 
     def form(self, bits: int, zero: bool) -> Form:
         return Form.LOW if self.joins(bits) else super().form(bits, zero)
@@ -96,7 +95,6 @@ class Vnni256(Vnni512):
     needs = (frozenset({"avxvnni", "fma"}), frozenset({"avx512vnni", "avx512vl"}))
     direct, direct_groups, direct_most = (2, 1), 1, 2
     tokens, groups = (4, 2, 1), 1
-    rest_tokens = 1
     float_tokens, float_groups = (4, 2, 1), 1
     n_parts = 2
     shuffle = "llvm.x86.avx2.pshuf.b"

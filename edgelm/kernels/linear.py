@@ -22,7 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 ACTIVATIONS = {"silu": 1, "gelu": 2}
-_CACHE = 1 << 19  # bytes of activation records that a unit may go over again and again
+_CACHE = 1 << 21  # bytes of activation records that a unit may go over again and again
 _GRAIN = 1 << 15  # bytes of weights that are worth going to the shared counter for
 
 
@@ -145,8 +145,8 @@ def _linear(packed: Packed, units: int, x: tuple[int, int], y: tuple[int, int], 
     args[Arg.X], args[Arg.X_STRIDE] = x
     args[Arg.Y], args[Arg.Y_STRIDE] = y
     args[Arg.RESIDUAL] = -1
-    reads = x[1] // 2 if record_kind(packed.format) == "int8" else x[1]  # there are few remainders
-    tokens = min(MAX_TOKENS, max(24, _CACHE // reads // 12 * 12))
+    reads = 2 * packed.n_cols if record_kind(packed.format) == "int8" else x[1]  # there are few remainders
+    tokens = min(MAX_TOKENS, max(24, _CACHE // reads // 12 * 12))  # so many fill tiles
     grain = max(1, _GRAIN // (2 * packed.group_bytes))
     row = _row(linear_kernel(packed.format), units, tokens, count, grain, args)
     row[Row.READS], row[Row.READ_BYTES] = packed.address, packed.span // units

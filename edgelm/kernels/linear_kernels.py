@@ -18,7 +18,7 @@ from edgelm.kernels.float_tiles import float_linear_code
 from edgelm.kernels.functions import Code, call_function, scratch
 from edgelm.kernels.int16_tiles import SLAB_BYTES, int16_linear_code
 from edgelm.kernels.linear import Arg
-from edgelm.kernels.records import FLAG, LIST, MAX_TOKENS, RECORD, REPEATS
+from edgelm.kernels.records import ENTRY, FLAG, MAX_TOKENS, RECORD
 from edgelm.kernels.simd import (
     add_f32,
     load_f32,
@@ -32,13 +32,15 @@ from edgelm.kernels.simd import (
     store,
 )
 from edgelm.kernels.slab_tiles import PAIR
-from edgelm.kernels.tiles import MAX_SLAB_BYTES, linear_code
+from edgelm.kernels.tiles import MAX_SLAB_BYTES, SLAB, linear_code
 from edgelm.kernels.vector_math import gelu_f32, silu_f32
 
 SLAB_SCRATCH, OUT_SCRATCH = 2 * max(MAX_SLAB_BYTES, SLAB_BYTES), MAX_TOKENS * PAIR
 POWERS_SCRATCH = 4 * MAX_TOKENS
 LISTED = 256  # blocks of which lists are kept: more are listed again for each unit
-LISTS_SCRATCH = LISTED * LIST + WORD  # and how many tokens stand in all of them
+ENTRIES = WORD * (LISTED + 1)  # where in the lists, after the addresses at which those of each slab begin
+OWN = WORD + MAX_TOKENS  # the tokens of one block
+LISTS_SCRATCH = ENTRIES + ENTRY * LISTED * (MAX_TOKENS // 2) + SLAB * OWN
 (
     _WEIGHTS, _SECOND, _GROUP_STRIDE, _N_GROUPS, _N_UNITS, _X, _X_STRIDE, _Y, _Y_STRIDE, _N_ROWS, _BIAS, _RESIDUAL,
     _RESIDUAL_STRIDE, _ACTIVATION,
@@ -66,20 +68,32 @@ _RESULTS = WORD * 8
 
 @njit
 def list_remainders(records, stride, n_tokens, n_blocks, lists):
-    """For each block of records the tokens that have a remainder of it to `lists`, as `records.LIST` says: how many."""
-    total = 0
-    for i in range(n_blocks):
-        store(lists + i * LIST, int8(0))
-    for t in range(n_tokens):
-        for i in range(n_blocks):
-            if load_i32(records + t * stride + i * RECORD + FLAG) != 0:
-                own = lists + i * LIST
-                n = load_u8(own) + 1
-                total += 1
-                store(own, int8(n))
-                for k in range(1 + REPEATS):
-                    store(own + n + k, int8(t))
-    return total
+    """For each slab of records which blocks of which tokens have a remainder, as `records.ENTRY` says, in order.
+
+    lists: addresses, int64, of where the entries of each slab begin and the last ones end; then the entries.
+    """
+    entry, tokens = lists + ENTRIES, lists + LISTS_SCRATCH - SLAB * OWN
+    store(lists, entry)
+    for slab in range((n_blocks + SLAB - 1) // SLAB):
+        n = min(SLAB, n_blocks - slab * SLAB)
+        for i in range(n):
+            store(tokens + i * OWN, 0)
+        for t in range(n_tokens):
+            for i in range(n):
+                if load_i32(records + t * stride + (slab * SLAB + i) * RECORD + FLAG) != 0:
+                    own = tokens + i * OWN
+                    count = load_i64(own)
+                    store(own, count + 1)
+                    store(own + WORD + count, int8(t))
+        for i in range(n):
+            own = tokens + i * OWN
+            count = load_i64(own)
+            for k in range(0, count, 2):
+                store(entry, int8(i))
+                store(entry + 1, int8(load_u8(own + WORD + k)))
+                store(entry + 2, int8(load_u8(own + WORD + min(k + 1, count - 1))))
+                entry += ENTRY
+        store(lists + (slab + 1) * WORD, entry)
 
 
 @njit
@@ -108,10 +122,9 @@ def products(code, first, second, n_units, records, stride, n_tokens, slab, out,
     slab_bytes, record_bytes = load_i64(code + _SLAB_BYTES), load_i64(code + _RECORD_BYTES)
     n_blocks, group_bytes, rest = n_units * unit_blocks, n_units * unit_bytes, load_i64(code + _REST)
     if rest != 0 and n_blocks <= LISTED:
-        total = lists + LISTED * LIST
         if not known:
-            store(total, list_remainders(records, stride, n_tokens, n_blocks, lists))
-        if load_i64(total) == 0:
+            list_remainders(records, stride, n_tokens, n_blocks, lists)
+        if load_i64(lists) == load_i64(lists + (n_blocks + SLAB - 1) // SLAB * WORD):
             rest = 0
     if rest != 0:
         for i in range(0, n_tokens * PAIR, ROW):
@@ -135,8 +148,8 @@ def products(code, first, second, n_units, records, stride, n_tokens, slab, out,
             if listed == 0 and n_blocks > LISTED:
                 some = min(LISTED, n_blocks - block)
                 list_remainders(records + block * record_bytes, stride, n_tokens, some, lists)
-            record = records + stride // 2 + block * record_bytes
-            call_function(rest, low, high, n, record, stride, rests, lists + listed * LIST)
+            own, record = lists + listed // SLAB * WORD, records + stride // 2 + block * record_bytes
+            call_function(rest, low, high, load_i64(own), load_i64(own + WORD), record, stride, rests)
         t = 0
         for size in range(0, 32, 8):
             tile, tokens = load_i64(code + _TILES + size), load_i64(code + _TILE_TOKENS + size)

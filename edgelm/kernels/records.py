@@ -18,11 +18,12 @@ whole numbers from 1 to 32767; 0 if no d is a normal number, NaN if one is not f
     44  int16        both d
     48  int32        -8 * (d * sum of q of inputs 0-15 + d * sum of q of inputs 16-31), for weights of 4 bits less 8
 
-The number of blocks is rounded up to even; a block that pads is zero. Half way to the next record is a place for as many
-remainders: what q * d is short of, for a block of which q * d would be too inexact, in the same form; else zeros. Adding products with zeros
-changes nothing, so a kernel may leave them out or not. Most of the inexactness of a row is in few of its blocks, those
-with an outlier: a limit chooses them. From one record to the next it is 8 cache lines more than a multiple of 16: so eight
-blocks, which a matrix kernel goes over at a time, of eight records lie in all 64 sets of a cache, and not in the same.
+The number of blocks is rounded up to even; a block that pads is zero. Half way to the next record is a place for as
+many remainders: what q * d is short of, for a block of which q * d would be too inexact, in the same form; else zeros.
+Adding products with zeros changes nothing, so a kernel may leave them out or not. Most of the inexactness of a row is
+in few of its blocks, those with an outlier: a limit chooses them. From one record to the next it is 8 cache lines more
+than a multiple of 16: so eight blocks, which a matrix kernel goes over at a time, of eight records lie in all 64 sets
+of a cache, and not in the same.
 
 A whole number between -2 ** 22 and 2 ** 22 added to the bits of MAGIC as a float32 gives the bits of its sum with
 MAGIC: that is how sums of products become floats without being converted.
@@ -42,9 +43,8 @@ MAX_FACTOR = 32767
 OFFSET_LOW, OFFSET_HIGH = 52, 56
 FLAG = 60
 LIMIT = 2.0  # how many times the mean d² of its row that of a block must be for a remainder: 6-10 % are (docs/LOG.md)
-MAX_TOKENS = 132  # of a unit of work: 256 are two, and tiles of 4 and 6 tokens fit
-REPEATS = 3  # of the last token of a list, so that the last tile is full: `Isa.rest_tokens` is 4 at most
-LIST = 1 + MAX_TOKENS + REPEATS  # bytes: how many of a unit's tokens have a remainder of a block, and their numbers
+MAX_TOKENS = 256  # of a unit of work: a byte holds the number of each
+ENTRY = 3  # bytes that say where a unit has remainders: which block of a slab, and which two tokens; or one, twice
 MAGIC, MAGIC_BITS = 1.5 * 2.0**23, 0x4B400000
 
 

@@ -20,9 +20,9 @@ from numba.core import cgutils
 from edgelm.kernels import isas
 from edgelm.kernels.block_tile import ROW, Tile
 from edgelm.kernels.blocks import CHUNKS, Blocks, at
-from edgelm.kernels.emit import I8, I64, F32x16, I8x64, load_at, opaque
+from edgelm.kernels.emit import I8, I64, F32x16, I8x64, load_at, opaque, prefetch_at
 from edgelm.kernels.pair_tiles import PairTile
-from edgelm.kernels.records import LIST, RECORD
+from edgelm.kernels.records import ENTRY, RECORD
 
 Value = ir.Value
 PAIR = 2 * ROW  # bytes of a token's sums
@@ -91,9 +91,8 @@ def _floats(b: ir.IRBuilder, slab: Value, first: int, n: int) -> list[Value]:
 
 
 @contextlib.contextmanager
-def _groups(context: Any, b: ir.IRBuilder, slab: Value, second: Value, out: Value) -> Iterator[Any]:
-    """Both groups, at once or one after the other: addresses of their slabs, and of the sums of the first."""
-    n = isas.select(context).groups
+def _groups(b: ir.IRBuilder, n: int, slab: Value, second: Value, out: Value) -> Iterator[Any]:
+    """Both groups, `n` at a time: addresses of their slabs, and of the sums of the first."""
     with cgutils.for_range(b, I64(2 // n), intp=I64) as loop:
         slab = b.add(slab, b.mul(b.sub(second, slab), loop.index))
         yield [slab, second][:n], b.add(out, b.mul(loop.index, I64(ROW)))
@@ -110,33 +109,33 @@ def _tile(context: Any, b: ir.IRBuilder, fmt: Blocks, args: list[Value], n_token
     slab, second: blocks from `unpack` of either group; record + record_stride * token; out: (token, 2, 16) float32.
     """
     slab, second, n_blocks, record, stride, out = args[:6]
-    with _groups(context, b, slab, second, out) as (slabs, sums):
+    with _groups(b, isas.select(context).groups, slab, second, out) as (slabs, sums):
         outs = [at(b, sums, PAIR * t) for t in range(n_tokens)]
         tile = _SlabTile(context, b, fmt, slabs, n_tokens)
         tile.load(outs)
         with cgutils.for_range(b, n_blocks, intp=I64) as loop:
             here = b.add(record, b.mul(loop.index, I64(RECORD)))
+            for t in range(n_tokens, 2 * n_tokens) if isas.select(context).asks_for_records else []:
+                prefetch_at(b, b.add(here, b.mul(stride, I64(t))), near=True)
             tile.add_in_passes(_at_block(b, context, fmt, slabs, loop.index), here, stride, n_tokens)
         tile.store(outs)
 
 
 def _rest(context: Any, b: ir.IRBuilder, fmt: Blocks, args: list[Value]) -> None:
-    """(slab, second, n_blocks, record, record_stride, out, lists): adds products with remainders to `out`.
+    """(slab, second, entry, end, record, record_stride, out): adds products with remainders to `out`.
 
-    record: of the first token's remainders; lists: for each block the tokens that have one, see `records.LIST`. Where
-    they do not fill the last tile, one token stands there more than once: the same is stored for it more than once.
+    entry, end: of which blocks and tokens, see `records.ENTRY`; record: of the first token's remainders. Entries of all
+    blocks follow each other, so that nothing is to be guessed but where they end. Where a token stands twice, the same
+    is stored for it twice.
     """
-    slab, second, n_blocks, record, stride, out, lists = args
-    n = isas.select(context).rest_tokens
-    with _groups(context, b, slab, second, out) as (slabs, sums), cgutils.for_range(b, n_blocks, intp=I64) as loop:
-        here, own = _at_block(b, context, fmt, slabs, loop.index), b.add(record, b.mul(loop.index, I64(RECORD)))
-        tokens = b.add(lists, b.mul(loop.index, I64(LIST)))
-        count = b.zext(load_at(b, tokens, I8), I64)
-        with cgutils.for_range(b, b.udiv(b.add(count, I64(n - 1)), I64(n)), intp=I64) as tiles:
-            first = b.add(tokens, b.mul(tiles.index, I64(n)))
-            chosen = [b.zext(load_at(b, at(b, first, 1 + t), I8), I64) for t in range(n)]
-            outs = [b.add(sums, b.mul(token, I64(PAIR))) for token in chosen]
-            tile = _SlabTile(context, b, fmt, slabs, n)
-            tile.load(outs)
-            tile.add_block(here, [b.add(own, b.mul(token, stride)) for token in chosen])
-            tile.store(outs)
+    slab, second, entry, end, record, stride, out = args
+    isa, n_entries = isas.select(context), b.udiv(b.sub(end, entry), I64(ENTRY))
+    n = 2 if isa.n_parts == 1 else 1
+    with _groups(b, n, slab, second, out) as (slabs, sums), cgutils.for_range(b, n_entries, intp=I64) as loop:
+        own = b.add(entry, b.mul(loop.index, I64(ENTRY)))
+        block, *tokens = (b.zext(load_at(b, at(b, own, i), I8), I64) for i in range(ENTRY))
+        outs, tile = [at(b, sums, 0, token, PAIR) for token in tokens], _SlabTile(context, b, fmt, slabs, len(tokens))
+        here = at(b, record, 0, block, RECORD)
+        tile.load(outs)
+        tile.add_block(_at_block(b, context, fmt, slabs, block), [b.add(here, b.mul(t, stride)) for t in tokens])
+        tile.store(outs)
