@@ -78,13 +78,9 @@ def stack(b: ir.IRBuilder, n_bytes: int) -> ir.Value:
         return b.ptrtoint(memory, I64)
 
 
-def opaque(b: ir.IRBuilder, address: ir.Value, after: list[ir.Value] | None = None) -> ir.Value:
-    """`address`, of which LLVM knows no more than that it depends on the vectors `after`: an empty piece of assembler.
-
-    So nothing is loaded from there before they are computed, and no chain of additions is made of it.
-    """
-    values = [address, *(after or [])]
-    return assembler(b, I64, "", ",".join(["=r", "0", *("v" for _ in values[1:])]), values)
+def opaque(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """`address`, of which LLVM knows no more, so that it makes no chain of additions: an empty piece of assembler."""
+    return assembler(b, I64, "", "=r,0", [address])
 
 
 def fence(b: ir.IRBuilder) -> None:

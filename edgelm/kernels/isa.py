@@ -121,14 +121,6 @@ class Isa:
         """Whether sums of half a block with weights of `bits` bits, not less a zero point, fit into `join`."""
         return False
 
-    def pass_tokens(self, joins: bool) -> int:
-        """Tokens of a matrix tile whose sums are under way at the same time; 0: all. joins: by `join`."""
-        return 0
-
-    def tile_sizes(self, joins: bool) -> tuple[int, ...]:
-        """`tokens`, for sums that go through `join` or do not."""
-        return self.tokens
-
     def direct_sizes(self, joins: bool) -> tuple[int, ...]:
         """`direct`, for sums that go through `join` or do not."""
         return self.direct

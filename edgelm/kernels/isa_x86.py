@@ -65,19 +65,13 @@ class Vnni512Zen(Vnni512):
 
     needs = (frozenset({"avx512vnni", "avx512bw", AMD}),)
     magic, joins_halves, whole_scales, asks_for_records = False, True, True, True
-    tokens, groups = (12, 4, 2, 1), 1
+    groups = 1  # 12 sums of halves and 6 accumulators, and weights of the next block can be under way
 
     def form(self, bits: int, zero: bool) -> Form:
         return Form.LOW if self.joins(bits) else super().form(bits, zero)
 
     def joins(self, bits: int) -> bool:
         return BLOCK // 2 * X_MAX * ((1 << bits) - 1) < 1 << 15
-
-    def tile_sizes(self, joins: bool) -> tuple[int, ...]:
-        return (6, 4, 2, 1) if joins else self.tokens
-
-    def pass_tokens(self, joins: bool) -> int:
-        return 0 if joins else 3
 
     def direct_sizes(self, joins: bool) -> tuple[int, ...]:
         return (2, 1) if joins else self.direct

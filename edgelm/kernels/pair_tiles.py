@@ -61,13 +61,11 @@ class PairTile:
             for acc, value in zip(accs, _both(self.b, [self.b.load(acc) for acc in accs], orders), strict=True):
                 self.b.store(value, acc)
 
-    def add_block(
-        self, weights: list[Any], scales: list[Any], minima: list[Any], records: list[Value], first: int = 0
-    ) -> list[Value]:
+    def add_block(self, weights: list[Any], scales: list[Any], minima: list[Any], records: list[Value]) -> None:
         """As `Tile.add_block`, from `paired` weights and `doubled` scales and minima."""
         b, tile = self.b, self.tile
-        for place in range(first, first + len(records), 2):
-            pair = records[place - first :][:2]
+        for place in range(0, len(records), 2):
+            pair = records[place : place + 2]
             for half in range(2):
                 inputs = [load_at(b, at(b, record, 16 * half), I64x2, 16) for record in pair]
                 inputs = [b.bitcast(_shuffled(b, *inputs, [i, 2 + i]), I8x16) for i in range(2)]
@@ -83,7 +81,6 @@ class PairTile:
             for i, factor in enumerate(factors):
                 for g, odd in itertools.product(range(len(weights)), range(2)):
                     tile.add(g, place + odd, minima[g][2 * i + odd], factor)
-        return []  # there are no passes here
 
     def _of_tokens(self, values: list[Value]) -> Value:
         """Two vectors that each have one value in all lanes, as the lanes of an accumulator."""

@@ -4,8 +4,6 @@
     rest     the remainders of a slab's blocks, of those tokens that have one
 
 A slab has for each block eight int8 vectors, scales and minima, ready to multiply; sums lie as (token, 2, 16) float32.
-A processor's registers do not hold the sums of all tokens of a tile twice, exact and as floats, so a tile may go over
-a block in passes of some tokens (`Isa.pass_tokens`): the sums of one become floats while the products of the next run.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from numba.core import cgutils
 from edgelm.kernels import isas
 from edgelm.kernels.block_tile import ROW, Tile
 from edgelm.kernels.blocks import CHUNKS, Blocks, at
-from edgelm.kernels.emit import I8, I64, F32x16, I8x64, load_at, opaque, prefetch_at
+from edgelm.kernels.emit import I8, I64, F32x16, I8x64, load_at, prefetch_at
 from edgelm.kernels.pair_tiles import PairTile
 from edgelm.kernels.records import ENTRY, RECORD
 
@@ -40,7 +38,6 @@ class _SlabTile:
         self.b, self.fmt, self.isa, self.slabs = b, fmt, isas.select(context), slabs
         self.copies = 2 if self.isa.two_by_two and n_tokens == 1 else 1  # a token goes with itself
         self.tile: Any = Tile(context, b, fmt, fmt.form(self.isa), len(slabs), n_tokens * self.copies)
-        self.sums, self.joins = self.tile.acc, self.tile.whole
         if self.isa.two_by_two:
             self.tile = PairTile(self.tile)
 
@@ -54,32 +51,15 @@ class _SlabTile:
     def _places(self, outs: list[Value]) -> list[list[Value]]:
         return [[at(self.b, out, ROW * g) for out in outs * self.copies] for g in range(len(self.slabs))]
 
-    def add_block(self, slabs: list[Value], records: list[Value], first: int = 0) -> list[Value]:
-        """Adds the products of a block with the tokens from `first` on. Returns their exact sums."""
+    def add_block(self, slabs: list[Value], records: list[Value]) -> None:
+        """Adds the products of a block with its tokens."""
         b, n = self.b, self.fmt.halves * (2 if self.isa.two_by_two else 1)
-        return self.tile.add_block(
+        self.tile.add_block(
             [_loads(b, slab) for slab in slabs],
             [_floats(b, slab, CHUNKS, n) for slab in slabs],
             [_floats(b, slab, CHUNKS + n, n * self.fmt.minimum) for slab in slabs],
             records * self.copies,
-            first,
         )
-
-    def add_in_passes(self, slabs: list[Value], record: Value, stride: Value, n_tokens: int) -> None:
-        """The same for all tokens, `stride` apart: no more at a time than `Isa.pass_tokens`.
-
-        LLVM would begin all passes at once. But the addresses of the next depend on this one's sums, and on what became
-        of the ones before.
-        """
-        b, size = self.b, self.isa.pass_tokens(self.joins) or n_tokens
-        done: list[Value] = []
-        for first in range(0, n_tokens, size):
-            n = min(size, n_tokens - first)
-            if first:
-                slabs = [opaque(b, slab, done) for slab in slabs]
-                record = opaque(b, b.add(record, b.mul(stride, I64(size))), done)
-            done = self.add_block(slabs, [b.add(record, b.mul(stride, I64(t))) for t in range(n)], first)
-            done += [b.load(acc) for accs in self.sums for acc in accs[max(0, first - size) : first]]
 
 
 def _loads(b: ir.IRBuilder, slab: Value) -> Any:
@@ -117,7 +97,8 @@ def _tile(context: Any, b: ir.IRBuilder, fmt: Blocks, args: list[Value], n_token
             here = b.add(record, b.mul(loop.index, I64(RECORD)))
             for t in range(n_tokens, 2 * n_tokens) if isas.select(context).asks_for_records else []:
                 prefetch_at(b, b.add(here, b.mul(stride, I64(t))), near=True)
-            tile.add_in_passes(_at_block(b, context, fmt, slabs, loop.index), here, stride, n_tokens)
+            own = [b.add(here, b.mul(stride, I64(t))) for t in range(n_tokens)]
+            tile.add_block(_at_block(b, context, fmt, slabs, loop.index), own)
         tile.store(outs)
 
 

@@ -282,7 +282,7 @@ def code_fields(context: Any, b: ir.IRBuilder, blocks: Blocks) -> dict[int, Any]
             lambda tokens: function(_direct, 8, tokens, isa.direct_groups),
             Code.DIRECT,
         ),
-        **tile_fields(isa.tile_sizes(blocks.joins(isa)), lambda tokens: function(_tile, 8, tokens)),
+        **tile_fields(isa.tokens, lambda tokens: function(_tile, 8, tokens)),
         Code.DIRECT_MOST: isa.direct_most,
         Code.UNPACK: function(_unpack, 5),
         Code.REST: function(_rest, 7),
