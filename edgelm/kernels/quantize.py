@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from math import inf
 from typing import Any
 
 from llvmlite import ir
@@ -15,7 +17,6 @@ from edgelm.kernels.abi import WORD, Env, Row
 from edgelm.kernels.emit import (
     F32,
     I8,
-    I16,
     I32,
     I64,
     F32x16,
@@ -32,26 +33,22 @@ from edgelm.kernels.functions import call_function
 from edgelm.kernels.int16_tiles import int16_record_code
 from edgelm.kernels.records import (
     BLOCK,
-    FACTORS,
     FLAG,
     MAGIC,
-    MAGIC_LOW,
     MAX_FACTOR,
-    OFFSET_LOW,
     RECORD,
     SCALE_HIGH,
     SCALE_LOW,
-    SCALED_SUM,
-    ZERO,
     activation_bytes,
 )
-from edgelm.kernels.simd import load_f32, load_i64, splat_i32, store, to_i8
+from edgelm.kernels.simd import load_f32, load_i64, splat_f32, store
 
 __all__ = ["activation_bytes", "quantize", "quantize_row"]
 
 Value = ir.Value
 TINY = 2.0**-126  # the smallest normal float32
-I8x16, F32x4, I32x4 = ir.VectorType(I8, 16), ir.VectorType(F32, 4), ir.VectorType(I32, 4)
+AT_ONCE = 4  # blocks: what is one number for half a block fills lanes then
+I8x16 = ir.VectorType(I8, 16)
 _WORKSPACE = WORD * Env.WORKSPACE
 _X, _X_STRIDE, _N_COLS, _Q, _Q_STRIDE, _LIMIT = (WORD * (Row.ARGS + i) for i in range(6))
 
@@ -60,140 +57,192 @@ def _shuffle(b: ir.IRBuilder, low: Value, high: Value, lanes: list[int]) -> Valu
     return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
 
-def _reduce(b: ir.IRBuilder, low: Value, high: Value, combine: Any) -> Value:
-    """The 16 lanes of each of two vectors combined: four lanes, low, high, low, high."""
-    first, second = list(range(8)), list(range(8, 16))
-    v = combine(
-        _shuffle(b, low, high, first + [16 + i for i in first]),
-        _shuffle(b, low, high, second + [16 + i for i in second]),
-    )
-    for distance in (4, 2, 1):
-        v = combine(v, _shuffle(b, v, undefined(v.type), [i ^ distance for i in range(16)]))
-    return _shuffle(b, v, undefined(v.type), [0, 8, 0, 8])
+def _pick(b: ir.IRBuilder, values: Value, lanes: list[int]) -> Value:
+    return _shuffle(b, values, undefined(values.type), lanes)
 
 
-def _pair(b: ir.IRBuilder, values: Value, address: Value) -> None:
-    """Stores the first two of four lanes."""
-    store_at(b, _shuffle(b, values, undefined(values.type), [0, 1]), address, 4)
+def _reduce(b: ir.IRBuilder, vectors: list[Value], combine: Any) -> Value:
+    """The 16 lanes of each vector combined: as many lanes as there are vectors, a power of two."""
+    piece = 16  # lanes that each of them has in a vector
+    while len(vectors) > 1:
+        piece //= 2
+        even, odd = ([i for i in range(32) if i // piece % 2 == part] for part in range(2))
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [combine(*(_shuffle(b, *pair, lanes) for lanes in (even, odd))) for pair in pairs]
+    (v,) = vectors
+    while piece > 1:
+        piece //= 2
+        v = combine(*(_pick(b, v, list(range(first, v.type.count, 2))) for first in range(2)))
+    return v
 
 
-def _maximum(b: ir.IRBuilder, x: Value, y: Value) -> Value:
-    return b.select(b.fcmp_ordered(">", x, y), x, y)
+def _integers(floats: Value) -> ir.VectorType:
+    return ir.VectorType(I32, floats.type.count)
+
+
+def _scales(context: Any, b: ir.IRBuilder, peaks: Value, inverse_unit: Value) -> tuple[Value, Value]:
+    """d of halves of blocks whose largest magnitudes are `peaks`, and what values are multiplied with."""
+    return _whole_scales(b, peaks, inverse_unit) if isas.select(context).whole_scales else _float_scales(b, peaks)
 
 
 def _float_scales(b: ir.IRBuilder, peaks: Value) -> tuple[Value, Value]:
-    """d of blocks whose largest magnitudes are `peaks`, and what values are multiplied with. F32x4"""
-    scales = b.fmul(peaks, repeat(F32x4, 1 / 127))
-    scales = b.bitcast(b.and_(b.bitcast(scales, I32x4), repeat(I32x4, -4)), F32x4)  # so that MAGIC * d is exact
-    normal = b.fcmp_ordered(">=", scales, repeat(F32x4, TINY))
-    inverses = b.select(normal, b.fdiv(repeat(F32x4, 1.0), scales), repeat(F32x4, 0.0))
-    return b.select(normal, scales, repeat(F32x4, 0.0)), inverses
+    floats, integers = peaks.type, _integers(peaks)
+    scales = b.fmul(peaks, repeat(floats, 1 / 127))
+    scales = b.bitcast(b.and_(b.bitcast(scales, integers), repeat(integers, -4)), floats)  # so that MAGIC * d is exact
+    normal = b.fcmp_ordered(">=", scales, repeat(floats, TINY))
+    inverses = b.select(normal, b.fdiv(repeat(floats, 1.0), scales), repeat(floats, 0.0))
+    return b.select(normal, scales, repeat(floats, 0.0)), inverses
 
 
 def _whole_scales(b: ir.IRBuilder, peaks: Value, inverse_unit: Value) -> tuple[Value, Value]:
-    """The same in whole units."""
-    units, most = spread(b, inverse_unit, F32x4), repeat(F32x4, MAX_FACTOR - 1)
-    wanted = b.fmul(b.fmul(peaks, repeat(F32x4, 1 / 127)), units)
+    floats, integers = peaks.type, _integers(peaks)
+    units, most = spread(b, inverse_unit, floats), repeat(floats, MAX_FACTOR - 1)
+    wanted = b.fmul(b.fmul(peaks, repeat(floats, 1 / 127)), units)
     wanted = b.select(b.fcmp_ordered("<", wanted, most), wanted, most)
-    scales = b.sitofp(b.add(b.fptosi(wanted, I32x4), repeat(I32x4, 1)), F32x4)
+    scales = b.sitofp(b.add(b.fptosi(wanted, integers), repeat(integers, 1)), floats)
     return scales, b.fdiv(units, scales)
 
 
-def _write_block(context: Any, b: ir.IRBuilder, halves: list[Value], target: Value, inverse_unit: Value) -> None:
-    """Writes the 64 bytes of a record for 32 float32, two vectors."""
-    isa = isas.select(context)
+def _largest(b: ir.IRBuilder, x: Value, y: Value) -> Value:
+    return b.select(b.icmp_unsigned(">", x, y), x, y)
 
-    def at(offset):
-        return b.add(target, I64(offset))
 
-    def both(values, i):
-        return _shuffle(b, values, undefined(values.type), [i] * 16)
+def _peaks(b: ir.IRBuilder, halves: list[Value]) -> Value:
+    """The largest magnitudes. Found as bits: so NaN is larger than infinity."""
+    bits = [b.and_(b.bitcast(x, I32x16), repeat(I32x16, 0x7FFFFFFF)) for x in halves]
+    peaks = _reduce(b, bits, partial(_largest, b))
+    return b.bitcast(peaks, ir.VectorType(F32, peaks.type.count))
 
-    peaks = _reduce(b, *(call(b, "llvm.fabs.v16f32", F32x16, x) for x in halves), partial(_maximum, b))
+
+def _write_blocks(
+    context: Any, b: ir.IRBuilder, halves: list[Value], scales: Value, inverses: list[Value], target: Value
+) -> None:
+    """Writes 64 bytes of a record for each two of `halves`, of 16 float32. inverses: one for each half."""
+    isa, integers, quants = isas.select(context), _integers(scales), []
     whole = isa.whole_scales
-    scales, inverses = _whole_scales(b, peaks, inverse_unit) if whole else _float_scales(b, peaks)
-    quants = []
-    for i, x in enumerate(halves):
-        rounded = b.fadd(b.fmul(x, both(inverses, i)), repeat(F32x16, MAGIC))  # to nearest even
+    for i, (x, inverse) in enumerate(zip(halves, inverses, strict=True)):
+        rounded = b.fadd(b.fmul(x, spread(b, inverse, F32x16)), repeat(F32x16, MAGIC))  # to nearest even
         quants.append(b.sub(b.bitcast(rounded, I32x16), b.bitcast(repeat(F32x16, MAGIC), I32x16)))
-        store_at(b, b.trunc(quants[i], I8x16), at(16 * i), 16)
-    sums = _reduce(b, *quants, b.add)
-    scaled = b.fmul(scales, b.sitofp(sums, F32x4))
-    _pair(b, scales, at(SCALE_LOW))
-    total = b.fadd(*(b.extract_element(scaled, I32(i)) for i in range(2)))
-    store_at(b, total, at(SCALED_SUM), 4)
+        store_at(b, b.trunc(quants[i], I8x16), b.add(target, I64(RECORD * (i // 2) + 16 * (i % 2))), 16)
+    sums = _reduce(b, quants, b.add)
+    offsets = b.sub(repeat(integers, isa.first), b.mul(sums, repeat(integers, 128)))
+    total = b.bitcast(b.fadd(*_low_and_high(b, b.fmul(scales, b.sitofp(sums, scales.type)))), _halved(integers))
     if whole:
-        factors = b.fptosi(scales, I32x4)
-        _pair(b, b.trunc(factors, ir.VectorType(I16, 4)), at(FACTORS))
-        zeros = b.mul(b.mul(factors, sums), repeat(I32x4, -8))
-        store_at(b, b.add(*(b.extract_element(zeros, I32(i)) for i in range(2))), at(ZERO), 4)
+        factors = b.fptosi(scales, integers)
+        low, high = _low_and_high(b, factors)
+        third = b.or_(low, b.shl(high, repeat(low.type, 16)))
+        fourth = b.add(*_low_and_high(b, b.mul(b.mul(factors, sums), repeat(integers, -8))))
     else:
-        _pair(b, b.fmul(scales, repeat(F32x4, -MAGIC)), at(MAGIC_LOW))
-    first = repeat(I32x4, isa.first)
-    _pair(b, b.sub(first, b.mul(sums, repeat(I32x4, 128))), at(OFFSET_LOW))
-    store_at(b, I32(0), at(FLAG), 4)
+        third, fourth = _low_and_high(b, b.bitcast(b.fmul(scales, repeat(scales.type, -MAGIC)), integers))
+    low, high = _low_and_high(b, offsets)
+    fields = [
+        b.bitcast(scales, integers), _in_turn(b, total, third), _in_turn(b, fourth, low),
+        _in_turn(b, high, repeat(high.type, 0)),
+    ]  # two fields of each block, as they lie from SCALE_LOW on
+    for i in range(0, len(halves), 2):
+        lanes = [i, i + 1, len(halves) + i, len(halves) + i + 1]
+        line = _shuffle(b, _shuffle(b, *fields[:2], lanes), _shuffle(b, *fields[2:], lanes), list(range(8)))
+        store_at(b, line, b.add(target, I64(RECORD * (i // 2) + SCALE_LOW)), 32)
 
 
-@intrinsic
-def write_unit(typingctx, x, n_cols, place):
-    """Stores the unit of the record of `n_cols` float32 at `x`, and 1 / unit, to `place`."""
-
-    def codegen(context, b, sig, args):
-        x, n_cols, place = args
-        unit = inverse = ir.Constant(F32, 1.0)
-        if isas.select(context).whole_scales:
-            largest = cgutils.alloca_once_value(b, repeat(I32x16, 0))  # as bits: NaN is larger than infinity
-            with cgutils.for_range(b, b.lshr(n_cols, I64(4)), intp=I64) as loop:
-                bits = load_at(b, b.add(x, b.shl(loop.index, I64(6))), I32x16)
-                bits, old = b.and_(bits, repeat(I32x16, 0x7FFFFFFF)), b.load(largest)
-                b.store(b.select(b.icmp_unsigned(">", bits, old), bits, old), largest)
-            bits = call(b, "llvm.vector.reduce.umax.v16i32", I32, b.load(largest))
-            bits = b.bitcast(b.fmul(b.bitcast(bits, F32), ir.Constant(F32, 1 / 127)), I32)
-            exponent = b.sub(b.lshr(bits, I32(23)), I32(14))  # of the largest d, less the bits of MAX_FACTOR but one
-            usable = b.icmp_signed(">", exponent, I32(0))
-            finite = b.icmp_unsigned("<", bits, I32(0x7F800000))
-            unit = b.bitcast(b.shl(exponent, I32(23)), F32)
-            unit = b.select(usable, b.select(finite, unit, ir.Constant(F32, float("nan"))), ir.Constant(F32, 0.0))
-            inverse = b.bitcast(b.shl(b.sub(I32(254), exponent), I32(23)), F32)
-            inverse = b.select(b.and_(usable, finite), inverse, ir.Constant(F32, 0.0))
-        store_at(b, unit, place, 4)
-        store_at(b, inverse, b.add(place, I64(4)), 4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
+def _halved(type_: ir.VectorType) -> ir.VectorType:
+    return ir.VectorType(type_.element, type_.count // 2)
 
 
-@intrinsic
-def quantize_block(typingctx, source, target, unit):
-    """Writes the 64 bytes of a record for 32 float32. unit: address of that, from `write_unit`."""
-
-    def codegen(context, b, sig, args):
-        source, target, unit = args
-        inverse = load_at(b, b.add(unit, I64(4)), F32, 4)
-        _write_block(context, b, [load_at(b, b.add(source, I64(i)), F32x16) for i in (0, 64)], target, inverse)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
+def _low_and_high(b: ir.IRBuilder, values: Value) -> list[Value]:
+    """Those of the first half of each block, and those of the second."""
+    return [_pick(b, values, list(range(first, values.type.count, 2))) for first in range(2)]
 
 
-@intrinsic
-def quantize_rest(typingctx, source, target, rest, unit):
-    """What the record at `target` is short of for 32 float32: its remainder, to `rest`, and its flag."""
+def _in_turn(b: ir.IRBuilder, low: Value, high: Value) -> Value:
+    n = low.type.count
+    return _shuffle(b, low, high, [i + n * part for i in range(n) for part in range(2)])
 
-    def codegen(context, b, sig, args):
-        source, target, rest, unit = args
-        halves, inverse = [], load_at(b, b.add(unit, I64(4)), F32, 4)
-        for i in range(2):
-            scale = b.fmul(load_at(b, b.add(target, I64(SCALE_LOW + 4 * i)), F32, 4), load_at(b, unit, F32, 4))
-            scale = spread(b, scale, F32x16)
-            q = b.sitofp(load_at(b, b.add(target, I64(16 * i)), I8x16), F32x16)
-            x = load_at(b, b.add(source, I64(64 * i)), F32x16)
-            halves.append(emit_fma(context, b, b.fneg(q), scale, x))
-        _write_block(context, b, halves, rest, inverse)
-        store_at(b, I32(1), b.add(target, I64(FLAG)), 4)
-        return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64, types.int64), codegen
+def _intrinsic(n_words: int, write: Callable[..., None]) -> Any:
+    """What `write(context, b, *words)` writes, of three or four words, for code that Numba compiles."""
+
+    def typed() -> Any:
+        def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+            write(context, b, *args)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * n_words), codegen
+
+    if n_words == 3:
+        return intrinsic(lambda typingctx, x, y, z: typed())
+    return intrinsic(lambda typingctx, x, y, z, w: typed())
+
+
+def _halves(b: ir.IRBuilder, source: Value, n_blocks: int) -> list[Value]:
+    return [load_at(b, b.add(source, I64(64 * i)), F32x16) for i in range(2 * n_blocks)]
+
+
+def _write_peaks(n_blocks: int) -> Any:
+    def write(context: Any, b: ir.IRBuilder, x: Value, block: Value, peaks: Value) -> None:
+        source = b.add(x, b.mul(block, I64(4 * BLOCK)))
+        store_at(b, _peaks(b, _halves(b, source, n_blocks)), b.add(peaks, b.mul(block, I64(8))), 4)
+
+    return write
+
+
+def _write_unit(context: Any, b: ir.IRBuilder, peaks: Value, n_bytes: Value, place: Value) -> None:
+    unit = inverse = ir.Constant(F32, 1.0)
+    if isas.select(context).whole_scales:
+        largest = cgutils.alloca_once_value(b, repeat(I32x16, 0))
+        with cgutils.for_range(b, b.lshr(n_bytes, I64(6)), intp=I64) as loop:
+            bits = load_at(b, b.add(peaks, b.shl(loop.index, I64(6))), I32x16)
+            b.store(_largest(b, bits, b.load(largest)), largest)
+        bits = call(b, "llvm.vector.reduce.umax.v16i32", I32, b.load(largest))
+        bits = b.bitcast(b.fmul(b.bitcast(bits, F32), ir.Constant(F32, 1 / 127)), I32)
+        exponent = b.sub(b.lshr(bits, I32(23)), I32(14))  # of the largest d, less the bits of MAX_FACTOR but one
+        usable = b.icmp_signed(">", exponent, I32(0))
+        finite = b.icmp_unsigned("<", bits, I32(0x7F800000))
+        unit = b.bitcast(b.shl(exponent, I32(23)), F32)
+        unit = b.select(usable, b.select(finite, unit, ir.Constant(F32, float("nan"))), ir.Constant(F32, 0.0))
+        inverse = b.bitcast(b.shl(b.sub(I32(254), exponent), I32(23)), F32)
+        inverse = b.select(b.and_(usable, finite), inverse, ir.Constant(F32, 0.0))
+    store_at(b, unit, place, 4)
+    store_at(b, inverse, b.add(place, I64(4)), 4)
+
+
+def _write_scales(context: Any, b: ir.IRBuilder, peaks: Value, inverses: Value, unit: Value) -> None:
+    inverse_unit = load_at(b, b.add(unit, I64(4)), F32, 4)
+    scales, factors = _scales(context, b, load_at(b, peaks, F32x16), inverse_unit)
+    store_at(b, scales, peaks)
+    store_at(b, factors, inverses)
+
+
+def _quantize_blocks(n_blocks: int) -> Any:
+    def write(context: Any, b: ir.IRBuilder, source: Value, target: Value, scales: Value, inverses: Value) -> None:
+        each = [load_at(b, b.add(inverses, I64(4 * i)), F32, 4) for i in range(2 * n_blocks)]
+        own = load_at(b, scales, ir.VectorType(F32, 2 * n_blocks), 4)
+        _write_blocks(context, b, _halves(b, source, n_blocks), own, each, target)
+
+    return write
+
+
+def _quantize_rest(context: Any, b: ir.IRBuilder, source: Value, target: Value, rest: Value, unit: Value) -> None:
+    halves, inverse = [], load_at(b, b.add(unit, I64(4)), F32, 4)
+    for i, x in enumerate(_halves(b, source, 1)):
+        scale = b.fmul(load_at(b, b.add(target, I64(SCALE_LOW + 4 * i)), F32, 4), load_at(b, unit, F32, 4))
+        q = b.sitofp(load_at(b, b.add(target, I64(16 * i)), I8x16), F32x16)
+        halves.append(emit_fma(context, b, b.fneg(q), spread(b, scale, F32x16), x))
+    scales, inverses = _scales(context, b, _peaks(b, halves), inverse)
+    _write_blocks(context, b, halves, scales, [b.extract_element(inverses, I32(i)) for i in range(2)], rest)
+    store_at(b, I32(1), b.add(target, I64(FLAG)), 4)
+
+
+# (x, block, peaks): the largest magnitude of each half of this block of x, or of AT_ONCE from it on.
+peaks_of_block, peaks_of_blocks = (_intrinsic(3, _write_peaks(n)) for n in (1, AT_ONCE))
+# (peaks, n_bytes, place): the unit of a record with these peaks, 64 bytes of them at a time, and 1 / unit.
+write_unit = _intrinsic(3, _write_unit)
+# (peaks, inverses, unit): 16 peaks become d; and what values are multiplied with.
+write_scales = _intrinsic(3, _write_scales)
+# (source, target, scales, inverses): the 64 bytes of a record for each block.
+quantize_block, quantize_blocks = (_intrinsic(4, _quantize_blocks(n)) for n in (1, AT_ONCE))
+# (source, target, rest, unit): what the block at `target` is short of for its float32, to `rest`, and its flag.
+quantize_rest = _intrinsic(4, _quantize_rest)
 
 
 record_bytes = njit(activation_bytes)
@@ -208,29 +257,45 @@ def inexactness(record):
 
 @njit
 def clear(block):
-    for i in range(0, RECORD, 16):
-        store(block + i, to_i8(splat_i32(0)))
+    store(block, splat_f32(0.0))
 
 
 @njit
 def quantize_row(x, n_cols, out, limit):
-    """Writes the record of the `n_cols` float32 at address `x` to address `out`; limit: see `records`."""
+    """Writes the record of the `n_cols` float32 at address `x` to address `out`; limit: see `records`.
+
+    First all scales, then all blocks: a processor can begin many blocks while none waits for a scale of its own.
+    """
     n_blocks = n_cols // BLOCK
-    total = 0.0
     stride = record_bytes(n_cols)
     rest, unit = out + stride // 2, out + stride - RECORD
-    write_unit(x, n_cols, unit)
+    whole, n_bytes = n_blocks // AT_ONCE * AT_ONCE, (8 * n_blocks + 63) // 64 * 64
+    peaks, inverses = rest, rest + n_bytes  # until there are remainders
+    clear(inverses - 64)
+    for i in range(0, whole, AT_ONCE):
+        peaks_of_blocks(x, i, peaks)
+    for i in range(whole, n_blocks):
+        peaks_of_block(x, i, peaks)
+    write_unit(peaks, n_bytes, unit)
+    for i in range(0, n_bytes, 64):
+        write_scales(peaks + i, inverses + i, unit)
+    for i in range(0, whole, AT_ONCE):
+        quantize_blocks(x + 4 * BLOCK * i, out + RECORD * i, peaks + 8 * i, inverses + 8 * i)
+    for i in range(whole, n_blocks):
+        quantize_block(x + 4 * BLOCK * i, out + RECORD * i, peaks + 8 * i, inverses + 8 * i)
+    if n_blocks % 2 == 1:
+        clear(out + RECORD * n_blocks)
+        clear(rest + RECORD * n_blocks)
+    if limit == inf:  # no block has a remainder in any record, so nobody reads them
+        return
+    total = 0.0
     for i in range(n_blocks):
-        quantize_block(x + 4 * BLOCK * i, out + RECORD * i, unit)
         total += inexactness(out + RECORD * i)
     for i in range(n_blocks):
         if inexactness(out + RECORD * i) * n_blocks > limit * total:
             quantize_rest(x + 4 * BLOCK * i, out + RECORD * i, rest + RECORD * i, unit)
         else:
             clear(rest + RECORD * i)
-    if n_blocks % 2 == 1:
-        clear(out + RECORD * n_blocks)
-        clear(rest + RECORD * n_blocks)
 
 
 def quantize(op, env, begin, end):

@@ -21,9 +21,9 @@ whole numbers from 1 to 32767; 0 if no d is a normal number, NaN if one is not f
 The number of blocks is rounded up to even; a block that pads is zero. Half way to the next record is a place for as
 many remainders: what q * d is short of, for a block of which q * d would be too inexact, in the same form; else zeros.
 Adding products with zeros changes nothing, so a kernel may leave them out or not. Most of the inexactness of a row is
-in few of its blocks, those with an outlier: a limit chooses them. From one record to the next it is 8 cache lines more
-than a multiple of 16: so eight blocks, which a matrix kernel goes over at a time, of eight records lie in all 64 sets
-of a cache, and not in the same.
+in few of its blocks, those with an outlier: a limit chooses them. If it is infinite, no record has remainders, and
+anything may stand in their place. From one record to the next it is 8 cache lines more than a multiple of 16: so eight
+blocks, which a matrix kernel goes over at a time, of eight records lie in all 64 sets of a cache, and not in the same.
 
 A whole number between -2 ** 22 and 2 ** 22 added to the bits of MAGIC as a float32 gives the bits of its sum with
 MAGIC: that is how sums of products become floats without being converted.
