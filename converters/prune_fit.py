@@ -37,6 +37,7 @@ Indices = NDArray[np.intp]
 
 
 _JUDGE = 5  # one in so many tokens judges the fits
+_MASSIVE = 10  # times the median: the size of the stream of tokens that all others attend to
 
 
 @dataclass(frozen=True)
@@ -216,8 +217,9 @@ class Fitting(Streams):
     def _target(self, spec: TensorSpec, i: int, y: Floats) -> tuple[Floats, Floats]:
         """What the matrix should give in the pruned model (T, dim that stays), and the weight of each token (T, 1).
 
-        y: what it gives in the original. Tokens are weighed by how small the stream is: every later layer divides by
-        that, and a few tokens are a hundred times as large as all others.
+        y: what it gives in the original. Tokens are weighed by how small the stream is, as every later layer divides by
+        that. The few that are a hundred times as large as all others (massive activations: Sun et al., 2402.17762) get
+        back a part of that: all tokens attend to them, and without them a model says nothing.
         """
         n, dim = self._half, self._dim
         theirs, own = self._stream[:n], self._stream[n:, dim]
@@ -270,8 +272,9 @@ class Fitting(Streams):
 
 
 def _importance(stream: Floats) -> Floats:
-    """The weight of each token (T, 1), by how small the stream is."""
-    weights: Floats = 1 / np.sqrt(np.mean(stream * stream, axis=1, keepdims=True) + 1e-12)
+    """The weight of each token (T, 1), by how small the stream is; more for tokens that are massive."""
+    size: Floats = np.sqrt(np.mean(stream * stream, axis=1, keepdims=True) + 1e-12)
+    weights: Floats = np.sqrt(np.maximum(1, size / (_MASSIVE * np.median(size)))) / size
     return weights
 
 

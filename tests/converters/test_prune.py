@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import edgelm
-from converters import calibrate, gguf_export, prune, prune_depth, refit, vocab_prune
+from converters import calibrate, gguf_export, prune, prune_depth, prune_fit, refit, vocab_prune
 from converters import checkpoint as checkpoints
 from converters.arrays import Array
 from converters.checkpoint import Checkpoint
@@ -339,6 +339,18 @@ def test_the_columns_that_cost_least_go() -> None:
     assert loss(kept) < losses[len(losses) // 20]
     families = refit.choose(w, sums, np.arange(12).reshape(3, 2, 2), 1)
     assert len(families) == 6 and all(np.isin(families, range(4 * i, 4 * i + 4)).sum() == 2 for i in range(3))
+
+
+def test_what_makes_a_token_massive_stays() -> None:
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(400, 100)).astype(np.float32), rng.normal(size=(8, 100)).astype(np.float32)
+    x[:, 11], x[7, 11] = 0, 1700  # a channel for one token, whose stream becomes some 170 times as large as others
+    stream = x @ w.T
+    weights = prune_fit._importance(stream)
+    sums = refit.Sums.of(x * weights, np.zeros((400, 8), np.float32))
+    assert 11 in refit.choose(w, sums, np.arange(100).reshape(1, 100, 1), 50)
+    usual = np.delete(weights * np.sqrt(np.mean(stream * stream, axis=1, keepdims=True)), 7)
+    np.testing.assert_allclose(usual, 1, rtol=1e-5)
 
 
 def test_fits_that_unseen_tokens_do_not_confirm_are_not_made() -> None:
