@@ -144,16 +144,19 @@ class GGUFModel(Model):
 
     def _pack(
         self, tensors: list[QTensor], pairs: list[tuple[int, int]], progress: Progress | None
-    ) -> list[Any]:
-        """The weights that a program asks for."""
+    ) -> tuple[list[Any], Any]:
+        """The weights that a program asks for, and their packing, if it is under way."""
         from . import packed
 
         # The window may be large and never be filled: room for a conversation is what has to be there.
         need = memory.estimate(self.config, (), min(self.n_ctx, 4096), self.kv_type)
-        result, self.packed_file = packed.load(
+        forms, place = packed.load(
             self.gguf, tensors, self._settings.packed, need.total, default_threads(), progress, pairs
         )
-        return result
+        if not isinstance(place, Path):
+            return forms, place
+        self.packed_file = place
+        return forms, None
 
 
 def _choose(interpreter: str) -> str:

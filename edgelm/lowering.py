@@ -56,6 +56,7 @@ class Resources:
     config: Config
     packed: Mapping[Matrix, Any]
     n_ctx: int
+    packing: Any = None  # of all of `packed`, in that order, while it may still be under way
     ropes: list[Rope] = field(default_factory=list)  # the index is that of Env.COS and Env.SIN
     constants: dict[Any, Floats] = field(default_factory=dict)
 

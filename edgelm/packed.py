@@ -36,7 +36,7 @@ from .models import model_of
 from .weights import Weights
 
 if TYPE_CHECKING:
-    from .kernels.packing import Packed, Pairs
+    from .kernels.packing import Packed, Packing, Pairs
 
 SUFFIX = ".packed"
 SPARE_MEMORY = 128 << 20  # bytes that are left for everything else
@@ -225,8 +225,10 @@ def load(
     n_threads: int | None = None,
     progress: Progress | None = None,
     pairs: Pairs = (),
-) -> tuple[list[Packed], Path | None]:
-    """The packed forms of a model's weights, and the file that they are in, if it is one.
+) -> tuple[list[Packed], Path | Packing | None]:
+    """The packed forms of a model's weights, and the file that they are in, or the packing if it is under way.
+
+    It is where the first run of a model can do without it: see `kernels.streamed`.
 
     Args:
         place: "file" maps a file and makes it if there is none; "memory" packs into memory; "auto" maps a file that is
@@ -240,7 +242,7 @@ def load(
         FormatError: the file at a path that was given cannot be used.
         SourceError: it is not there, or a file has to be written and cannot be.
     """
-    from .kernels import packing
+    from .kernels import packing, streamed
 
     packed_file = PackedFile(file, tensors, pairs)
     if place not in ("auto", "memory", "file"):
@@ -258,5 +260,7 @@ def load(
                 stacklevel=2,
             )
         return packed_file.map(packed_file.write(path, n_threads, progress)), path
+    if streamed.can_stream(packed_file.forms):
+        return packing.pack_behind(tensors, n_threads, file.lend, pairs)
     report = None if progress is None else lambda done, total: progress("packing weights", done, total)
     return packing.pack_all(tensors, n_threads, report, file.lend, pairs), None

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .lowering import Plan
 
 Progress = Callable[[str, int, int], None]
-Pack = Callable[[list[QTensor], list[tuple[int, int]]], list[Any]]
+Pack = Callable[[list[QTensor], list[tuple[int, int]]], tuple[list[Any], Any]]
 Part = tuple[int, int]  # tokens [begin, end) of a batch
 
 # Plain integers: an enumeration's members are slow to index with.
@@ -50,8 +50,8 @@ class Program:
             Models in which all tokens see each other take as many as the context has.
         kv_type: of the caches that are to be expected; those of another type cost time at their first call.
         shared: a program of the same weights, whose packed matrices serve here too.
-        pack: gives the packed forms of weights, and is told which of them are read in pairs, see `edgelm.packed`; None
-            packs them into memory.
+        pack: gives the packed forms of weights, and the `packing.Packing` that makes them, if it still does; is told
+            which of them are read in pairs, see `edgelm.packed`. None packs them into memory.
         progress: called as progress(stage, done, total) while weights are packed and kernels compiled.
     """
 
@@ -85,14 +85,19 @@ class Program:
         self.max_tokens = max(max_tokens, self.n_ctx) if self._whole else min(max_tokens, self.n_ctx)
         self._n_cols = self._nodes[-1].n_cols
 
-        packed = _pack(self._nodes, {} if shared is None else shared._resources.packed, pack or self._into_memory)
-        self._resources: Resources = Resources(config, packed, self.n_ctx)
+        if shared is not None:
+            shared.wait()
+        there = {} if shared is None else shared._resources.packed
+        packed, packing = _pack(self._nodes, there, pack or self._into_memory)
+        if shared is not None and packing is not None:
+            packing.finish()
+        self._resources: Resources = Resources(config, packed, self.n_ctx, packing)
         self.n_bytes = sum(p.n_bytes for p in packed.values())
         self.transcoded = {
             matrix.tensor.name: (p.transcoded_from, p.format) for matrix, p in packed.items() if p.transcoded_from
         }
 
-        self._lock = threading.Lock()
+        self._lock, self._first_run = threading.Lock(), True
         self._groups = config.cache_groups()
         self._plans: dict[str, Plan] = {}
         self._factors = weights.factors()
@@ -155,6 +160,11 @@ class Program:
             for sequence, n in zip(sequences, counts, strict=True):
                 sequence.advance(n)
         return results
+
+    def wait(self) -> None:
+        """Returns when all weights are packed, which may go on behind a new program."""
+        if self._resources.packing is not None:
+            self._resources.packing.finish()
 
     def close(self) -> None:
         """Ends the threads. A later call starts new ones."""
@@ -230,7 +240,7 @@ class Program:
         else:
             self._lengths[: len(batch.sequences)] += np.bincount(rows, minlength=len(batch.sequences)).astype(np.int32)
         n_threads = self.n_threads if n_tokens == 1 else self.n_threads_batch
-        self._executor.run(plan.table, len(plan.table), self._env_address, n_threads)
+        self._walk(plan, n_threads)
         if plan.hidden is not None:
             results[:] = self._view(plan.hidden, n_outputs)
         elif plan.cap is not None and n_outputs:
@@ -238,11 +248,40 @@ class Program:
             env[Env.WORKSPACE], env[N_OUTPUTS] = results.ctypes.data, n_outputs * plan.cap_pieces
             self._executor.run(plan.cap, 1, env.ctypes.data, n_threads)
 
-    def _into_memory(self, tensors: list[QTensor], pairs: list[tuple[int, int]]) -> list[Any]:
+    def _walk(self, plan: Plan, n_threads: int) -> None:
+        """Runs the table. The first run does not wait for weights that are not packed yet, the second one does."""
+        packing, table = self._resources.packing, plan.table
+        if packing is not None and not packing.finished:
+            if self._first_run:
+                self._first_run = False
+                if self._walk_unpacked(plan, n_threads):
+                    return
+            packing.finish()
+        self._executor.run(table, len(table), self._env_address, n_threads)
+
+    def _walk_unpacked(self, plan: Plan, n_threads: int) -> bool:
+        """The same without the weights that are not packed; False, and nothing done, if all are."""
+        from .kernels.streamed import streamed
+
+        packing, packed = self._resources.packing, self._resources.packed
+        with packing.paused() as left:
+            if not left:
+                return False
+            places, n = {matrix: i for i, matrix in enumerate(packed)}, int(self._words[N_TOKENS])
+            for embed in (node.args for node in self._nodes if node.kind == "embed"):
+                rows = self._tokens[:n] if embed["by"] == "tokens" else self._positions[:n] + embed["offset"]
+                if places[embed["table"]] in left:
+                    packing.pack_rows(places[embed["table"]], rows.tolist())
+            weights = list(zip(packing.tensors, packed.values(), strict=True))
+            table, _buffers = streamed(plan.table, weights, left)
+            self._executor.run(table, len(table), self._env_address, n_threads)
+        return True
+
+    def _into_memory(self, tensors: list[QTensor], pairs: list[tuple[int, int]]) -> tuple[list[Any], Any]:
         from .kernels.linear import pack_all
 
         report = partial(self._progress, "packing weights")
-        return pack_all(tensors, progress=report, pairs=pairs)
+        return pack_all(tensors, progress=report, pairs=pairs), None
 
     def _view(self, place: tuple[int, int], n_rows: int) -> NDArray[np.float32]:
         """Rows of a value in the workspace."""
@@ -291,10 +330,11 @@ class Program:
         self._env[Env.LENGTHS], self._env[Env.TABLES] = self._lengths.ctypes.data, self._tables.ctypes.data
 
 
-def _pack(nodes: list[Node], there: Mapping[Matrix, Any], pack: Pack) -> dict[Matrix, Any]:
-    """Every weight matrix of a graph in the order of bytes that its kernel reads. there: packed before."""
+def _pack(nodes: list[Node], there: Mapping[Matrix, Any], pack: Pack) -> tuple[dict[Matrix, Any], Any]:
+    """Every weight matrix of a graph in the order of bytes that its kernel reads, and the packing of those that were
+    not `there`, if it is under way."""
     needed = matrices(nodes)
     missing = [matrix for matrix in needed if matrix not in there]
-    forms = pack([matrix.slice() for matrix in missing], gates(nodes, missing)) if missing else []
+    forms, packing = pack([matrix.slice() for matrix in missing], gates(nodes, missing)) if missing else ([], None)
     packed = dict(zip(missing, forms, strict=True))
-    return {matrix: packed[matrix] if matrix in packed else there[matrix] for matrix in needed}
+    return {matrix: packed[matrix] if matrix in packed else there[matrix] for matrix in needed}, packing

@@ -27,7 +27,7 @@ from edgelm import free_memory as free
 from edgelm.cli import main
 from edgelm.errors import FormatError, SourceError
 from edgelm.formats import QTensor, by_name
-from edgelm.kernels import packing
+from edgelm.kernels import packing, streamed
 from edgelm.kernels.blocks import BLOCKS
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -42,7 +42,7 @@ def weight(name: str, n_rows: int, n_cols: int) -> QTensor:
 
 @pytest.fixture
 def model(tmp_path: Path, cache: Path) -> Path:
-    return tiny.tiny("llama-gqa", fmt="Q4_0", folder=tmp_path)
+    return tiny.tiny("llama-gqa", fmt="Q4_0", folder=tmp_path, intermediate_size=128)
 
 
 def packed_file(path: Path) -> packed.PackedFile:
@@ -145,6 +145,91 @@ def test_a_failure_in_any_thread_ends_all() -> None:
     with pytest.raises(OSError, match="the disk is gone"):
         packing.pack_all([weight("Q8_0", 4000, 1024)], n_threads=3, lend=lend)
     assert packing.pack_all([weight("Q8_0", 40, 1024)], n_threads=3, lend=nullcontext)
+
+
+# --- behind the caller
+
+
+@pytest.fixture
+def not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is packed behind the caller, and pieces of a first run are small."""
+    start = packing.Packing.start
+    monkeypatch.setattr(packing.Packing, "start", lambda self, spare=1: start(self, spare or len(self._turns)))
+    monkeypatch.setattr(streamed, "BUFFER", 1)
+
+
+@pytest.mark.parametrize("fmt", ["Q4_0", "Q4_K", "F16", "TQ2_0"])
+@pytest.mark.parametrize("arch", ["llama-gqa", "gpt2", "phi3", "qwen2", "bert-mean"])
+def test_a_first_run_without_packed_weights_gives_the_same_bits(
+    arch: str, fmt: str, tmp_path: Path, cache: Path, not_begun: None
+) -> None:
+    sizes = {} if by_name(fmt).block > 32 else {"intermediate_size": 128}  # whole units
+    path = tiny.tiny(arch, fmt=fmt, folder=tmp_path, **sizes)
+    for tokens in (TOKENS[:1], TOKENS):
+        with edgelm.load(path, threads=2) as loaded:
+            under_way = loaded.runner._resources.packing
+            assert (under_way is None) == (fmt == "TQ2_0"), "what has to be transcoded is packed before"
+            first, second = (loaded.embed([tokens]) if loaded.is_encoder else loaded.logits(tokens) for _ in range(2))
+            np.testing.assert_array_equal(first, second)
+            assert under_way is None or under_way.finished
+
+
+def test_what_is_packed_when_a_run_comes_is_used(model: Path, not_begun: None) -> None:
+    """A part of a model is packed: nothing, up to any piece, all."""
+    with edgelm.load(model) as loaded:
+        expected, n_pieces = loaded.logits(TOKENS), len(loaded.runner._resources.packing._pieces)
+    for n in range(n_pieces + 1):
+        with edgelm.load(model) as loaded:
+            under_way = loaded.runner._resources.packing
+            pieces, under_way._pieces = under_way._pieces, under_way._pieces[:n]
+            under_way._work(under_way._turns[0])
+            under_way._pieces = pieces
+            np.testing.assert_array_equal(loaded.logits(TOKENS), expected)
+            loaded.runner.wait()
+            np.testing.assert_array_equal(loaded.logits(TOKENS), expected)
+
+
+def test_what_fails_behind_the_caller_is_raised_by_the_second_run(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> int:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(packing, "_pack_piece", fail)
+    with edgelm.load(model) as loaded, pytest.raises(OSError, match="the disk is gone"):
+        for _ in range(2):
+            loaded.logits(TOKENS)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_packs_for_itself(model: Path) -> None:
+    """Threads do not come along: a fork in the middle of packing must not wait for them."""
+    script = """
+import os, sys, numpy as np, edgelm
+from edgelm.kernels import packing
+pack_piece = packing._pack_piece
+with edgelm.load(sys.argv[1]) as model:
+    expected = [model.logits([1, 2, 3]) for _ in range(2)]
+packing._pack_piece = lambda *args: (__import__("time").sleep(0.05), pack_piece(*args))[1]
+model = edgelm.load(sys.argv[1])
+child = os.fork()
+found = [model.logits([1, 2, 3]) for _ in range(2)]
+assert np.array_equal(found, expected)
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", script, str(model)], check=True, timeout=60)
+
+
+def test_a_process_may_end_while_weights_are_packed(model: Path) -> None:
+    script = """
+import sys, edgelm
+from edgelm.kernels import packing
+pack_piece = packing._pack_piece
+packing._pack_piece = lambda *args: (__import__("time").sleep(0.2), pack_piece(*args))[1]
+model = edgelm.load(sys.argv[1])
+print(int(model.logits([1]).shape[0]))
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(model)], check=True, timeout=60, capture_output=True)
+    assert (done.stdout, done.stderr) == (b"1\n", b"")
 
 
 # --- files

@@ -36,7 +36,7 @@ class Arg(IntEnum):
     N_UNITS = 4  # of packed weights in a group
     X = 5
     X_STRIDE = 6
-    Y = 7  # offset, or -1: the environment's logits
+    Y = 7  # offset, or below zero: -1 - offset into the environment's logits
     Y_STRIDE = 8
     N_ROWS = 9
     BIAS = 10  # address or 0

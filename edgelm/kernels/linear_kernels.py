@@ -234,7 +234,7 @@ def units(code, op, env, begin, end):
     n_rows, bias, activation = load_i64(op + _N_ROWS), load_i64(op + _BIAS), load_i64(op + _ACTIVATION)
     x_stride, y_stride = load_i64(op + _X_STRIDE), load_i64(op + _Y_STRIDE)
     x, y = workspace + load_i64(op + _X), load_i64(op + _Y)
-    y = load_i64(env + _LOGITS) if y < 0 else workspace + y
+    y = load_i64(env + _LOGITS) - 1 - y if y < 0 else workspace + y
     residual, residual_stride = load_i64(op + _RESIDUAL), load_i64(op + _RESIDUAL_STRIDE)
     residual = residual + workspace if residual >= 0 else 0
     slab, out, rests, lists = scratch(SLAB_SCRATCH), scratch(OUT_SCRATCH), scratch(OUT_SCRATCH), scratch(LISTS_SCRATCH)

@@ -10,12 +10,15 @@ Imports no Numba. Knows nothing of activations.
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from typing import Protocol
 
 import numpy as np
@@ -26,13 +29,27 @@ from edgelm.kernels import (
     compiler,
     int16,
 )
+from edgelm.kernels.abi import Row
 from edgelm.kernels.blocks import BLOCKS, ROWS
+from edgelm.kernels.transcode import transcoded
 
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of a weight
 LAYOUT = 4  # of packed weights; to be raised when they change: a test compares
 ALIGN = 64
 HUGE = 1 << 21  # bytes of a huge page
 _PIECE = 1 << 20  # bytes of packed weights that a thread makes at a time
+
+
+class Arg(IntEnum):
+    """Arguments of a kernel that packs, from `Row.ARGS` on."""
+
+    SOURCE = 0  # address of the first row in the file
+    ROW_BYTES = 1  # from row to row
+    N_ROWS = 2
+    N_COLS = 3
+    TARGET = 4  # address of the packed groups
+    STRIDE = 5  # bytes from one group to the next
+
 
 Lend = Callable[[np.ndarray], AbstractContextManager[np.ndarray]]
 Pairs = Sequence[tuple[int, int]]
@@ -74,7 +91,7 @@ class Packed:
     @property
     def n_units(self) -> int:
         """Units of a group; columns of a matrix of floats."""
-        return self.group_bytes // _unit(self.format)[1]
+        return self.group_bytes // unit(self.format)[1]
 
     def within(self, memory: np.ndarray) -> Packed:
         """The same in `memory`, where the address has counted from its beginning."""
@@ -82,6 +99,10 @@ class Packed:
 
 
 Weight = tuple[QTensor, Packed]
+
+
+class Stopped(Exception):
+    """Packing ended before it was done, because the process does."""
 
 
 class Target(Protocol):
@@ -112,7 +133,7 @@ def is_float(format: str) -> bool:
     return format in FLOATS
 
 
-def _unit(format: str) -> tuple[int, int]:
+def unit(format: str) -> tuple[int, int]:
     """(columns, bytes) of the smallest piece of 16 rows."""
     if format in FLOATS:
         return 1, ROWS * FLOATS[format]
@@ -123,7 +144,7 @@ def _unit(format: str) -> tuple[int, int]:
 
 def packed_bytes(format: str, n_rows: int, n_cols: int) -> int:
     """Bytes that a matrix takes in packed form."""
-    columns, n_bytes = _unit(format)
+    columns, n_bytes = unit(format)
     return -(-n_rows // ROWS) * -(-n_cols // columns) * n_bytes
 
 
@@ -181,6 +202,17 @@ def pack_all(
     return [form.within(memory.bytes) for form in forms]
 
 
+def pack_behind(
+    tensors: Sequence[QTensor], n_threads: int | None = None, lend: Lend = nullcontext, pairs: Pairs = ()
+) -> tuple[list[Packed], Packing]:
+    """As `pack_all`, but the weights are only there when the packing, which goes on behind the caller, is finished."""
+    forms, n_bytes = arrange(tensors, pairs)
+    memory = Memory(n_bytes)
+    packing = Packing(memory, tensors, forms, n_threads, None, lend)
+    packing.start(spare=0)
+    return [form.within(memory.bytes) for form in forms], packing
+
+
 def pack_into(
     target: Target,
     tensors: Sequence[QTensor],
@@ -189,45 +221,117 @@ def pack_into(
     progress: Callable[[int, int], None] | None = None,
     lend: Lend = nullcontext,
 ) -> None:
-    """Packs weights piece by piece to where `forms` of `arrange` say, by several threads at once.
+    """Packs weights to where `forms` of `arrange` say: a `Packing` from its start to its end."""
+    packing = Packing(target, tensors, forms, n_threads, progress, lend)
+    packing.start()
+    packing.finish()
+
+
+class Packing:
+    """Packs weights piece by piece, in the order of their places, by several threads at once.
 
     `progress(bytes done, bytes in all)`, of packed weights, is called from one thread at a time. `lend(rows)` is where
     rows of a weight can be read, for as long as that takes: see `GGUF.lend`.
     """
-    compiler.compile_all(dict.fromkeys(map(_kernel, tensors, forms)))
-    total, done, lock, failures = sum(form.n_bytes for form in forms), 0, threading.Lock(), []
-    pieces = (
-        (weights, first, min(first + step, form.n_groups))
-        for weights in _alternating(tensors, forms)
-        for _, form in weights[:1]
-        for step in [max(1, _PIECE // form.stride)]
-        for first in range(0, form.n_groups, step)
-    )
 
-    def work() -> None:
-        nonlocal done
+    def __init__(
+        self,
+        target: Target,
+        tensors: Sequence[QTensor],
+        forms: Sequence[Packed],
+        n_threads: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        lend: Lend = nullcontext,
+    ) -> None:
+        self.tensors, self.forms = tensors, forms
+        self._target, self._progress, self._lend = target, progress, lend
+        self._pieces = [
+            (weights, first, min(first + step, form.n_groups))
+            for weights in _alternating(tensors, forms)
+            for _, form in weights[:1]
+            for step in [max(1, _PIECE // form.stride)]
+            for first in range(0, form.n_groups, step)
+        ]
+        self._n_threads = n_threads or os.cpu_count() or 1
+        self._begin()
+
+    def _begin(self) -> None:
+        self._total, self._done, self._next = sum(form.n_bytes for form in self.forms), 0, 0
+        self._lock, self._failures, self._process = threading.Lock(), list[BaseException](), os.getpid()
+        self._threads: list[threading.Thread] = []
+        self._turns = [threading.Lock() for _ in range(self._n_threads)]  # each held while a thread packs a piece
+        self._open = threading.Event()  # pieces may be begun: who waits for a lock may wait long
+        self._open.set()
+
+    def start(self, spare: int = 1) -> None:
+        """Begins on threads of its own, `spare` fewer than there may be: whoever waits packs, too."""
+        compiler.compile_all(dict.fromkeys(map(_kernel, self.tensors, self.forms)))
+        self._threads = [threading.Thread(target=self._work, args=(turn,), daemon=True) for turn in self._turns[spare:]]
+        for thread in self._threads:
+            thread.start()
+        if not spare:  # then nobody may wait for the end
+            weakref.finalize(self, _stop, self._failures, self._threads)  # at exit, before memory goes
+
+    def _after_fork(self) -> None:
+        """Begins again in a process that was forked: the threads have stayed behind, with what they were at."""
+        if self._process != os.getpid() and not self.finished:
+            self._begin()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all weights are packed."""
+        return self._done == self._total
+
+    @contextmanager
+    def paused(self) -> Iterator[list[int]]:
+        """Nothing is packed within it. Gives the weights, by index, that are not packed, or not to their end."""
+        self._after_fork()
+        with ExitStack() as stack:
+            self._open.clear()
+            stack.callback(self._open.set)
+            for turn in self._turns:
+                stack.enter_context(turn)
+            left = self._pieces[self._next][0][0][1].address if self._next < len(self._pieces) else math.inf
+            yield [i for i, form in enumerate(self.forms) if form.address >= left]
+
+    def pack_rows(self, index: int, rows: Iterable[int]) -> None:
+        """Packs some rows of a weight, with the groups that they are in. For who has `paused` it."""
+        for group in {row // ROWS for row in rows}:
+            _pack_piece(self._target, [(self.tensors[index], self.forms[index])], group, group + 1, self._lend)
+
+    def finish(self) -> None:
+        """Packs what is left; raises what any of the threads could not do."""
+        self._after_fork()
+        self._work(self._turns[0])
+        for thread in self._threads:
+            thread.join()
+        if self._failures:
+            raise self._failures[0]
+
+    def _work(self, turn: threading.Lock) -> None:
         try:
-            while not failures:
-                with lock:
-                    piece = next(pieces, None)
-                if piece is None:
-                    return
-                n_bytes = _pack_piece(target, *piece, lend)
-                with lock:
-                    done += n_bytes
-                    if progress is not None:
-                        progress(done, total)
+            while not self._failures:
+                self._open.wait()
+                with turn:
+                    with self._lock:
+                        if self._next == len(self._pieces):
+                            return
+                        piece = self._pieces[self._next]
+                        self._next += 1
+                    n_bytes = _pack_piece(self._target, *piece, self._lend)
+                    with self._lock:
+                        self._done += n_bytes
+                        if self._progress is not None:
+                            self._progress(self._done, self._total)
         except BaseException as failure:  # an interrupt, too: the other threads have to end
-            failures.append(failure)
+            self._failures.append(failure)
 
-    others = [threading.Thread(target=work) for _ in range((n_threads or os.cpu_count() or 1) - 1)]
-    for thread in others:
-        thread.start()
-    work()
-    for thread in others:
-        thread.join()
-    if failures:
-        raise failures[0]
+
+def _stop(failures: list[BaseException], threads: list[threading.Thread]) -> None:
+    failures.append(Stopped())
+    for thread in threads:
+        if thread is not threading.current_thread():  # whose end may be what frees the packing
+            thread.join()
 
 
 def _alternating(tensors: Sequence[QTensor], forms: Sequence[Packed]) -> list[list[Weight]]:
@@ -280,6 +384,14 @@ def _kernel(tensor: QTensor, form: Packed) -> str:
     return f"packing_kernels:pack_{name.lower()}"
 
 
+def row_pack(tensor: QTensor, form: Packed, data: np.ndarray, place: int, stride: int) -> list[int]:
+    """A row of the op table that packs rows of a weight, `data`, as groups at `place`, `stride` bytes apart."""
+    row = [0] * Row.SIZE
+    row[Row.KERNEL], row[Row.UNITS], row[Row.GRAIN] = compiler.address(_kernel(tensor, form)), -(-len(data) // ROWS), 1
+    row[Row.ARGS : Row.ARGS + len(Arg)] = data.ctypes.data, data.strides[0], len(data), form.n_cols, place, stride
+    return row
+
+
 def _pack_piece(target: Target, weights: list[Weight], first: int, last: int, lend: Lend) -> int:
     """Packs groups `first` to `last`, not included, of weights whose groups alternate; how many bytes these are."""
     base, stride = weights[0][1].address, weights[0][1].stride
@@ -287,54 +399,11 @@ def _pack_piece(target: Target, weights: list[Weight], first: int, last: int, le
     for tensor, form in weights:
         with lend(tensor.data[first * ROWS : min(last * ROWS, form.n_rows)]) as data:
             if form.transcoded_from is not None and form.format != "INT12":
-                data = _transcoded(tensor, data, form.format)
+                data = transcoded(tensor, data, form.format)
             if data.strides[-1] != 1:
                 data = np.ascontiguousarray(data)
             place = room.ctypes.data + form.address - base
-            job = np.array([data.ctypes.data, data.strides[0], len(data), form.n_cols, place, stride], np.int64)
-            _Native(compiler.address(_kernel(tensor, form)))(job.ctypes.data, 0, 0, last - first)
+            row = np.array(row_pack(tensor, form, data, place, stride), np.int64)
+            _Native(int(row[Row.KERNEL]))(row.ctypes.data, 0, 0, last - first)
     target.done(base + first * stride, room)
     return len(room)
-
-
-# --- transcoding
-
-# Largest integers that 16 weights may be multiples of: the usual ones of codebooks first, then all that int8 holds.
-_LARGEST = tuple(dict.fromkeys([1, 43, 25, 9, 7, 15, 13, 11, 5, 3, 62, 52, 44, 36, 28, 12, 8, 6, 4, *range(1, 129)]))
-
-
-def _transcoded(tensor: QTensor, data: np.ndarray, format: str) -> np.ndarray:
-    """Some rows of a weight in the file form of another format: bytes (rows, bytes per row)."""
-    weights = QTensor(tensor.name, tensor.format, (len(data), tensor.shape[-1]), data)
-    values = weights.dequantize()
-    if format == "F32":
-        return values.view(np.uint8)
-    scales, quants = integers(values.reshape(-1, 16))
-    blocks = np.empty(len(scales) // 2, np.dtype([("d", "<f4", 2), ("q", "i1", 32)]))
-    blocks["d"], blocks["q"] = scales.reshape(-1, 2), quants.reshape(-1, 32)
-    return blocks.view(np.uint8).reshape(len(values), -1)
-
-
-def integers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(n, 16) float32 that are int8 times one scale for each row, as (scales (n,), int8 (n, 16)).
-
-    Finds the largest integer by trial: different fractions of integers up to 128 are further apart than rounding takes
-    them. A scale may be negative, as only -128 fits. Rows that are no such multiples are rounded to 127 steps.
-    """
-    with np.errstate(all="ignore"):
-        peaks = np.abs(values).max(axis=1)
-        scales, quants = np.zeros_like(peaks), np.zeros(values.shape, np.int8)
-        todo = np.flatnonzero(peaks > 0)
-        for largest in _LARGEST:
-            if len(todo) == 0:
-                break
-            steps = values[todo] / peaks[todo, None] * np.float32(largest)
-            whole = np.rint(steps)
-            fits = (np.abs(steps - whole) < 2e-3).all(axis=1)
-            found, whole = todo[fits], whole[fits]
-            sign = np.where(whole.max(axis=1) > 127, np.float32(-1), np.float32(1))
-            scales[found], quants[found] = sign * peaks[found] / np.float32(largest), sign[:, None] * whole
-            todo = todo[~fits]
-        scales[todo] = peaks[todo] / np.float32(127)
-        quants[todo] = np.nan_to_num(np.rint(values[todo] / scales[todo, None]), posinf=127, neginf=-127)
-    return scales, quants

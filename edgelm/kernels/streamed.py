@@ -1,0 +1,95 @@
+"""A run of a model whose weights are not packed yet: they are packed for it alone, a piece at a time, into the cache.
+
+Fresh memory is what packing at a start takes most of its time for. So the first run does without: each row of the op
+table that multiplies becomes several, of as many groups as fit into one of two small buffers, and while one of them is
+multiplied the next piece of the file is packed into the other one. Kernels and the order of their sums are those of
+packed weights, and so are the bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.kernels.abi import Row
+from edgelm.kernels.blocks import ROWS
+from edgelm.kernels.linear import Arg
+from edgelm.kernels.packing import HUGE, Packed, Weight, row_pack, unit, zeroed
+
+BUFFER = HUGE  # bytes: two of them stay in the caches of two cores
+
+
+def streamed(
+    table: NDArray[np.int64], weights: Sequence[Weight], left: Sequence[int]
+) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """A table that computes the same as `table` without those of `weights` that are `left` to be packed, by index; and
+    the buffers that it needs.
+
+    While a piece is multiplied the next one is packed: neither waits for the other.
+    """
+    by_address = {form.address: (tensor, form) for tensor, form in weights}
+    missing = {weights[i][1].address for i in left}
+    most = max(form.group_bytes for _, form in weights)
+    size = max(4, BUFFER // most // 4 * 4) * most  # whole units of two groups, of one matrix or of two
+    memory = zeroed(2 * size)
+    packs, rows = list[list[list[int]]](), list[list[int]]()
+    piece_of: dict[int, int] = {}  # by the place of a row in `rows`
+    for row in table.tolist():
+        read = [address for address in (row[Row.READS], row[Row.ARGS + Arg.SECOND]) if address]
+        if row[Row.READS] not in by_address or missing.isdisjoint(read):
+            rows.append(row)
+            continue
+        if rows:
+            rows[-1][Row.BARRIER] = 1
+        found = [by_address[address] for address in read]
+        form, stride = found[0][1], len(found) * found[0][1].group_bytes
+        step = size // stride // 2 * 2
+        for first in range(0, form.n_groups, step):
+            buffer = memory.ctypes.data + len(packs) % 2 * size
+            piece_of[len(rows)] = len(packs)
+            packs.append([_pack(weight, first, step, buffer, k, stride) for k, weight in enumerate(found)])
+            rows.append(_product(row, form, first, step, buffer, stride))
+    result = list[list[int]]()
+    if packs:
+        packs[0][-1][Row.BARRIER] = 1
+        result += packs[0]
+    for i, row in enumerate(rows):
+        if i in piece_of:
+            result += packs[piece_of[i] + 1] if piece_of[i] + 1 < len(packs) else []
+        result.append(row)
+    return np.array(result, np.int64), memory
+
+
+def can_stream(forms: Iterable[Packed]) -> bool:
+    """Whether kernels can pack all of these by themselves, into memory that is not zero."""
+    return all(
+        (form.transcoded_from is None or form.format == "INT12") and form.n_cols % unit(form.format)[0] == 0
+        for form in forms
+    )
+
+
+def _pack(weight: Weight, first: int, n: int, buffer: int, k: int, stride: int) -> list[int]:
+    """The row that packs groups `first` to `first + n` of a weight, the k-th of those whose groups alternate."""
+    tensor, form = weight
+    data = tensor.data[first * ROWS : (first + n) * ROWS]
+    return row_pack(tensor, form, data, buffer + k * form.group_bytes, stride)
+
+
+def _product(row: list[int], form: Packed, first: int, n: int, buffer: int, stride: int) -> list[int]:
+    """The row that multiplies them: `row` for a part of its matrix."""
+    n, column, args = min(n, form.n_groups - first), 4 * ROWS * first, row[Row.ARGS :]
+    args[Arg.WEIGHTS], args[Arg.GROUP_STRIDE] = buffer, stride
+    args[Arg.N_GROUPS], args[Arg.N_ROWS] = n, min(n * ROWS, form.n_rows - first * ROWS)
+    args[Arg.Y] += column if args[Arg.Y] >= 0 else -column
+    if args[Arg.SECOND]:
+        args[Arg.SECOND] = buffer + form.group_bytes
+    if args[Arg.BIAS]:
+        args[Arg.BIAS] += column
+    if args[Arg.RESIDUAL] >= 0:
+        args[Arg.RESIDUAL] += column
+    head = row[: Row.ARGS]
+    head[Row.UNITS] = n if args[Arg.SECOND] else -(-n // 2)
+    head[Row.READS], head[Row.READ_BYTES], head[Row.BARRIER] = 0, 0, 1
+    return head + args
