@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -40,6 +41,7 @@ from edgelm.kernels.records import FLAG, RECORD
 from edgelm.kernels.slab_tiles import _rest, _tile, slab_block_bytes
 
 Value = ir.Value
+Unpacked = tuple[list[Any], Any, Any]  # weights, scales and minima of a block of each group
 AHEAD = 4096  # how many bytes before they are needed weights are asked for: the processor's own prefetching comes late
 NEAR = 448  # the same where it does not: only so that no line is touched before those that lie in front of it
 SLAB = 8  # blocks that are unpacked at a time: they stay in the first-level cache
@@ -70,47 +72,86 @@ def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_
     record + record_stride * token; out: (token, 2, 16) float32. The last two: groups that this thread will read next.
     """
     first, second, n_units, record, record_stride, out, next_first, next_second = args
-    one_stream, rest = in_order(context, n_tokens), _to_rest(b, record_stride)
-    n_groups = 1 if one_stream else n_groups
+    n_groups = 1 if in_order(context, n_tokens) else n_groups
+    form = isas.select(context).direct_form(blocks.bits, blocks.zero)
     last = at(b, record, -RECORD, n_units, RECORD * blocks.blocks)
-    all_rest = b.and_(_has_rest(b, [record]), _has_rest(b, [last]))  # as in the inputs of the output matrix
+    every = b.and_(_has_rest(b, [record]), _has_rest(b, [last]))  # as in the inputs of the output matrix
+    rest = _to_rest(b, record_stride)
     with cgutils.for_range(b, I64(2 // n_groups), intp=I64) as outer:
-        weights, after = in_turn(b, outer.index, n_groups, [first, second, next_first, next_second])
-        ends = [b.add(group, b.mul(n_units, I64(blocks.unit_bytes))) for group in weights]
-        form = isas.select(context).direct_form(blocks.bits, blocks.zero)
+        groups = in_turn(b, outer.index, n_groups, [first, second, next_first, next_second])
+        records = [b.add(record, b.mul(record_stride, I64(t))) for t in range(n_tokens)]
         tile, rests = (Tile(context, b, blocks, form, n_groups, n_tokens) for _ in range(2))
-        holds_weights = tile.isa.n_parts == 1  # in registers, beside both sums
-        tokens = [b.add(record, b.mul(record_stride, I64(t))) for t in range(n_tokens)]
-        with cgutils.for_range(b, n_units, intp=I64) as loop:
-            step = b.mul(loop.index, I64(blocks.unit_bytes))
-            units = [b.add(group, step) for group in weights]
-            heads = [blocks.opened(b, unit) for unit in units]
-            ahead = [_ahead(b, blocks, *place) for place in zip(units, ends, after, strict=True)]
-            records = b.mul(loop.index, I64(RECORD * blocks.blocks))
-            here = [b.add(token, records) for token in tokens]
-            with cgutils.for_range(b, I64(blocks.blocks), intp=I64) as inner:
-                inputs = [at(b, record, 0, inner.index, RECORD) for record in here]
-                share = b.mul(inner.index, I64(_share(blocks)))
-                if one_stream and len(blocks.planes) > 1:
-                    with b.if_else(all_rest) as (long_work, short_work):
-                        with long_work:
-                            _prefetch(b, blocks, b.add(ahead[0], share))
-                        with short_work:
-                            place = behind(b, b.add(units[0], share), NEAR, ends[0], after[0])
-                            _prefetch(b, blocks, place, near=True)
-                unpacked = _unpacked(tile, units, heads, inner.index)
-                tile.add_block(*unpacked, inputs)
-                if holds_weights:
-                    with b.if_then(_has_rest(b, inputs)):  # the same weights once more, as they are unpacked
-                        rests.add_block(*unpacked, [b.add(record, rest) for record in inputs])
-                for unit in [] if one_stream else ahead:
-                    _prefetch(b, blocks, b.add(unit, share))
-        if not holds_weights:
-            _add_rests(b, rests, weights, n_units, tokens, rest)
+        _products(tile, rests, _Read(*groups, n_units, records, every), rest)
         place = b.add(out, b.mul(outer.index, I64(ROW)))
         for g, t in itertools.product(range(n_groups), range(n_tokens)):
             total = b.fadd(b.load(tile.acc[g][t]), b.load(rests.acc[g][t]))
             store_at(b, total, at(b, place, ROW * (2 * t + g)), 64)
+
+
+class _Read(NamedTuple):
+    """What `_direct` reads: packed groups, and what comes after each; the records of a few tokens."""
+
+    groups: list[Value]
+    after: list[Value]
+    n_units: Value  # of a group
+    records: list[Value]
+    all_rest: Value  # whether every block of them has a remainder, most likely
+
+
+def _products(tile: Tile, rests: Tile, read: _Read, rest: Value) -> None:
+    """Products with records, to `tile`, and with their remainders, to `rests`. rest: bytes from a record to those."""
+    b, n_parts, n_tokens = tile.b, tile.isa.n_parts, len(read.records)
+
+    def with_its_rest(unpacked: Unpacked, inputs: list[Value]) -> None:
+        tile.add_block(*unpacked, inputs)
+        with b.if_then(_has_rest(b, inputs)):
+            rests.add_block(*unpacked, [b.add(record, rest) for record in inputs])
+
+    def apart() -> None:
+        _each_block(tile, read, lambda unpacked, inputs: tile.add_block(*unpacked, inputs))
+        _add_rests(b, rests, read.groups, read.n_units, read.records, rest)
+
+    if n_parts == 1:  # unpacked weights stay in registers, beside both sums
+        _each_block(tile, read, with_its_rest)
+    elif n_parts == 2 and n_tokens == 1:  # they do if both go over them chunk by chunk, as two tokens do
+        with b.if_else(read.all_rest) as (together, few):
+            with together:
+                both = Tile(tile.context, b, tile.fmt, tile.form, len(read.groups), 2)
+                _each_block(tile, read, lambda unpacked, one: both.add_block(*unpacked, [*one, b.add(one[0], rest)]))
+                for (own, other), total, remainder in zip(both.acc, tile.acc, rests.acc, strict=True):
+                    b.store(b.load(own), total[0])
+                    b.store(b.load(other), remainder[0])
+            with few:
+                apart()
+    else:
+        apart()
+
+
+def _each_block(tile: Tile, read: _Read, add: Callable[[Unpacked, list[Value]], object]) -> None:
+    """Has `add` multiply each block of packed groups: with its weights, and its records."""
+    b, blocks = tile.b, tile.fmt
+    one_stream = in_order(tile.context, len(read.records))
+    ends = [b.add(group, b.mul(read.n_units, I64(blocks.unit_bytes))) for group in read.groups]
+    with cgutils.for_range(b, read.n_units, intp=I64) as loop:
+        step = b.mul(loop.index, I64(blocks.unit_bytes))
+        units = [b.add(group, step) for group in read.groups]
+        heads = [blocks.opened(b, unit) for unit in units]
+        ahead = [_ahead(b, blocks, *place) for place in zip(units, ends, read.after, strict=True)]
+        offset = b.mul(loop.index, I64(RECORD * blocks.blocks))
+        here = [b.add(record, offset) for record in read.records]
+        with cgutils.for_range(b, I64(blocks.blocks), intp=I64) as inner:
+            inputs = [at(b, record, 0, inner.index, RECORD) for record in here]
+            share = b.mul(inner.index, I64(_share(blocks)))
+            if one_stream and len(blocks.planes) > 1:
+                with b.if_else(read.all_rest) as (long_work, short_work):
+                    with long_work:
+                        _prefetch(b, blocks, b.add(ahead[0], share))
+                    with short_work:
+                        place = behind(b, b.add(units[0], share), NEAR, ends[0], read.after[0])
+                        _prefetch(b, blocks, place, near=True)
+            add(_unpacked(tile, units, heads, inner.index), inputs)
+            for unit in [] if one_stream else ahead:
+                _prefetch(b, blocks, b.add(unit, share))
 
 
 def _add_rests(
@@ -131,7 +172,7 @@ def _add_rests(
                     tile.add_block(*unpacked, [b.add(record, rest) for record in inputs])
 
 
-def _unpacked(tile: Tile, units: list[Value], heads: list[Value], block: Value) -> tuple[list[Any], Any, Any]:
+def _unpacked(tile: Tile, units: list[Value], heads: list[Value], block: Value) -> Unpacked:
     """Weights, scales and minima of a block of each unit, as `Tile.add_block` takes them; heads: `Blocks.opened`."""
     blocks, b = tile.fmt, tile.b
     scales, minima = zip(*(blocks.scales(tile.context, b, head, block) for head in heads), strict=True)
