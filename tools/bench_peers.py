@@ -80,7 +80,7 @@ def run(command: list[str], timeout: float) -> tuple[Any, float, float | None]:
     # roofs are measured by a process of their own.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         began = time.perf_counter()
-        process = subprocess.Popen(command, stdout=out, stderr=err, text=True)
+        process = subprocess.Popen(command, stdout=out, stderr=err, text=True, env=installed())
         peak = None
         if hasattr(os, "wait4"):  # what the system says of this one process; not on Windows
             while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
@@ -103,6 +103,11 @@ def run(command: list[str], timeout: float) -> tuple[Any, float, float | None]:
         return json.loads(text[text.index("[") :]), seconds, peak
     except ValueError:
         raise Failed(f"exit {process.returncode}: {' | '.join(words[-3:])[-500:] or text[-200:]}") from None
+
+
+def installed() -> dict[str, str]:
+    """The environment, but that Python keeps the bytecode of a checkout, as pip does of what it installs."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def in_turns(model: str, present: dict[str, Engine], args: argparse.Namespace) -> Iterator[Record]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -106,6 +105,8 @@ def measure(engine: Engine, test: tuple[int, int, int], repetitions: int, warmup
 def record(args: argparse.Namespace, n_threads: int, test: tuple[int, int, int], samples: list[int]) -> dict[str, Any]:
     """A record under llama-bench's keys."""
     speeds = [(test[0] + test[1]) * 1e9 / ns for ns in samples]
+    mean = sum(speeds) / len(speeds)
+    variance = sum((speed - mean) ** 2 for speed in speeds) / max(1, len(speeds) - 1)
     return {
         "model_filename": args.model,
         "n_threads": n_threads,
@@ -114,9 +115,9 @@ def record(args: argparse.Namespace, n_threads: int, test: tuple[int, int, int],
         "n_prompt": test[0],
         "n_gen": test[1],
         "n_depth": test[2],
-        "avg_ns": round(statistics.fmean(samples)),
-        "avg_ts": statistics.fmean(speeds),
-        "stddev_ts": statistics.stdev(speeds) if len(speeds) > 1 else 0.0,
+        "avg_ns": round(sum(samples) / len(samples)),
+        "avg_ts": mean,
+        "stddev_ts": variance**0.5,
         "samples_ns": samples,
         "samples_ts": speeds,
     }

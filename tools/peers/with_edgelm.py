@@ -16,7 +16,7 @@ from llama_bench import Settings, Tokens, main
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import edgelm
 from edgelm import hub
-from edgelm.bench import feed
+from edgelm.cache import Batch
 
 
 class Loaded:
@@ -39,10 +39,10 @@ class Loaded:
         sequence = self.model.new_cache().new_sequence()
         try:
             if depth:
-                feed(self.model, sequence, depth)
+                self.model.runner.forward(Batch.of([(sequence, depth, "last")]))
             began = time.perf_counter_ns()
             for tokens in batches:
-                feed(self.model, sequence, tokens)
+                self.model.runner.forward(Batch.of([(sequence, tokens, "last")]))
             return time.perf_counter_ns() - began
         finally:
             sequence.release()
