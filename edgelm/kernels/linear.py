@@ -23,6 +23,7 @@ __all__ = [
 
 ACTIVATIONS = {"silu": 1, "gelu": 2}
 _CACHE = 1 << 21  # bytes of activation records that a unit may go over again and again
+_SHARES = 64  # of the work with 512 tokens: no fewer, if matrices are small, so that several threads have as much to do
 _GRAIN = 1 << 15  # bytes of weights that are worth going to the shared counter for
 
 
@@ -146,7 +147,8 @@ def _linear(packed: Packed, units: int, x: tuple[int, int], y: tuple[int, int], 
     args[Arg.Y], args[Arg.Y_STRIDE] = y
     args[Arg.RESIDUAL] = -1
     reads = 2 * packed.n_cols if record_kind(packed.format) == "int8" else x[1]  # there are few remainders
-    tokens = min(MAX_TOKENS, max(24, _CACHE // reads // 12 * 12))  # so many fill tiles
+    few = max(120, 512 * units // _SHARES)
+    tokens = min(MAX_TOKENS, max(24, min(few, _CACHE // reads) // 12 * 12))  # so many fill tiles
     grain = max(1, _GRAIN // (2 * packed.group_bytes))
     row = _row(linear_kernel(packed.format), units, tokens, count, grain, args)
     row[Row.READS], row[Row.READ_BYTES] = packed.address, packed.span // units

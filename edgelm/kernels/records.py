@@ -43,7 +43,7 @@ MAX_FACTOR = 32767
 OFFSET_LOW, OFFSET_HIGH = 52, 56
 FLAG = 60
 LIMIT = 2.0  # how many times the mean d² of its row that of a block must be for a remainder: 6-10 % are (docs/LOG.md)
-MAX_TOKENS = 256  # of a unit of work: a byte holds the number of each
+MAX_TOKENS = 256  # of a unit of work: a byte holds the number of each, and 512 are no faster (docs/LOG.md)
 ENTRY = 3  # bytes that say where a unit has remainders: which block of a slab, and which two tokens; or one, twice
 MAGIC, MAGIC_BITS = 1.5 * 2.0**23, 0x4B400000
 
