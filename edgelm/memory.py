@@ -15,6 +15,7 @@ from .arch import Config, Role, tensors
 from .errors import UsageError
 from .formats import QTensor
 from .pages import PAGE, GroupLayout
+from .program import TOKENS_AT_ONCE
 
 if TYPE_CHECKING:
     from .weights import Weights
@@ -35,7 +36,9 @@ class Memory:
         return self.weights + self.kv_cache + self.workspace
 
 
-def estimate(config: Config, weights: Iterable[QTensor], n_ctx: int, kv_type: str, max_tokens: int = 256) -> Memory:
+def estimate(
+    config: Config, weights: Iterable[QTensor], n_ctx: int, kv_type: str, max_tokens: int = TOKENS_AT_ONCE
+) -> Memory:
     """The memory for sequences of `n_ctx` tokens, `max_tokens` of which are computed at a time."""
     return Memory(
         weights=sum(packed_bytes(tensor) for tensor in weights),
@@ -44,7 +47,7 @@ def estimate(config: Config, weights: Iterable[QTensor], n_ctx: int, kv_type: st
     )
 
 
-def kv_bytes(config: Config, n_tokens: int, kv_type: str, max_tokens: int = 256) -> int:
+def kv_bytes(config: Config, n_tokens: int, kv_type: str, max_tokens: int = TOKENS_AT_ONCE) -> int:
     """Bytes of the pages that hold the keys and values of one sequence at its largest."""
     total = 0
     for group in config.cache_groups():

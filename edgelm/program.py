@@ -31,6 +31,7 @@ Progress = Callable[[str, int, int], None]
 Pack = Callable[[list[QTensor], list[tuple[int, int]]], tuple[list[Any], Any]]
 Part = tuple[int, int]  # tokens [begin, end) of a batch
 
+TOKENS_AT_ONCE = 512  # if nothing else is said: as many as a unit of work takes, for each of two threads (docs/LOG.md)
 # Plain integers: an enumeration's members are slow to index with.
 N_TOKENS, N_OUTPUTS, TABLES, LENGTHS, LOGITS = (
     int(field) for field in (Env.N_TOKENS, Env.N_OUTPUTS, Env.TABLES, Env.LENGTHS, Env.LOGITS)
@@ -65,7 +66,7 @@ class Program:
         n_ctx: int | None = None,
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
-        max_tokens: int = 256,
+        max_tokens: int = TOKENS_AT_ONCE,
         kv_type: str = "f16",
         shared: Program | None = None,
         pack: Pack | None = None,
