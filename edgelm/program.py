@@ -19,7 +19,7 @@ from .cache import Batch, KVCache, Sequence, paged
 from .errors import ContextFull, UsageError
 from .formats import QTensor
 from .graph import Matrix, Node, Recorder, gates, in_order, matrices
-from .kernels.abi import Env
+from .kernels.abi import Env, Row
 from .rope import RopeTable
 from .threads import default_threads
 from .weights import Weights
@@ -36,6 +36,7 @@ TOKENS_AT_ONCE = 512  # if nothing else is said: as many as a unit of work takes
 N_TOKENS, N_OUTPUTS, TABLES, LENGTHS, LOGITS = (
     int(field) for field in (Env.N_TOKENS, Env.N_OUTPUTS, Env.TABLES, Env.LENGTHS, Env.LOGITS)
 )
+PARTS = 8  # of a run without packed weights
 
 
 class Program:
@@ -275,7 +276,10 @@ class Program:
                     packing.pack_rows(places[embed["table"]], rows.tolist())
             weights = list(zip(packing.tensors, packed.values(), strict=True))
             table, _buffers = streamed(plan.table, weights, left)
-            self._executor.run(table, len(table), self._env_address, n_threads)
+            ends = np.flatnonzero(table[:, Row.BARRIER]) + 1
+            for part in np.split(table, ends[len(ends) // PARTS :: len(ends) // PARTS + 1]):
+                self._executor.run(part, len(part), self._env_address, n_threads)
+                packing.forget()  # so that the file's pages never are in memory all at once
         return True
 
     def _into_memory(self, tensors: list[QTensor], pairs: list[tuple[int, int]]) -> tuple[list[Any], Any]:

@@ -203,12 +203,16 @@ def pack_all(
 
 
 def pack_behind(
-    tensors: Sequence[QTensor], n_threads: int | None = None, lend: Lend = nullcontext, pairs: Pairs = ()
+    tensors: Sequence[QTensor], n_threads: int | None, lend: Lend, pairs: Pairs, forget: Callable[[], None]
 ) -> tuple[list[Packed], Packing]:
-    """As `pack_all`, but the weights are only there when the packing, which goes on behind the caller, is finished."""
+    """As `pack_all`, but the weights are only there when the packing, which goes on behind the caller, is finished.
+
+    forget: gives back the memory of what was read without being lent.
+    """
     forms, n_bytes = arrange(tensors, pairs)
     memory = Memory(n_bytes)
     packing = Packing(memory, tensors, forms, n_threads, None, lend)
+    packing.forget = forget
     packing.start(spare=0)
     return [form.within(memory.bytes) for form in forms], packing
 
@@ -253,6 +257,7 @@ class Packing:
             for first in range(0, form.n_groups, step)
         ]
         self._n_threads = n_threads or os.cpu_count() or 1
+        self.forget: Callable[[], None] = lambda: None
         self._begin()
 
     def _begin(self) -> None:
