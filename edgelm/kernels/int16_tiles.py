@@ -31,7 +31,6 @@ from edgelm.kernels.emit import (
     I32,
     I64,
     F32x16,
-    I8x16,
     I8x64,
     I16x16,
     I32x16,
@@ -52,6 +51,7 @@ from edgelm.kernels.float_tiles import NUMBERS, Number
 from edgelm.kernels.functions import Code, address_of, code_address, function_address, tile_fields
 from edgelm.kernels.int16 import BLOCK, PIECE, RECORD, SCALES, UNIT, VALUES, W_MAX, X_MAX
 from edgelm.kernels.isa import joined, parts
+from edgelm.kernels.lanes import Int, Rows
 from edgelm.kernels.tiles import AHEAD, behind, in_order, in_turn
 
 Value = ir.Value
@@ -322,6 +322,9 @@ def _int16_pack(context: Any, b: ir.IRBuilder, number: Number, args: list[Value]
     source, row_bytes, n_rows, n_cols, target = args
     size = number.n_bytes * BLOCK
     n_blocks = b.udiv(b.add(n_cols, I64(BLOCK - 1)), I64(BLOCK))
+    block = stack(b, 2 * BLOCK * ROWS)  # integers of 16 rows, before they are turned round; zeros where there is no row
+    for i in range(0, 2 * BLOCK * ROWS, 32):
+        store_at(b, ir.Constant(I16x16, None), at(b, block, i), 32)
     with cgutils.for_range(b, n_blocks, intp=I64) as loop:
         unit, start = b.add(target, b.mul(loop.index, I64(UNIT))), b.mul(loop.index, I64(size))
         left = b.sub(b.mul(n_cols, I64(number.n_bytes)), start)
@@ -331,28 +334,33 @@ def _int16_pack(context: Any, b: ir.IRBuilder, number: Number, args: list[Value]
             values = [number.rows(context, b, at(b, own, number.n_bytes * i)) for i in range(0, BLOCK, ROWS)]
             factor, scale = _scale(b, values, W_MAX)
             store_at(b, scale, at(b, unit, SCALES, rows.index, 4), 4)
-            place = b.add(unit, _lane(b, rows.index))
             for i, value in enumerate(values):
-                _store_pieces(b, _rounded(b, value, factor), at(b, place, 2 * PIECE * i))
+                store_at(b, _rounded(b, value, factor), at(b, block, 32 * i, rows.index, 2 * BLOCK), 32)
+        pairs = Rows(b, [at(b, block, 2 * BLOCK * row) for row in range(ROWS)], Int(b, I64(0))).words(PAIRS)
+        for i in range(0, PAIRS, 4):
+            _store_piece(b, pairs[i : i + 4], at(b, unit, PIECE * (i // 4)))
+
+
+def _store_piece(b: ir.IRBuilder, pairs: list[Int], place: Value) -> None:
+    """Four pairs of columns of 16 rows, the inverse of `_piece`. pairs: two int16 each, as one int32."""
+    upper = [(pair >> 4 & 0xFF) | (pair >> 12 & 0xFF00) for pair in pairs]
+    lower = [(pair & 0xF) | (pair >> 8 & 0xF00) for pair in pairs]
+    lower = [low | (high << 4) for low, high in zip(lower[:2], lower[2:], strict=True)]
+    for i, two in enumerate((upper[:2], upper[2:], lower)):
+        words = (b.trunc(pair.value, I16x16) for pair in two)
+        store_at(b, b.shuffle_vector(*words, _FOUR_ROWS), at(b, place, 64 * i), 64)
+
+
+# Words of four rows of one pair, then of the other.
+_FOUR_ROWS = ir.Constant(
+    ir.VectorType(I32, 32),
+    [side + row for first in range(0, ROWS, 4) for side in (0, ROWS) for row in range(first, first + 4)],
+)
 
 
 def _lane(b: ir.IRBuilder, row: Value) -> Value:
     """Where in the vectors of a piece the first byte of a row lies."""
     return b.add(b.shl(b.lshr(row, I64(2)), I64(4)), b.shl(b.and_(row, I64(3)), I64(1)))
-
-
-def _store_pieces(b: ir.IRBuilder, integers: Value, place: Value) -> None:
-    """One row of two pieces: 16 integers of 12 bits."""
-    upper = b.trunc(b.ashr(integers, repeat(I16x16, 4)), I8x16)
-    lower = b.trunc(b.and_(integers, repeat(I16x16, 15)), I8x16)
-    later = b.shuffle_vector(lower, lower, ir.Constant(ir.VectorType(I32, 16), [(i + 4) % 16 for i in range(16)]))
-    lower = b.or_(lower, b.shl(later, repeat(I8x16, 4)))  # good where the first two pairs of a piece are
-    upper, lower = (b.bitcast(v, ir.VectorType(I16, 8)) for v in (upper, lower))
-    for pair in range(8):
-        piece, which = PIECE * (pair // 4), 8 * (pair % 2)
-        store_at(b, b.extract_element(upper, I32(pair)), at(b, place, piece + 64 * (pair // 2 % 2) + which), 2)
-        if pair % 4 < 2:
-            store_at(b, b.extract_element(lower, I32(pair)), at(b, place, piece + 128 + which), 2)
 
 
 def _int16_embed(context: Any, b: ir.IRBuilder, number: Number, args: list[Value]) -> None:
