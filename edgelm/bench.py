@@ -201,6 +201,7 @@ def measure(model: Model, test: Test, repetitions: int, n_warmup: int, read_band
                 feed(model, sequence, [token])
             if repetition >= n_warmup:
                 result.samples_ns.append(time.perf_counter_ns() - began)
+            model.wait()
         finally:
             sequence.release()
     return result

@@ -38,6 +38,7 @@ class GGUFModel(Model):
     def __init__(self, file: GGUF, settings: Settings, progress: Progress | None = None) -> None:
         self.gguf, self.path, self._settings = file, file.paths[0], settings
         self.packed_file: Path | None = None
+        self._packing: Any = None
         self.config = Config.from_gguf(file.metadata)
         self.weights = Weights.from_gguf(self.config, file.tensors)
         self.tokenizer = Tokenizer.from_gguf(file.metadata)
@@ -142,6 +143,10 @@ class GGUFModel(Model):
             **batch,
         )
 
+    def wait(self) -> None:
+        if self._packing is not None:
+            self._packing.finish()
+
     def _pack(
         self, tensors: list[QTensor], pairs: list[tuple[int, int]], progress: Progress | None
     ) -> tuple[list[Any], Any]:
@@ -153,10 +158,11 @@ class GGUFModel(Model):
         forms, place = packed.load(
             self.gguf, tensors, self._settings.packed, need.total, default_threads(), progress, pairs
         )
-        if not isinstance(place, Path):
-            return forms, place
-        self.packed_file = place
-        return forms, None
+        if isinstance(place, Path):
+            self.packed_file = place
+        else:
+            self._packing = place
+        return forms, self._packing
 
 
 def _choose(interpreter: str) -> str:

@@ -211,6 +211,9 @@ class Model(ABC):
     def _own_template(self) -> ChatTemplate | None:
         """The chat template of the file."""
 
+    def wait(self) -> None:  # noqa: B027  (most have nothing to wait for)
+        """Returns when the model is as fast as it will be: its weights may be packed while it is used already."""
+
     @property
     def n_threads(self) -> int:
         """Threads that compute single tokens."""

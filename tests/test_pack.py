@@ -185,7 +185,7 @@ def test_what_is_packed_when_a_run_comes_is_used(model: Path, not_begun: None) -
             under_way._work(under_way._turns[0])
             under_way._pieces = pieces
             np.testing.assert_array_equal(loaded.logits(TOKENS), expected)
-            loaded.runner.wait()
+            loaded.wait()
             np.testing.assert_array_equal(loaded.logits(TOKENS), expected)
 
 

@@ -46,6 +46,7 @@ class Loaded:
             return time.perf_counter_ns() - began
         finally:
             sequence.release()
+            self.model.wait()  # what is packed behind a first run is no part of the next one
 
     def prompt(self, depth: Tokens, tokens: Tokens) -> int:
         return self.timed(depth, [tokens])
