@@ -190,6 +190,8 @@ def measure(model: Model, test: Test, repetitions: int, n_warmup: int, read_band
     )
     rng = np.random.default_rng(0)
     for repetition in range(n_warmup + repetitions):
+        if repetition:
+            model.wait()  # what is packed behind a first run is no part of the next one
         sequence = model.new_cache().new_sequence()
         try:
             if test.n_depth:
@@ -201,7 +203,6 @@ def measure(model: Model, test: Test, repetitions: int, n_warmup: int, read_band
                 feed(model, sequence, [token])
             if repetition >= n_warmup:
                 result.samples_ns.append(time.perf_counter_ns() - began)
-            model.wait()
         finally:
             sequence.release()
     return result
