@@ -278,9 +278,7 @@ def _importance(stream: Floats) -> Floats:
     return weights
 
 
-def _before_norm(
-    missing: Floats, y: Floats, w: Floats, eps: float, dim: Indices | slice = slice(None)
-) -> tuple[Floats, Floats]:
+def _before_norm(missing: Floats, y: Floats, w: Floats, eps: float, dim: Indices) -> tuple[Floats, Floats]:
     """What is missing behind a norm with weights w, as a change of what goes into it, y; and the size of y (T, 1).
 
     The norm divides by the size of what goes in: give it the original's size, and what comes out is as wanted.

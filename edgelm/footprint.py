@@ -72,7 +72,7 @@ def main(path: str, n_ctx: int, n_prompt: int, settings: dict[str, Any]) -> dict
     from .model import load
 
     with load(path, ctx_size=n_ctx, **settings) as model:
-        getattr(model.runner, "wait", lambda: None)()  # for weights that are packed behind it
+        model.wait()  # for weights that are packed behind it
         loaded = footprint()
         sequence = model.new_cache().new_sequence()
         model.runner.forward(Batch.of([(sequence, [0] * min(n_prompt, model.n_ctx - STEPS), "last")]))

@@ -38,7 +38,6 @@ class GGUFModel(Model):
     def __init__(self, file: GGUF, settings: Settings, progress: Progress | None = None) -> None:
         self.gguf, self.path, self._settings = file, file.paths[0], settings
         self.packed_file: Path | None = None
-        self._packing: Any = None
         self.config = Config.from_gguf(file.metadata)
         self.weights = Weights.from_gguf(self.config, file.tensors)
         self.tokenizer = Tokenizer.from_gguf(file.metadata)
@@ -143,10 +142,6 @@ class GGUFModel(Model):
             **batch,
         )
 
-    def wait(self) -> None:
-        if self._packing is not None:
-            self._packing.finish()
-
     def _pack(
         self, tensors: list[QTensor], pairs: list[tuple[int, int]], progress: Progress | None
     ) -> tuple[list[Any], Any]:
@@ -158,11 +153,10 @@ class GGUFModel(Model):
         forms, place = packed.load(
             self.gguf, tensors, self._settings.packed, need.total, default_threads(), progress, pairs
         )
-        if isinstance(place, Path):
-            self.packed_file = place
-        else:
-            self._packing = place
-        return forms, self._packing
+        if not isinstance(place, Path):
+            return forms, place
+        self.packed_file = place
+        return forms, None
 
 
 def _choose(interpreter: str) -> str:

@@ -211,8 +211,9 @@ class Model(ABC):
     def _own_template(self) -> ChatTemplate | None:
         """The chat template of the file."""
 
-    def wait(self) -> None:  # noqa: B027  (most have nothing to wait for)
+    def wait(self) -> None:
         """Returns when the model is as fast as it will be: its weights may be packed while it is used already."""
+        getattr(self.runner, "wait", lambda: None)()
 
     @property
     def n_threads(self) -> int:

@@ -133,7 +133,7 @@ class PackedFile:
             need_disk(path.parent, DATA + self.n_bytes, "name another place")
             with replacing(path, sync=True) as file:
                 file.truncate(DATA + self.n_bytes)
-                packing.pack_into(_Writer(file), self.tensors, self.forms, n_threads, report, self.file.lend)
+                packing.Packing(_Writer(file), self.tensors, self.forms, n_threads, report, self.file.lend).run()
                 file.seek(0)
                 file.write(self._head)
         except OSError as error:

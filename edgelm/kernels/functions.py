@@ -7,6 +7,7 @@ compiled once for all formats.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
@@ -109,3 +110,18 @@ def scratch(typingctx, n_bytes):
         return stack(b, n_bytes.literal_value)
 
     return types.int64(n_bytes), codegen
+
+
+def statement(emit: Callable[..., None], n_arguments: int) -> Any:
+    """What `emit(context, b, *words)` emits, of three or four words, as a function without result for Numba's code."""
+
+    def typed() -> Any:
+        def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+            emit(context, b, *args)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * n_arguments), codegen
+
+    if n_arguments == 3:
+        return intrinsic(lambda typingctx, x, y, z: typed())
+    return intrinsic(lambda typingctx, x, y, z, w: typed())

@@ -195,10 +195,10 @@ def pack_all(
     lend: Lend = nullcontext,
     pairs: Pairs = (),
 ) -> list[Packed]:
-    """The packed forms of weights in one piece of memory; parameters as for `pack_into` and `arrange`."""
+    """The packed forms of weights in one piece of memory; parameters as for `Packing` and `arrange`."""
     forms, n_bytes = arrange(tensors, pairs)
     memory = Memory(n_bytes)
-    pack_into(memory, tensors, forms, n_threads, progress, lend)
+    Packing(memory, tensors, forms, n_threads, progress, lend).run()
     return [form.within(memory.bytes) for form in forms]
 
 
@@ -217,22 +217,8 @@ def pack_behind(
     return [form.within(memory.bytes) for form in forms], packing
 
 
-def pack_into(
-    target: Target,
-    tensors: Sequence[QTensor],
-    forms: Sequence[Packed],
-    n_threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    lend: Lend = nullcontext,
-) -> None:
-    """Packs weights to where `forms` of `arrange` say: a `Packing` from its start to its end."""
-    packing = Packing(target, tensors, forms, n_threads, progress, lend)
-    packing.start()
-    packing.finish()
-
-
 class Packing:
-    """Packs weights piece by piece, in the order of their places, by several threads at once.
+    """Packs weights to where `forms` of `arrange` say, piece by piece in that order, by several threads at once.
 
     `progress(bytes done, bytes in all)`, of packed weights, is called from one thread at a time. `lend(rows)` is where
     rows of a weight can be read, for as long as that takes: see `GGUF.lend`.
@@ -276,6 +262,11 @@ class Packing:
             thread.start()
         if not spare:  # then nobody may wait for the end
             weakref.finalize(self, _stop, self._failures, self._threads)  # at exit, before memory goes
+
+    def run(self) -> None:
+        """From its start to its end."""
+        self.start()
+        self.finish()
 
     def _after_fork(self) -> None:
         """Begins again in a process that was forked: the threads have stayed behind, with what they were at."""

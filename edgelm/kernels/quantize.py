@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from math import inf
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import njit
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from edgelm.kernels import isas
 from edgelm.kernels.abi import WORD, Env, Row
@@ -29,7 +27,7 @@ from edgelm.kernels.emit import (
     store_at,
     undefined,
 )
-from edgelm.kernels.functions import call_function
+from edgelm.kernels.functions import call_function, statement
 from edgelm.kernels.int16_tiles import int16_record_code
 from edgelm.kernels.records import (
     BLOCK,
@@ -159,21 +157,6 @@ def _in_turn(b: ir.IRBuilder, low: Value, high: Value) -> Value:
     return _shuffle(b, low, high, [i + n * part for i in range(n) for part in range(2)])
 
 
-def _intrinsic(n_words: int, write: Callable[..., None]) -> Any:
-    """What `write(context, b, *words)` writes, of three or four words, for code that Numba compiles."""
-
-    def typed() -> Any:
-        def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-            write(context, b, *args)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * n_words), codegen
-
-    if n_words == 3:
-        return intrinsic(lambda typingctx, x, y, z: typed())
-    return intrinsic(lambda typingctx, x, y, z, w: typed())
-
-
 def _halves(b: ir.IRBuilder, source: Value, n_blocks: int) -> list[Value]:
     return [load_at(b, b.add(source, I64(64 * i)), F32x16) for i in range(2 * n_blocks)]
 
@@ -234,15 +217,15 @@ def _quantize_rest(context: Any, b: ir.IRBuilder, source: Value, target: Value, 
 
 
 # (x, block, peaks): the largest magnitude of each half of this block of x, or of AT_ONCE from it on.
-peaks_of_block, peaks_of_blocks = (_intrinsic(3, _write_peaks(n)) for n in (1, AT_ONCE))
+peaks_of_block, peaks_of_blocks = (statement(_write_peaks(n), 3) for n in (1, AT_ONCE))
 # (peaks, n_bytes, place): the unit of a record with these peaks, 64 bytes of them at a time, and 1 / unit.
-write_unit = _intrinsic(3, _write_unit)
+write_unit = statement(_write_unit, 3)
 # (peaks, inverses, unit): 16 peaks become d; and what values are multiplied with.
-write_scales = _intrinsic(3, _write_scales)
+write_scales = statement(_write_scales, 3)
 # (source, target, scales, inverses): the 64 bytes of a record for each block.
-quantize_block, quantize_blocks = (_intrinsic(4, _quantize_blocks(n)) for n in (1, AT_ONCE))
+quantize_block, quantize_blocks = (statement(_quantize_blocks(n), 4) for n in (1, AT_ONCE))
 # (source, target, rest, unit): what the block at `target` is short of for its float32, to `rest`, and its flag.
-quantize_rest = _intrinsic(4, _quantize_rest)
+quantize_rest = statement(_quantize_rest, 4)
 
 
 record_bytes = njit(activation_bytes)

@@ -22,9 +22,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from edgelm.kernels.emit import (
     F32,
@@ -44,6 +42,7 @@ from edgelm.kernels.emit import (
     store_at,
     widen_f16,
 )
+from edgelm.kernels.functions import statement
 
 
 class Value:
@@ -358,13 +357,8 @@ def intrinsic_of(write: Callable[..., Value | None], n_arguments: int = 4) -> An
 
     Of three words, or of the four of a kernel.
     """
-    def typed() -> Any:
-        def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-            e = Emitter(context, b)
-            write(e, *(Value(e, argument) for argument in args))
-            return context.get_dummy_value()
-        return types.void(*[types.int64] * n_arguments), codegen
+    def emit(context: Any, b: ir.IRBuilder, *args: ir.Value) -> None:
+        e = Emitter(context, b)
+        write(e, *(Value(e, argument) for argument in args))
 
-    if n_arguments == 3:
-        return intrinsic(lambda typingctx, x, y, z: typed())
-    return intrinsic(lambda typingctx, x, y, z, w: typed())
+    return statement(emit, n_arguments)
