@@ -58,11 +58,14 @@ from edgelm.kernels.attention_quants import (
     quantize_query,
     quantize_weights,
 )
-from edgelm.kernels.attention_tiles import has_pairs, round_row
+from edgelm.kernels.attention_tiles import has_pairs, round_row, rounded
 from edgelm.kernels.hadamard import turn
 from edgelm.kernels.rope import rotate
-from edgelm.kernels.vector_math import LOG2_E, emit_exp2_negative, emit_tanh
+from edgelm.kernels.vector_math import LOG2_E, emit_exp2_negative, emit_exp2_rough, emit_tanh
 from edgelm.kernels.words import function
+
+LOWEST = -3.4028234663852886e38  # of float32
+ROWS_AT_ONCE = 16  # of a softmax: their scores stay in the nearest cache
 
 
 @function
@@ -126,19 +129,20 @@ def block_scores(e, op, base, n_rows, page, n_seen, keys, ahead):
 
 
 @function
-def cap_scores(e, scores, cap):
-    """Scores of a block's row to cap * tanh(score / cap), in units of ln 2. `cap` is an address."""
+def cap_scores(e, scores, n, cap):
+    """n scores of a block's row to cap * tanh(score / cap), in units of ln 2. `cap` is an address."""
     bound = e.vector(e.load_f32(cap))
-    with e.loop(0, 4 * BLOCK, 64) as i:
+    with e.loop(0, 4 * n, 64) as i:
         e.store(scores + i, bound * LOG2_E * e.apply(emit_tanh, e.load(scores + i) / bound))
 
 
 @function
-def hide(e, scores, low, high):
-    """Scores of a block's row outside [low, high) to minus infinity."""
-    with e.loop(0, BLOCK, 16) as i:
-        seen = e.between(e.lanes_from(i), low, high)
-        e.store(scores + 4 * i, e.select(seen, e.load(scores + 4 * i), MINUS_INFINITY))
+def hide(e, scores, n, low, high):
+    """Those of n scores of a block's row that are outside [low, high) to minus infinity."""
+    for begin, end in ((0, e.min(low, n)), (e.max(high, 0) // 16 * 16, n)):
+        with e.loop(begin, end, 16) as i:
+            seen = e.between(e.lanes_from(i), low, high)
+            e.store(scores + 4 * i, e.select(seen, e.load(scores + 4 * i), MINUS_INFINITY))
 
 
 def _tree(combine, values):
@@ -148,32 +152,63 @@ def _tree(combine, values):
     return values[0]
 
 
+def _softmax(n: int, in_pairs: bool):
+    def write(e, op, base, n_rows, start):
+        """Scores of the first n positions of a block to weights, float32 or bfloat16.
+
+        Some rows at a time, first the maxima of all of them: so no row's weights wait for its own.
+        """
+        exp2 = emit_exp2_rough if in_pairs else emit_exp2_negative
+
+        def places(r):
+            return base + WEIGHTS + 4 * BLOCK * r, base + STATES + STATE * r
+
+        with e.loop(0, n_rows, ROWS_AT_ONCE) as begin:
+            end = e.min(begin + ROWS_AT_ONCE, n_rows)
+            with e.loop(begin, end) as r:
+                row, state = places(r)
+                low, high = e.load_word(state + LOW) - start, e.load_word(state + HIGH) - start
+                with e.when(e.load_f32(op + SOFTCAP) > 0.0):
+                    cap_scores(e, row, n, op + SOFTCAP)
+                with e.when((low > 0) | (high < n)):
+                    hide(e, row, n, low, high)
+                e.store(state + MAX, e.largest(_tree(e.max, [e.load(row + 4 * i) for i in range(0, n, 16)])))
+            with e.loop(begin, end) as r:
+                row, state = places(r)
+                m = e.vector(e.max(e.load_f32(state + MAX), LOWEST))  # the weights are 0 if a row sees nothing
+                weights = [e.apply(exp2, e.load(row + 4 * i) - m) for i in range(0, n, 16)]
+                if in_pairs:
+                    for i, pair in enumerate(zip(weights[::2], weights[1::2], strict=True)):
+                        e.store(row + 64 * i, rounded(e, *pair))
+                else:
+                    for i, weight in enumerate(weights):
+                        e.store(row + 64 * i, weight)
+                e.store(state + SUM, e.sum(_tree(lambda x, y: x + y, weights)))
+
+    write.__qualname__ = f"softmax_{n}{'_pairs' * in_pairs}"
+    return function(write)
+
+
+_SOFTMAX = {(n, in_pairs): _softmax(n, in_pairs) for n in (PAGE, BLOCK) for in_pairs in (True, False)}
+
+
 @function
-def block_softmax(e, op, base, n_rows, start):
+def block_softmax(e, op, base, n_rows, start, n_seen):
     """Scores of the block at position `start` to weights; their maximum and sum to the rows' states.
 
-    Scores are in units of ln 2: queries were scaled so, or capped scores were.
+    Scores are in units of ln 2: queries were scaled so, or capped scores were. Weights of positions that a row does
+    not see are 0; those of the second page are not written if no row sees more than n_seen positions, a page.
     """
-    with e.loop(0, n_rows) as r:
-        row, state = base + WEIGHTS + 4 * BLOCK * r, base + STATES + STATE * r
-        low, high = e.load_word(state + LOW) - start, e.load_word(state + HIGH) - start
-        with e.when(e.load_f32(op + SOFTCAP) > 0.0):
-            cap_scores(e, row, op + SOFTCAP)
-        with e.when((low > 0) | (high < BLOCK)):
-            hide(e, row, low, high)
-        e.store(state + MAX, e.lane(e.vector(MINUS_INFINITY)))
-        e.store(state + SUM, e.lane(e.vector(0.0)))
-        with e.when((low < BLOCK) & (high > 0)):
-            scores = [e.load(row + 4 * i) for i in range(0, BLOCK, 16)]
-            m = e.largest(_tree(e.max, scores))
-            weights = [e.apply(emit_exp2_negative, score - e.vector(m)) for score in scores]
-            for i, weight in enumerate(weights):
-                e.store(row + 64 * i, weight)
-            if has_pairs(e):
-                with e.when(values_in_pairs(e, op)):
-                    round_row(e, row, BLOCK)
-            e.store(state + MAX, m)
-            e.store(state + SUM, e.sum(_tree(lambda x, y: x + y, weights)))
+    for n, fits in ((PAGE, n_seen <= PAGE), (BLOCK, n_seen > PAGE)):
+        with e.when(fits):
+            if not has_pairs(e):
+                _SOFTMAX[n, False](e, op, base, n_rows, start)
+                continue
+            with e.choose(values_in_pairs(e, op)) as (pairs, singles):
+                with pairs:
+                    _SOFTMAX[n, True](e, op, base, n_rows, start)
+                with singles:
+                    _SOFTMAX[n, False](e, op, base, n_rows, start)
 
 
 @function
@@ -218,8 +253,8 @@ def finish(e, op, state, merged, y):
     if FLOATS not in e.facts:
         with e.when(is_quantized(value_kind(e, op))):
             turn(e, merged, v_stride(e, op), v_stride(e, op))
-    total, whole = e.vector(e.load_f32(state + TOTAL_SUM)), n // 16 * 16
+    factor, whole = e.vector(1.0) / e.vector(e.load_f32(state + TOTAL_SUM)), n // 16 * 16
     with e.loop(0, whole, 16) as i:
-        e.store(y + 4 * i, e.load(merged + 4 * i) / total)
+        e.store(y + 4 * i, e.load(merged + 4 * i) * factor)
     with e.loop(whole, n) as i:
-        e.store(y + 4 * i, e.lane(e.vector(e.load_f32(merged + 4 * i)) / total))
+        e.store(y + 4 * i, e.lane(e.vector(e.load_f32(merged + 4 * i)) * factor))

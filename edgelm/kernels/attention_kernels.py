@@ -105,7 +105,7 @@ def attend(e, op, env, base, token, n_tokens, kv_head, head, n_heads, begin, end
         with e.loop(from_, to, PAGE) as at:
             page = e.load_word(pages + WORD * (at // PAGE))
             block_scores(e, op, base, n_rows, (at - start) // PAGE, to - at, page + k, page + v)
-        block_softmax(e, op, base, n_rows, start)
+        block_softmax(e, op, base, n_rows, start, to - start)
         with e.loop(0, 4 * n_rows * width, 64) as i:
             e.store(base + SUMS + i, e.vector(0.0))
         with e.loop(from_, to, PAGE) as at:
