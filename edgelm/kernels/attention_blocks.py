@@ -10,9 +10,10 @@ Knows nothing of how the work is divided; see `attention_kernels`.
 from __future__ import annotations
 
 from edgelm.kernels.abi import WORD
-from edgelm.kernels.attention import BLOCK, HALVES
-from edgelm.kernels.attention_floats import float_scores, float_values, keys_in_pairs, values_in_pairs
+from edgelm.kernels.attention import BLOCK, HALVES, KINDS
+from edgelm.kernels.attention_floats import float_scores, float_values, half_values, keys_in_pairs, values_in_pairs
 from edgelm.kernels.attention_layout import (
+    CONVERT_ROWS,
     CONVERTED,
     COS,
     DIM,
@@ -110,14 +111,14 @@ def begin_row(e, state, merged, width):
 
 
 @function
-def block_scores(e, op, base, n_rows, page, n_seen, keys, ahead):
+def block_scores(e, op, base, n_rows, page, page_start, n_seen, keys, ahead):
     """q·k of all rows with the block's first or second page, of a head whose keys are at `keys`.
 
-    At least the first n_seen positions of the page; `ahead` as for `multiply`.
+    At least what each row sees of the first n_seen positions of the page; `ahead` as for `multiply`.
     """
     scores, kind = base + WEIGHTS + 4 * PAGE * page, key_kind(e, op)
     if FLOATS in e.facts:
-        float_scores(e, op, base, n_rows, n_seen, keys, scores, ahead)
+        float_scores(e, op, base, n_rows, page_start, n_seen, keys, scores, ahead)
         return
     with e.choose(is_quantized(kind)) as (numbers, floats):
         with numbers:
@@ -125,7 +126,7 @@ def block_scores(e, op, base, n_rows, page, n_seen, keys, ahead):
             multiply_keys(e, kind, n_rows, width // DIMS, base + QUERIES, 4 * width, base + STATES + QUERY_SCALE, STATE,
                           keys, n_columns, scores, 4 * BLOCK, ahead)
         with floats:
-            float_scores(e, op, base, n_rows, n_seen, keys, scores, ahead)
+            float_scores(e, op, base, n_rows, page_start, n_seen, keys, scores, ahead)
 
 
 @function
@@ -212,7 +213,27 @@ def block_softmax(e, op, base, n_rows, start, n_seen):
 
 
 @function
-def block_values(e, op, base, n_rows, page, page_start, values, ahead):
+def block_values(e, op, base, n_rows, start, begin, end, pages, last_page, values, keys):
+    """Sums of p·v over positions [begin, end) of the block at `start`; begin is that of a page.
+
+    values, keys: where those of a head are in a page; `pages` is the table of these, of which last_page is the last.
+    """
+    def page_by_page():
+        with e.loop(0, 4 * n_rows * v_stride(e, op), 64) as i:
+            e.store(base + SUMS + i, e.vector(0.0))
+        with e.loop(begin, end, PAGE) as at:
+            page, later = (e.load_word(pages + WORD * e.min(at // PAGE + i, last_page)) for i in (0, BLOCK // PAGE))
+            page_values(e, op, base, n_rows, (at - start) // PAGE, at, page + values, later + keys)
+
+    with e.choose(value_kind(e, op).is_(KINDS["f16"]) & (n_rows >= CONVERT_ROWS)) as (made_ready, others):
+        with made_ready:
+            half_values(e, op, base, n_rows, start, begin, end, pages, values)
+        with others:
+            page_by_page()
+
+
+@function
+def page_values(e, op, base, n_rows, page, page_start, values, ahead):
     """Adds up p·v of one page, of a head whose values are at `values`."""
     kind = value_kind(e, op)
     if FLOATS in e.facts:

@@ -5,6 +5,9 @@ Few rows multiply float16 where they lie; for many they are first made ready in 
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
+from edgelm.kernels.abi import WORD
 from edgelm.kernels.attention import BLOCK, KINDS
 from edgelm.kernels.attention_layout import (
     CONVERT_ROWS,
@@ -31,12 +34,16 @@ from edgelm.kernels.attention_tiles import (
     NARROW_ROWS,
     ONE_BY_ONE,
     PAIRWISE,
+    ROWS,
     SECOND_OF_PAIR,
     Form,
+    all_finite,
     has_pairs,
     multiply,
 )
 from edgelm.kernels.words import function
+
+PIECE = 24  # rows that are multiplied with as much of a page as one of them sees
 
 
 def keys_in_pairs(e, op):
@@ -48,28 +55,63 @@ def values_in_pairs(e, op):
     return value_kind(e, op).is_(KINDS["f16"])
 
 
+@contextmanager
+def each_rows(e, n_rows, at_a_time):
+    """(first, number) of rows, at_a_time of them or what is left."""
+    row = e.variable(0)
+    with e.repeat(lambda: row.get() < n_rows):
+        r = row.get()
+        rows = e.min(n_rows - r, at_a_time)
+        yield r, rows
+        row.set(r + rows)
+
+
+@contextmanager
+def each_columns(e, n_columns, most):
+    """(first, number) of columns: `most` at a time, 64 or 32, or 32 or 16, a few more than there are."""
+    column = e.variable(0)
+    with e.repeat(lambda: column.get() < n_columns):
+        c = column.get()
+        left = n_columns - c
+        width = e.select(left > most - 16, e.word(most), e.select(left > 16, e.word(32), 16))
+        yield c, width
+        column.set(c + width)
+
+
+def all_see(e, base, n_rows, begin, end):
+    """Whether all rows see all positions [begin, end)."""
+    first, last = base + STATES, base + STATES + STATE * (n_rows - 1)
+    return (e.load_word(last + LOW) <= begin) & (e.load_word(first + HIGH) >= end)
+
+
 @function
-def float_scores(e, op, base, n_rows, n_seen, keys, scores, ahead):
+def float_scores(e, op, base, n_rows, page_start, n_seen, keys, scores, ahead):
     """`block_scores` for keys that are float32 or float16."""
     dim, half = e.load_i32(op + DIM), key_kind(e, op)
     line = e.select(half.is_(0), e.word(4 * PAGE), 2 * PAGE)
     queries, stride = base + QUERIES, 4 * dim
     narrow = e.select(n_seen > 16, e.word(32), 16)
     width = e.select((n_seen > 32) | (n_rows < NARROW_ROWS[0]), PAGE, narrow)
+    at_a_time = e.select(e.load_word(base + STATES + HIGH) >= page_start + PAGE, n_rows, PIECE)
 
     def direct(form):
         multiply(e, width, form, n_rows, dim // form.numbers, queries, stride, keys, line, scores, 4 * BLOCK, 1, ahead)
 
     def from_halves(form, made, convert):
+        at_once = PAGE * made.numbers  # as many dimensions as stay in the nearest cache
         with e.choose(n_rows < CONVERT_ROWS) as (few, many):
             with few:
                 direct(form)
-            with many, e.loop(0, dim, PAGE) as d:  # as many dimensions at a time as stay in the nearest cache
-                n = e.min(dim - d, PAGE) // form.numbers
+            with many, e.loop(0, dim, at_once) as d:
+                n = e.min(dim - d, at_once) // form.numbers
                 convert(e, keys + line * d, line, base + CONVERTED, n, width)
                 fresh = e.select(d.is_(0), e.word(1), 0)
-                multiply(e, width, made, n_rows, n, queries + 4 // form.numbers * d, stride, base + CONVERTED,
-                         4 * PAGE, scores, 4 * BLOCK, fresh, ahead)
+                with each_rows(e, n_rows, at_a_time) as (r, rows):
+                    seen = e.load_word(base + STATES + STATE * (r + rows - 1) + HIGH) - page_start
+                    with each_columns(e, e.min(seen, PAGE), PAGE) as (c, columns):
+                        multiply(e, columns, made, rows, n, queries + stride * r + 4 // form.numbers * d, stride,
+                                 base + CONVERTED + 4 * c, 4 * PAGE, scores + 4 * BLOCK * r + 4 * c, 4 * BLOCK, fresh,
+                                 ahead)
 
     if has_pairs(e):
         with e.when(keys_in_pairs(e, op)):
@@ -132,37 +174,60 @@ weigh = {form: _weigh(form) for form in (F32_FLOATS, F16_FLOATS, BF16_PAIRS, F16
 
 @function
 def float_values(e, op, base, n_rows, page, page_start, values, ahead):
-    """`block_values` for values that are float32 or float16."""
+    """`page_values` for values that are float32, or float16 and few rows."""
     n_columns, half = v_stride(e, op), value_kind(e, op)
     size = e.select(half.is_(KINDS["f32"]), e.word(4), 2)
-    line, last = size * n_columns, base + STATES + STATE * (n_rows - 1)
-    low = e.max(e.load_word(base + STATES + LOW) - page_start, 0)
-    high = e.min(e.load_word(last + HIGH) - page_start, PAGE)
-    even = (e.load_word(last + LOW) <= page_start) & (e.load_word(base + STATES + HIGH) >= page_start + PAGE)
-    at_a_time, stride = e.select(even, n_rows, 6), 4 * n_columns
-    direct, made, convert = PAIRWISE if has_pairs(e) else ONE_BY_ONE
+    line, stride = size * n_columns, 4 * n_columns
+    at_a_time = e.select(all_see(e, base, n_rows, page_start, page_start + PAGE), n_rows, 6)
+    direct, _, _ = PAIRWISE if has_pairs(e) else ONE_BY_ONE
 
-    def add(form, c, width, m, m_stride):
-        row, weights = e.variable(0), base + WEIGHTS + 4 // form.numbers * PAGE * page
-        with e.repeat(lambda: row.get() < n_rows):
-            r = row.get()
-            weigh[form](e, base, r, e.min(n_rows - r, at_a_time), width, weights + 4 * BLOCK * r, page_start, m,
-                        m_stride, values + size * c, line, base + SUMS + stride * r + 4 * c, stride,
-                        ahead + PAGE * size * c)
-            row.set(r + at_a_time)
+    def add(form, c, width):
+        weights, m, sums = base + WEIGHTS + 4 // form.numbers * PAGE * page, values + size * c, base + SUMS + 4 * c
+        with each_rows(e, n_rows, at_a_time) as (r, rows):
+            weigh[form](e, base, r, rows, width, weights + 4 * BLOCK * r, page_start, m, line, m, line,
+                        sums + stride * r, stride, ahead + PAGE * size * c)
 
-    column = e.variable(0)
-    with e.repeat(lambda: column.get() < n_columns):
-        c = column.get()
-        width = e.select(n_columns - c >= 64, e.word(64), e.select(n_columns - c >= 32, e.word(32), 16))
+    with each_columns(e, n_columns, PAGE) as (c, width):
         with e.when(half.is_(KINDS["f32"])):
-            add(F32_FLOATS, c, width, values + 4 * c, line)
-        with e.when(half.is_(KINDS["f16"])), e.choose(n_rows < CONVERT_ROWS) as (few, many):
-            with few:
-                add(direct, c, width, values + 2 * c, line)
-            with many:
-                first = (low + (made.numbers - 1)) // made.numbers
-                convert(e, values + 2 * c + line * made.numbers * first, line, base + CONVERTED + 4 * PAGE * first,
-                        high // made.numbers - first, width)
-                add(made, c, width, base + CONVERTED, 4 * PAGE)
-        column.set(c + width)
+            add(F32_FLOATS, c, width)
+        with e.when(half.is_(KINDS["f16"])):
+            add(direct, c, width)
+
+
+@function
+def half_values(e, op, base, n_rows, start, begin, end, pages, values):
+    """`block_values` for values that are float16 and many rows: they are made ready for all of them.
+
+    Weights of positions that a row does not see are 0, and 0 times a finite value changes nothing. So some rows at a
+    time are multiplied with all that one of them sees. If there is infinity or NaN, each with what it sees itself.
+    """
+    n_columns, states = v_stride(e, op), base + STATES
+    _, made, convert = PAIRWISE if has_pairs(e) else ONE_BY_ONE
+    n, line, stride, made_line = made.numbers, 2 * n_columns, 4 * n_columns, 4 * PAGE
+    low = e.max(e.load_word(states + LOW), begin)
+    high = e.min(e.load_word(states + STATE * (n_rows - 1) + HIGH), end)
+    even = all_see(e, base, n_rows, start, start + BLOCK)
+    with each_columns(e, n_columns, PAGE // 2 * n) as (c, width):
+        finite, sums = e.variable(1), base + SUMS + 4 * c
+        with e.loop(begin, end, PAGE) as at:
+            first, stop = e.max(low - at, 0) // n, (e.min(high - at, PAGE) + (n - 1)) // n
+            to = base + CONVERTED + made_line * ((at - start) // n + first)
+            page = e.load_word(pages + WORD * (at // PAGE)) + values + 2 * c
+            convert(e, page + line * n * first, line, to, stop - first, width)
+            with e.when(even.is_(0)):
+                finite.set(e.min(finite.get(), all_finite[made](e, to, stop - first, width)))
+        with e.choose(finite.get().is_not(0)) as (together, apart):
+            with together, each_rows(e, n_rows, e.select(even, n_rows, ROWS[0])) as (r, rows):
+                first = e.max(e.load_word(states + STATE * r + LOW) - start, 0) // n
+                seen = e.min(e.load_word(states + STATE * (r + rows - 1) + HIGH) - start, BLOCK)
+                stop = (e.max(seen, 0) + (n - 1)) // n
+                multiply(e, width, made, rows, stop - first, base + WEIGHTS + 4 * BLOCK * r + 4 * first, 4 * BLOCK,
+                         base + CONVERTED + made_line * first, made_line, sums + stride * r, stride, 1, base)
+            with apart:
+                with e.loop(0, n_rows) as r, e.loop(0, 4 * width, 64) as i:
+                    e.store(sums + stride * r + i, e.vector(0.0))
+                with e.loop(begin, end, PAGE) as at, each_rows(e, n_rows, ROWS[0]) as (r, rows):
+                    page = e.load_word(pages + WORD * (at // PAGE)) + values + 2 * c
+                    weigh[made](e, base, r, rows, width, base + WEIGHTS + 4 * BLOCK * r + 4 // n * (at - start), at,
+                                base + CONVERTED + made_line * ((at - start) // n), made_line, page, line,
+                                sums + stride * r, stride, base)

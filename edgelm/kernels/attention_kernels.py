@@ -104,13 +104,9 @@ def attend(e, op, env, base, token, n_tokens, kv_head, head, n_heads, begin, end
         from_, to = e.max(start, low // PAGE * PAGE), e.min(start + BLOCK, high)
         with e.loop(from_, to, PAGE) as at:
             page = e.load_word(pages + WORD * (at // PAGE))
-            block_scores(e, op, base, n_rows, (at - start) // PAGE, to - at, page + k, page + v)
+            block_scores(e, op, base, n_rows, (at - start) // PAGE, at, to - at, page + k, page + v)
         block_softmax(e, op, base, n_rows, start, to - start)
-        with e.loop(0, 4 * n_rows * width, 64) as i:
-            e.store(base + SUMS + i, e.vector(0.0))
-        with e.loop(from_, to, PAGE) as at:
-            page, next_ = (e.load_word(pages + WORD * e.min(at // PAGE + i, last_page)) for i in (0, BLOCK // PAGE))
-            block_values(e, op, base, n_rows, (at - start) // PAGE, at, page + v, next_ + k)
+        block_values(e, op, base, n_rows, start, from_, to, pages, last_page, v, k)
         with e.loop(0, n_rows) as r:
             state, sums = base + STATES + STATE * r, base + SUMS + 4 * width * r
             with e.choose(partial.is_(0)) as (whole, part):

@@ -24,6 +24,7 @@ WIDTH = 64  # columns of a product; 32 or 16 for what remains
 ROWS = (6, 4, 3, 2, 1)  # of tiles; the largest that fits is taken
 NARROW_ROWS = (6, 1)
 LINE = 64  # bytes of a cache line
+I16x32 = ir.VectorType(I16, 32)
 ZIPPED = [i + 16 * odd for i in range(16) for odd in (0, 1)]
 
 
@@ -48,7 +49,7 @@ def rounded(e: Emitter, low: Value, high: Value) -> Value:
 
 def _paired(e: Emitter, first: Value, second: Value) -> Value:
     """A pair of bfloat16 in each lane, one of each vector."""
-    halves = Value(e, e.b.bitcast(rounded(e, first, second).llvm, ir.VectorType(I16, 32)))
+    halves = Value(e, e.b.bitcast(rounded(e, first, second).llvm, I16x32))
     return Value(e, e.b.bitcast(e.shuffle(halves, halves, ZIPPED).llvm, I32x16))
 
 
@@ -175,6 +176,23 @@ def convert_pairs(e, source, source_stride, to, n_pairs, width):
         first = source + source_stride * (2 * r) + 2 * c
         e.store(to + 4 * (WIDTH * r + c), _pair_of_lines(e, first, first + source_stride))
 
+
+def _all_finite(form: Form):
+    type_, magnitude, last = (I16x32, 0x7FFF, 0x80) if form.numbers == 2 else (I32x16, 0x7FFFFFFF, 0x800000)
+
+    def write(e, m, n_lines, width):
+        """1 if what was made ready has neither infinity nor NaN, whose exponents are all ones: one more is carried."""
+        carried = e.variable(Value(e, ir.Constant(type_, None)))
+        with e.loop(0, n_lines) as i, e.loop(0, width, 16) as c:
+            bits = Value(e, load_at(e.b, (m + 4 * (WIDTH * i + c)).llvm, type_))
+            carried.set(carried.get() | ((bits & magnitude) + last))
+        return e.select(e.across(carried.get(), lambda x, y: x | y) < 0, e.word(0), 1)
+
+    write.__qualname__ = f"all_finite_{form.name}"
+    return function(write)
+
+
+all_finite = {form: _all_finite(form) for form in (F32_FLOATS, BF16_PAIRS)}
 
 # What float16 are multiplied as: where they lie, or made ready for many rows; and by what.
 ONE_BY_ONE = F16_FLOATS, F32_FLOATS, convert
