@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from edgelm.pages import GroupLayout
 
 BLOCK = 128  # positions over which a softmax is taken before it is merged with those before: two pages
-TILE = 32  # tokens that a group of units works on, and the number of parts that positions are divided into
+TILE = 64  # tokens that a group of units works on, and the number of parts that positions are divided into
 SPLIT_TOKENS = 8  # most tokens of a call for which positions are divided among threads
 LARGEST_HEAD = 1024
+AHEAD = 4  # tokens: queries of so much later are fetched, and the lines of their results
 COUNTER = 64  # bytes of a counter of finished blocks, one for each of SPLIT_TOKENS tokens and each KV head
 PARTIAL = 64  # bytes of a maximum and a sum, before the values that belong to them
 LOG2_E = 1.4426950408889634  # scores are taken in units of ln 2

@@ -10,7 +10,7 @@ Knows nothing of how the work is divided; see `attention_kernels`.
 from __future__ import annotations
 
 from edgelm.kernels.abi import WORD
-from edgelm.kernels.attention import BLOCK, HALVES, KINDS
+from edgelm.kernels.attention import AHEAD, BLOCK, HALVES, KINDS
 from edgelm.kernels.attention_floats import float_scores, float_values, half_values, keys_in_pairs, values_in_pairs
 from edgelm.kernels.attention_layout import (
     CONVERT_ROWS,
@@ -22,7 +22,6 @@ from edgelm.kernels.attention_layout import (
     HIGH,
     LOW,
     MAX,
-    MERGED,
     MINUS_INFINITY,
     PAGE,
     PAIRS,
@@ -37,7 +36,6 @@ from edgelm.kernels.attention_layout import (
     STATE,
     STATES,
     SUM,
-    SUMS,
     TOTAL_MAX,
     TOTAL_SUM,
     V_DIM,
@@ -71,7 +69,7 @@ ROWS_AT_ONCE = 16  # of a softmax: their scores stay in the nearest cache
 
 @function
 def begin_tile(e, op, env, base, token, n_tokens, first_head, n_heads):
-    """Queries into the tile, rotated and scaled; what each row sees; nothing merged."""
+    """Queries into the tile, rotated and scaled; what each row sees."""
     dim, rope = e.load_i32(op + DIM), e.load_word(op + ROPE)
     width, kind = k_stride(e, op), key_kind(e, op)
     q, stride = e.load_word(env + WORKSPACE) + e.load_word(op + Q), e.load_word(op + Q_STRIDE)
@@ -84,6 +82,8 @@ def begin_tile(e, op, env, base, token, n_tokens, first_head, n_heads):
     with e.loop(0, n_tokens) as i:
         low, high = limits(e, op, env, token + i)
         angle = 4 * pairs.get() * e.load_i32(e.load_word(env + POSITIONS) + 4 * (token + i))
+        with e.loop(0, 4 * dim * n_heads, 64) as line:
+            e.prefetch(q + stride * (token + i + AHEAD) + 4 * dim * first_head + line)
         with e.loop(0, n_heads) as g:
             row = n_heads * i + g
             query, state = base + QUERIES + 4 * width * row, base + STATES + STATE * row
@@ -98,7 +98,6 @@ def begin_tile(e, op, env, base, token, n_tokens, first_head, n_heads):
                     round_row(e, query, dim)
             e.store(state + LOW, low)
             e.store(state + HIGH, high)
-            begin_row(e, state, base + MERGED + 4 * v_stride(e, op) * row, v_stride(e, op))
 
 
 @function
@@ -213,42 +212,42 @@ def block_softmax(e, op, base, n_rows, start, n_seen):
 
 
 @function
-def block_values(e, op, base, n_rows, start, begin, end, pages, last_page, values, keys):
-    """Sums of p·v over positions [begin, end) of the block at `start`; begin is that of a page.
+def block_values(e, op, base, n_rows, start, begin, end, pages, last_page, values, keys, sums):
+    """Sums of p·v over positions [begin, end) of the block at `start`, to `sums`; begin is that of a page.
 
     values, keys: where those of a head are in a page; `pages` is the table of these, of which last_page is the last.
     """
     def page_by_page():
         with e.loop(0, 4 * n_rows * v_stride(e, op), 64) as i:
-            e.store(base + SUMS + i, e.vector(0.0))
+            e.store(sums + i, e.vector(0.0))
         with e.loop(begin, end, PAGE) as at:
             page, later = (e.load_word(pages + WORD * e.min(at // PAGE + i, last_page)) for i in (0, BLOCK // PAGE))
-            page_values(e, op, base, n_rows, (at - start) // PAGE, at, page + values, later + keys)
+            page_values(e, op, base, n_rows, (at - start) // PAGE, at, page + values, later + keys, sums)
 
     with e.choose(value_kind(e, op).is_(KINDS["f16"]) & (n_rows >= CONVERT_ROWS)) as (made_ready, others):
         with made_ready:
-            half_values(e, op, base, n_rows, start, begin, end, pages, values)
+            half_values(e, op, base, n_rows, start, begin, end, pages, values, sums)
         with others:
             page_by_page()
 
 
 @function
-def page_values(e, op, base, n_rows, page, page_start, values, ahead):
+def page_values(e, op, base, n_rows, page, page_start, values, ahead, sums):
     """Adds up p·v of one page, of a head whose values are at `values`."""
     kind = value_kind(e, op)
     if FLOATS in e.facts:
-        float_values(e, op, base, n_rows, page, page_start, values, ahead)
+        float_values(e, op, base, n_rows, page, page_start, values, ahead, sums)
         return
     with e.choose(is_quantized(kind)) as (numbers, floats):
         with numbers:
             stride, size = 4 * v_stride(e, op), SCALES + PAGE * DIMS // 8 * kind
             with e.loop(0, v_stride(e, op) // DIMS) as block:
-                at, sums = size * block, base + SUMS + 4 * DIMS * block
+                at, own = size * block, sums + 4 * DIMS * block
                 weights = base + WEIGHTS + 4 * PAGE * page
                 quantize_weights(e, n_rows, weights, 4 * BLOCK, values + at, kind, base + CONVERTED)
-                multiply_values(e, kind, n_rows, base + CONVERTED, values + at, sums, stride, ahead + at)
+                multiply_values(e, kind, n_rows, base + CONVERTED, values + at, own, stride, ahead + at)
         with floats:
-            float_values(e, op, base, n_rows, page, page_start, values, ahead)
+            float_values(e, op, base, n_rows, page, page_start, values, ahead, sums)
 
 
 @function

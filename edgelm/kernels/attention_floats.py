@@ -19,7 +19,6 @@ from edgelm.kernels.attention_layout import (
     QUERIES,
     STATE,
     STATES,
-    SUMS,
     WEIGHTS,
     key_kind,
     v_stride,
@@ -173,7 +172,7 @@ weigh = {form: _weigh(form) for form in (F32_FLOATS, F16_FLOATS, BF16_PAIRS, F16
 
 
 @function
-def float_values(e, op, base, n_rows, page, page_start, values, ahead):
+def float_values(e, op, base, n_rows, page, page_start, values, ahead, to_sums):
     """`page_values` for values that are float32, or float16 and few rows."""
     n_columns, half = v_stride(e, op), value_kind(e, op)
     size = e.select(half.is_(KINDS["f32"]), e.word(4), 2)
@@ -182,7 +181,7 @@ def float_values(e, op, base, n_rows, page, page_start, values, ahead):
     direct, _, _ = PAIRWISE if has_pairs(e) else ONE_BY_ONE
 
     def add(form, c, width):
-        weights, m, sums = base + WEIGHTS + 4 // form.numbers * PAGE * page, values + size * c, base + SUMS + 4 * c
+        weights, m, sums = base + WEIGHTS + 4 // form.numbers * PAGE * page, values + size * c, to_sums + 4 * c
         with each_rows(e, n_rows, at_a_time) as (r, rows):
             weigh[form](e, base, r, rows, width, weights + 4 * BLOCK * r, page_start, m, line, m, line,
                         sums + stride * r, stride, ahead + PAGE * size * c)
@@ -195,7 +194,7 @@ def float_values(e, op, base, n_rows, page, page_start, values, ahead):
 
 
 @function
-def half_values(e, op, base, n_rows, start, begin, end, pages, values):
+def half_values(e, op, base, n_rows, start, begin, end, pages, values, to_sums):
     """`block_values` for values that are float16 and many rows: they are made ready for all of them.
 
     Weights of positions that a row does not see are 0, and 0 times a finite value changes nothing. So some rows at a
@@ -208,7 +207,7 @@ def half_values(e, op, base, n_rows, start, begin, end, pages, values):
     high = e.min(e.load_word(states + STATE * (n_rows - 1) + HIGH), end)
     even = all_see(e, base, n_rows, start, start + BLOCK)
     with each_columns(e, n_columns, PAGE // 2 * n) as (c, width):
-        finite, sums = e.variable(1), base + SUMS + 4 * c
+        finite, sums = e.variable(1), to_sums + 4 * c
         with e.loop(begin, end, PAGE) as at:
             first, stop = e.max(low - at, 0) // n, (e.min(high - at, PAGE) + (n - 1)) // n
             to = base + CONVERTED + made_line * ((at - start) // n + first)

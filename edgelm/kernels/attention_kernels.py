@@ -15,7 +15,7 @@ Knows nothing of how pages are managed.
 from __future__ import annotations
 
 from edgelm.kernels.abi import WORD
-from edgelm.kernels.attention import BLOCK, COUNTER, PARTIAL, SPLIT_TOKENS, TILE
+from edgelm.kernels.attention import AHEAD, BLOCK, COUNTER, PARTIAL, SPLIT_TOKENS, TILE
 from edgelm.kernels.attention_blocks import (
     begin_row,
     begin_tile,
@@ -47,6 +47,7 @@ from edgelm.kernels.attention_layout import (
     SUMS,
     TILE_BYTES,
     TILE_FLOATS,
+    TOTAL_MAX,
     V_DIM,
     V_OFFSET,
     WORKSPACE,
@@ -106,18 +107,22 @@ def attend(e, op, env, base, token, n_tokens, kv_head, head, n_heads, begin, end
             page = e.load_word(pages + WORD * (at // PAGE))
             block_scores(e, op, base, n_rows, (at - start) // PAGE, at, to - at, page + k, page + v)
         block_softmax(e, op, base, n_rows, start, to - start)
-        block_values(e, op, base, n_rows, start, from_, to, pages, last_page, v, k)
+        whole = partial.is_(0)
+        alone = whole & block.is_(e.max(begin, first))  # nothing to be merged with
+        sums = base + e.select(alone, MERGED, e.word(SUMS))
+        block_values(e, op, base, n_rows, start, from_, to, pages, last_page, v, k, sums)
         with e.loop(0, n_rows) as r:
-            state, sums = base + STATES + STATE * r, base + SUMS + 4 * width * r
-            with e.choose(partial.is_(0)) as (whole, part):
-                with whole:
-                    merge(e, width, state, base + MERGED + 4 * width * r, state + MAX, sums)
-                with part:
-                    row = n_head * (r // n_heads) + head + r % n_heads
-                    target = partial + (n_partial * row + block - begin) * (4 * width + PARTIAL)
-                    e.store(target, e.load_word(state + MAX))
-                    with e.loop(0, 4 * width, 64) as i:
-                        e.store(target + PARTIAL + i, e.load(sums + i))
+            state, own = base + STATES + STATE * r, sums + 4 * width * r
+            with e.when(alone):
+                e.store(state + TOTAL_MAX, e.load_word(state + MAX))
+            with e.when(whole & alone.is_(0)):
+                merge(e, width, state, base + MERGED + 4 * width * r, state + MAX, own)
+            with e.when(whole.is_(0)):
+                row = n_head * (r // n_heads) + head + r % n_heads
+                target = partial + (n_partial * row + block - begin) * (4 * width + PARTIAL)
+                e.store(target, e.load_word(state + MAX))
+                with e.loop(0, 4 * width, 64) as i:
+                    e.store(target + PARTIAL + i, e.load(own + i))
 
 
 def result_at(e, op, env, token, head):
@@ -146,9 +151,13 @@ def attend_tokens(e, op, env, base, first, limit, kv_head):
         with e.repeat(lambda: head.get() < n_head):
             h, n_heads = head.get(), e.min(n_head - head.get(), rows)
             attend(e, op, env, base, t, end - t, kv_head, h, n_heads, begin, last, 0, 0)
-            with e.loop(0, (end - t) * n_heads) as r:
-                y = result_at(e, op, env, t + r // n_heads, n_head * kv_head + h + r % n_heads)
-                finish(e, op, base + STATES + STATE * r, base + MERGED + 4 * width * r, y)
+            with e.loop(t, end) as i:
+                for_later = result_at(e, op, env, i + AHEAD, n_head * kv_head + h)
+                with e.loop(0, 4 * e.load_i32(op + V_DIM) * n_heads, 64) as line:
+                    e.prefetch_to_write(for_later + line)
+                with e.loop(0, n_heads) as g:
+                    r, y = n_heads * (i - t) + g, result_at(e, op, env, i, n_head * kv_head + h + g)
+                    finish(e, op, base + STATES + STATE * r, base + MERGED + 4 * width * r, y)
             head.set(h + n_heads)
         token.set(end)
 

@@ -14,8 +14,8 @@ from edgelm.kernels.emit import I1
 from edgelm.kernels.words import Value
 
 PAGE = 64
-ROWS = 128  # of a tile: as many tokens as a thread takes at a time, of four heads
-TILE_FLOATS = 12288  # values of all its queries: 48 KiB
+ROWS = 192  # of a tile: as many tokens as a thread takes at a time, of three heads
+TILE_FLOATS = 24576  # values of all its queries: 96 KiB
 CONVERT_ROWS = 12  # from so many rows on, half floats are converted once for all of them
 
 WORKSPACE, N_TOKENS, POSITIONS, SEQUENCES, TABLES, LENGTHS, N_GROUPS, COS, SIN = (

@@ -37,6 +37,7 @@ from edgelm.kernels.emit import (
     emit_fma,
     load_at,
     narrow_f16,
+    prefetch_at,
     repeat,
     spread,
     store_at,
@@ -273,6 +274,10 @@ class Emitter:
         fn = self.b.module.globals.get("llvm.prefetch.p0i8") or ir.Function(
             self.b.module, ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32]), "llvm.prefetch.p0i8")
         self.b.call(fn, [pointer, I32(0), I32(2), I32(1)])
+
+    def prefetch_to_write(self, address: Value) -> None:
+        """The same in the nearest cache, to be written."""
+        prefetch_at(self.b, address.llvm, near=True, to_write=True)
 
     def stack(self, n_bytes: int) -> Value:
         """Address of memory that lasts until the function returns; aligned to 64 bytes, not cleared."""
