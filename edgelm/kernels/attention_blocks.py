@@ -1,8 +1,8 @@
 """What attention does with one block of positions: scores, softmax, weighted values; and the merging of blocks.
 
 A tile is some query heads that share a KV head, of some tokens in a row: its rows are (token, head). It lives on the
-stack of the thread that works on it. Values of positions that a query must not see are never read; keys are, and their
-scores replaced: pages hold anything beyond the end.
+stack of the thread that works on it. Pages hold anything beyond the end: keys of positions that a query must not see
+may be read, and their scores are replaced; values are not, or their weights are 0 and all of them finite.
 
 Knows nothing of how the work is divided; see `attention_kernels`.
 """
