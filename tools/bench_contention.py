@@ -189,7 +189,7 @@ def main() -> None:
         print(*table(json.loads(Path(args.model).read_text("utf-8"))), sep="\n")
         return
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    facts = {"model": Path(args.model).name, "n_cores": n_cores, "seconds": args.seconds, "system": platform.platform()}
+    facts = {"model": Path(args.model).name, "n_cores": n_cores, "seconds": args.seconds, "system": platform.system()}
     result: Record = facts | {"date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "rounds": []}
     for i in range(args.r):
         result["rounds"].append({})

@@ -209,7 +209,8 @@ def say(model: str, text: str, present: list[Engine], n_tokens: int, threads: st
 def machine() -> Record:
     from edgelm.bench import processor
 
-    return {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()}
+    system = f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}"
+    return {"processor": processor(), "cores": os.cpu_count(), "system": system}
 
 
 def main() -> None:
