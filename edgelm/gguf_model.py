@@ -16,13 +16,13 @@ from .formats import QTensor
 from .gguf import GGUF
 from .model import Model, Runner, Settings
 from .models import model_of
-from .session import Progress
 from .threads import default_threads
 from .tokenizer import Tokenizer
 from .weights import Weights
 
 if TYPE_CHECKING:
     from .chat import ChatTemplate
+    from .session import Progress
 
 INTERPRETERS = ("auto", "program", "reference")
 
@@ -40,14 +40,14 @@ class GGUFModel(Model):
         self.packed_file: Path | None = None
         self.config = Config.from_gguf(file.metadata)
         self.weights = Weights.from_gguf(self.config, file.tensors)
-        self.tokenizer = Tokenizer.from_gguf(file.metadata)
         self.n_ctx = memory.context_window(self.config, settings.ctx_size)
         self.interpreter = _choose(settings.interpreter)
         self.kv_type = settings.kv_type or ("f32" if self.interpreter == "reference" else "f16")
         self._chat_template = settings.chat_template
+        self.runner = self._new_runner("hidden" if self.is_encoder else "logits", progress)
+        self.tokenizer = Tokenizer.from_gguf(file.metadata)  # last: weights may be packed meanwhile
         if settings.chat_template is not None:
             _ = self.template  # a wrong one is said now
-        self.runner = self._new_runner("hidden" if self.is_encoder else "logits", progress)
         if self.interpreter == "program":
             file.forget()  # everything was read
         self._cache = self.runner.new_cache(self.kv_type)

@@ -22,11 +22,11 @@ from .cache import Batch, SequenceCache
 from .describe import describe
 from .errors import ContextFull, UsageError
 from .memory import Memory
-from .session import Message, Progress, Response, Session
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from .chat import ChatTemplate
+    from .session import Message, Progress, Response, Session
 
 __all__ = ["Model", "Runner", "Settings", "describe", "generate", "load", "stream_generate"]
 
@@ -262,6 +262,8 @@ class Model(ABC):
 
     def session(self, **settings: Any) -> Session:
         """A new conversation; `settings` are defaults of its answers, as in `Session.stream`."""
+        from .session import Session
+
         self.require_logits()
         return Session(self, **settings)
 

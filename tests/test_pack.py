@@ -153,8 +153,7 @@ def test_a_failure_in_any_thread_ends_all() -> None:
 @pytest.fixture
 def not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is packed behind the caller, and pieces of a first run are small."""
-    start = packing.Packing.start
-    monkeypatch.setattr(packing.Packing, "start", lambda self, spare=1: start(self, spare or len(self._turns)))
+    monkeypatch.setattr(packing.Packing, "start", lambda self: None)
     monkeypatch.setattr(streamed, "BUFFER", 1)
 
 
@@ -182,7 +181,7 @@ def test_what_is_packed_when_a_run_comes_is_used(model: Path, not_begun: None) -
         with edgelm.load(model) as loaded:
             under_way = loaded.runner._resources.packing
             pieces, under_way._pieces = under_way._pieces, under_way._pieces[:n]
-            under_way._work(under_way._turns[0])
+            under_way._work()
             under_way._pieces = pieces
             np.testing.assert_array_equal(loaded.logits(TOKENS), expected)
             loaded.wait()

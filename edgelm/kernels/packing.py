@@ -10,13 +10,12 @@ Imports no Numba. Knows nothing of activations.
 from __future__ import annotations
 
 import ctypes
-import math
 import mmap
 import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Protocol
@@ -37,7 +36,8 @@ FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of a weight
 LAYOUT = 4  # of packed weights; to be raised when they change: a test compares
 ALIGN = 64
 HUGE = 1 << 21  # bytes of a huge page
-_PIECE = 1 << 20  # bytes of packed weights that a thread makes at a time
+PIECE = 1 << 20  # bytes of packed weights that a thread makes at a time
+LARGE_PIECE = 16 << 20  # the same where the interpreter is busy: after each piece a thread waits 5 ms for its lock
 
 
 class Arg(IntEnum):
@@ -211,9 +211,10 @@ def pack_behind(
     """
     forms, n_bytes = arrange(tensors, pairs)
     memory = Memory(n_bytes)
-    packing = Packing(memory, tensors, forms, n_threads, None, lend)
+    packing = Packing(memory, tensors, forms, n_threads, None, lend, LARGE_PIECE)
     packing.forget = forget
-    packing.start(spare=0)
+    packing.start()
+    weakref.finalize(packing, _stop, packing._failures, packing._threads)  # at exit, before memory goes
     return [form.within(memory.bytes) for form in forms], packing
 
 
@@ -232,6 +233,7 @@ class Packing:
         n_threads: int | None = None,
         progress: Callable[[int, int], None] | None = None,
         lend: Lend = nullcontext,
+        piece_bytes: int = PIECE,
     ) -> None:
         self.tensors, self.forms = tensors, forms
         self._target, self._progress, self._lend = target, progress, lend
@@ -239,10 +241,10 @@ class Packing:
             (weights, first, min(first + step, form.n_groups))
             for weights in _alternating(tensors, forms)
             for _, form in weights[:1]
-            for step in [max(1, _PIECE // form.stride)]
+            for step in [max(1, piece_bytes // form.stride)]
             for first in range(0, form.n_groups, step)
         ]
-        self._n_threads = n_threads or os.cpu_count() or 1
+        self.n_threads = n_threads or os.cpu_count() or 1
         self.forget: Callable[[], None] = lambda: None
         self._begin()
 
@@ -250,18 +252,16 @@ class Packing:
         self._total, self._done, self._next = sum(form.n_bytes for form in self.forms), 0, 0
         self._lock, self._failures, self._process = threading.Lock(), list[BaseException](), os.getpid()
         self._threads: list[threading.Thread] = []
-        self._turns = [threading.Lock() for _ in range(self._n_threads)]  # each held while a thread packs a piece
-        self._open = threading.Event()  # pieces may be begun: who waits for a lock may wait long
+        self._under_way = set[int]()  # pieces, by index, that a thread is at
+        self._open = threading.Event()  # pieces may be begun
         self._open.set()
 
-    def start(self, spare: int = 1) -> None:
-        """Begins on threads of its own, `spare` fewer than there may be: whoever waits packs, too."""
+    def start(self) -> None:
+        """Begins on threads of its own, one fewer than there may be: whoever waits for the end packs, too."""
         compiler.compile_all(dict.fromkeys(map(_kernel, self.tensors, self.forms)))
-        self._threads = [threading.Thread(target=self._work, args=(turn,), daemon=True) for turn in self._turns[spare:]]
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self.n_threads - 1)]
         for thread in self._threads:
             thread.start()
-        if not spare:  # then nobody may wait for the end
-            weakref.finalize(self, _stop, self._failures, self._threads)  # at exit, before memory goes
 
     def run(self) -> None:
         """From its start to its end."""
@@ -279,16 +279,26 @@ class Packing:
         return self._done == self._total
 
     @contextmanager
-    def paused(self) -> Iterator[list[int]]:
-        """Nothing is packed within it. Gives the weights, by index, that are not packed, or not to their end."""
+    def paused(self) -> Iterator[dict[int, int]]:
+        """No piece is begun within it. Gives the weights, by index, that are not packed, each with the first of its
+        groups that is not; what is packed at this moment counts as not packed."""
         self._after_fork()
-        with ExitStack() as stack:
+        with self._lock:
             self._open.clear()
-            stack.callback(self._open.set)
-            for turn in self._turns:
-                stack.enter_context(turn)
-            left = self._pieces[self._next][0][0][1].address if self._next < len(self._pieces) else math.inf
-            yield [i for i, form in enumerate(self.forms) if form.address >= left]
+            at = min(self._under_way, default=self._next)
+        try:
+            yield self._left(at)
+        finally:
+            self._open.set()
+
+    def _left(self, at: int) -> dict[int, int]:
+        """What is left from a piece on, as `paused` gives it."""
+        if at == len(self._pieces):
+            return {}
+        weights, first, _ = self._pieces[at]
+        begun = {form.address: first for _, form in weights}
+        start = weights[0][1].address
+        return {i: begun.get(form.address, 0) for i, form in enumerate(self.forms) if form.address >= start}
 
     def pack_rows(self, index: int, rows: Iterable[int]) -> None:
         """Packs some rows of a weight, with the groups that they are in. For who has `paused` it."""
@@ -298,27 +308,29 @@ class Packing:
     def finish(self) -> None:
         """Packs what is left; raises what any of the threads could not do."""
         self._after_fork()
-        self._work(self._turns[0])
+        self._work()
         for thread in self._threads:
             thread.join()
         if self._failures:
             raise self._failures[0]
 
-    def _work(self, turn: threading.Lock) -> None:
+    def _work(self) -> None:
         try:
             while not self._failures:
                 self._open.wait()
-                with turn:
-                    with self._lock:
-                        if self._next == len(self._pieces):
-                            return
-                        piece = self._pieces[self._next]
-                        self._next += 1
-                    n_bytes = _pack_piece(self._target, *piece, self._lend)
-                    with self._lock:
-                        self._done += n_bytes
-                        if self._progress is not None:
-                            self._progress(self._done, self._total)
+                with self._lock:
+                    if not self._open.is_set():
+                        continue
+                    if self._next == len(self._pieces):
+                        return
+                    at, self._next = self._next, self._next + 1
+                    self._under_way.add(at)
+                n_bytes = _pack_piece(self._target, *self._pieces[at], self._lend)
+                with self._lock:
+                    self._under_way.remove(at)
+                    self._done += n_bytes
+                    if self._progress is not None:
+                        self._progress(self._done, self._total)
         except BaseException as failure:  # an interrupt, too: the other threads have to end
             self._failures.append(failure)
 

@@ -8,7 +8,7 @@ packed weights, and so are the bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,15 +22,15 @@ BUFFER = HUGE  # bytes: two of them stay in the caches of two cores
 
 
 def streamed(
-    table: NDArray[np.int64], weights: Sequence[Weight], left: Sequence[int]
+    table: NDArray[np.int64], weights: Sequence[Weight], left: Mapping[int, int]
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """A table that computes the same as `table` without those of `weights` that are `left` to be packed, by index; and
-    the buffers that it needs.
+    """A table that computes the same as `table` while those of `weights`, by index, are packed only up to the group
+    that `left` says; and the buffers that it needs.
 
     While a piece is multiplied the next one is packed: neither waits for the other.
     """
     by_address = {form.address: (tensor, form) for tensor, form in weights}
-    missing = {weights[i][1].address for i in left}
+    missing = {weights[i][1].address: first for i, first in left.items()}
     most = max(form.group_bytes for _, form in weights)
     size = max(4, BUFFER // most // 4 * 4) * most  # whole units of two groups, of one matrix or of two
     memory = zeroed(2 * size)
@@ -38,7 +38,7 @@ def streamed(
     piece_of: dict[int, int] = {}  # by the place of a row in `rows`
     for row in table.tolist():
         read = [address for address in (row[Row.READS], row[Row.ARGS + Arg.SECOND]) if address]
-        if row[Row.READS] not in by_address or missing.isdisjoint(read):
+        if row[Row.READS] not in by_address or missing.keys().isdisjoint(read):
             rows.append(row)
             continue
         if rows:
@@ -46,11 +46,15 @@ def streamed(
         found = [by_address[address] for address in read]
         form, stride = found[0][1], len(found) * found[0][1].group_bytes
         step = size // stride // 2 * 2
-        for first in range(0, form.n_groups, step):
+        there = min(missing.get(address, form.n_groups) for address in read) // 2 * 2
+        if there:
+            rows.append(_product(row, form, 0, there, [form.address for _, form in found], form.stride))
+        for first in range(there, form.n_groups, step):
             buffer = memory.ctypes.data + len(packs) % 2 * size
+            places = [buffer + k * form.group_bytes for k in range(len(found))]
             piece_of[len(rows)] = len(packs)
-            packs.append([_pack(weight, first, step, buffer, k, stride) for k, weight in enumerate(found)])
-            rows.append(_product(row, form, first, step, buffer, stride))
+            packs.append([_pack(*piece, first, step, stride) for piece in zip(found, places, strict=True)])
+            rows.append(_product(row, form, first, step, places, stride))
     result = list[list[int]]()
     if packs:
         packs[0][-1][Row.BARRIER] = 1
@@ -70,21 +74,18 @@ def can_stream(forms: Iterable[Packed]) -> bool:
     )
 
 
-def _pack(weight: Weight, first: int, n: int, buffer: int, k: int, stride: int) -> list[int]:
-    """The row that packs groups `first` to `first + n` of a weight, the k-th of those whose groups alternate."""
+def _pack(weight: Weight, place: int, first: int, n: int, stride: int) -> list[int]:
+    """The row that packs `n` groups of a weight, from `first` on, to `place`."""
     tensor, form = weight
-    data = tensor.data[first * ROWS : (first + n) * ROWS]
-    return row_pack(tensor, form, data, buffer + k * form.group_bytes, stride)
+    return row_pack(tensor, form, tensor.data[first * ROWS : (first + n) * ROWS], place, stride)
 
 
-def _product(row: list[int], form: Packed, first: int, n: int, buffer: int, stride: int) -> list[int]:
-    """The row that multiplies them: `row` for a part of its matrix."""
+def _product(row: list[int], form: Packed, first: int, n: int, places: list[int], stride: int) -> list[int]:
+    """The row that multiplies them where they lie: `row` for a part of its matrix."""
     n, column, args = min(n, form.n_groups - first), 4 * ROWS * first, row[Row.ARGS :]
-    args[Arg.WEIGHTS], args[Arg.GROUP_STRIDE] = buffer, stride
+    args[Arg.WEIGHTS : Arg.WEIGHTS + len(places)], args[Arg.GROUP_STRIDE] = places, stride
     args[Arg.N_GROUPS], args[Arg.N_ROWS] = n, min(n * ROWS, form.n_rows - first * ROWS)
     args[Arg.Y] += column if args[Arg.Y] >= 0 else -column
-    if args[Arg.SECOND]:
-        args[Arg.SECOND] = buffer + form.group_bytes
     if args[Arg.BIAS]:
         args[Arg.BIAS] += column
     if args[Arg.RESIDUAL] >= 0:
