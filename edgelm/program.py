@@ -263,10 +263,11 @@ class Program:
 
     def _walk_unpacked(self, plan: Plan, n_threads: int) -> bool:
         """The same without the weights that are not packed; False, and nothing done, if all are."""
+        from .kernels.executor import Executor
         from .kernels.streamed import streamed
 
         packing, packed = self._resources.packing, self._resources.packed
-        with packing.paused() as left:
+        with packing.paused() as left, Executor(packing.n_threads) as executor:
             if not left:
                 return False
             places, n = {matrix: i for i, matrix in enumerate(packed)}, int(self._words[N_TOKENS])
@@ -278,7 +279,7 @@ class Program:
             table, _buffers = streamed(plan.table, weights, left)
             ends = np.flatnonzero(table[:, Row.BARRIER]) + 1
             for part in np.split(table, ends[len(ends) // PARTS :: len(ends) // PARTS + 1]):
-                self._executor.run(part, len(part), self._env_address, n_threads)
+                executor.run(part, len(part), self._env_address)
                 packing.forget()  # so that the file's pages never are in memory all at once
         return True
 
