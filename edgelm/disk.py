@@ -6,7 +6,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -70,6 +69,8 @@ def replacing(path: Path, sync: bool = False) -> Iterator[IO[bytes]]:
 
 def need_disk(folder: Path, n_bytes: int, else_: str = "choose another disk with EDGELM_CACHE") -> None:
     """Raises SourceError unless `n_bytes` more fit on the disk that holds `folder`; else_: what else helps."""
+    import shutil
+
     free = shutil.disk_usage(folder).free
     if n_bytes > 0 and free - SPARE_DISK < n_bytes:
         raise SourceError(

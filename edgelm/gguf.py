@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from .errors import FormatError, SourceError, UnsupportedError
 from .formats import FORMATS, QTensor
+from .gguf_strings import some_strings
 
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 16
@@ -42,6 +43,7 @@ MAX_ARRAY_BYTES = 1 << 28
 MAX_DIMS = 4
 GIVES_BACK = sys.platform.startswith("linux")  # mapped pages at once; others keep them until memory is short
 _WINDOW = 1 << 16  # bytes; no page is larger
+_ONE_BY_ONE = 256  # strings, before more of them are read at once again
 
 _U32, _BOOL, _STRING, _ARRAY, _U64 = 4, 7, 8, 9, 10
 _SCALARS = {
@@ -308,22 +310,29 @@ class _Header:
         return values
 
     def strings(self, n_items: int, what: str) -> list[str]:
-        """The vocabulary and its merges: 300,000 strings are the hot loop of opening a file."""
+        """The vocabulary and its merges: 300,000 strings are most of opening a file."""
         self.check(
             8 * n_items <= self.size - self.offset, f"{what} declares {n_items} strings, more than the file can hold"
         )
         self.n_strings += n_items
         self.check(self.n_strings <= MAX_STRINGS, f"more than {MAX_STRINGS} strings, more than any model has")
+        items: list[str] = []
+        while (left := n_items - len(items)) > 0:
+            found, self.offset = some_strings(self.data, self.offset, left)
+            items += found
+            items += self._one_by_one(min(left - len(found), _ONE_BY_ONE), what)
+        return items
+
+    def _one_by_one(self, n_items: int, what: str) -> list[str]:
         data, size, offset, length_at = self.data, self.size, self.offset, _SCALARS[_U64].unpack_from
         items: list[str] = []
-        append = items.append
         try:
             for _ in range(n_items):
                 start = offset + 8
                 offset = start + length_at(data, offset)[0]
                 if offset > size or offset - start > MAX_STRING_BYTES:
                     raise self.damaged(f"a string in {what} at offset {start} is {offset - start} bytes long")
-                append(data[start:offset].decode())
+                items.append(data[start:offset].decode())
         except struct.error:
             raise self.damaged(f"the file ends inside {what}") from None
         except UnicodeDecodeError:

@@ -19,9 +19,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
-import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -357,6 +354,9 @@ def fetch_folder(
     progress: Progress | None = None,
 ) -> Path:
     """The folder `inside` of a distribution, unpacked in the cache; all else of the archive is left out."""
+    import shutil
+    import tempfile
+
     from . import archive
 
     report, inside = progress or nothing, inside.strip("/") + "/"
@@ -390,13 +390,15 @@ def fetch_folder(
 
 
 def _from_web(text: str, offline: bool, progress: Progress) -> Path:
+    from urllib.parse import unquote, urlsplit
+
     from .download import download, redacted
     from .registry import Registry
 
     url, pin = _split_pin(text)
-    name = _safe_name(urllib.parse.unquote(urllib.parse.urlsplit(url).path)) or "model.gguf"
+    name = _safe_name(unquote(urlsplit(url).path)) or "model.gguf"
     shown = redacted(url)
-    room = _room("web", url, urllib.parse.urlsplit(shown).netloc)
+    room = _room("web", url, urlsplit(shown).netloc)
     file = room / name
     if _is_whole(file, pin, progress):
         return file

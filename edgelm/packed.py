@@ -17,7 +17,8 @@ import os
 import struct
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -77,14 +78,19 @@ class PackedFile:
     @property
     def cached(self) -> Path:
         """In the cache: two models never share a place."""
-        from .hub import cache_dir
+        return _in_cache() / f"{self.file.paths[0].stem}-{self._model.hex()[:16]}{SUFFIX}"
 
-        return cache_dir() / "packed" / f"{self.file.paths[0].stem}-{self._model.hex()[:16]}{SUFFIX}"
+    def _places(self) -> Iterator[Path]:
+        """Where a file may be. The name of one in the cache takes a look at all weights, so if there may be one."""
+        yield self.beside
+        with suppress(OSError):
+            if any(name.startswith(self.file.paths[0].stem) for name in os.listdir(_in_cache())):
+                yield self.cached
 
     def there(self) -> dict[Path, str]:
         """The files in the places where they are looked for, each with the reason why it cannot be used, or ""."""
         found = {}
-        for path in (self.beside, self.cached):
+        for path in self._places():
             if os.path.exists(path):  # not Path.exists, which raises where a folder is not readable
                 try:
                     self._open(path).close()
@@ -194,6 +200,12 @@ class PackedFile:
                 digest.update(data[start : start + _SAMPLE].data)
         self.file.forget()
         return digest.digest()
+
+
+def _in_cache() -> Path:
+    from .hub import cache_dir
+
+    return cache_dir() / "packed"
 
 
 class _Writer:

@@ -236,6 +236,30 @@ def test_every_kind_of_value(read: Read) -> None:
     use(model)
 
 
+@given(
+    st.lists(st.text(st.sampled_from("a\0é中🦙"), max_size=4) | st.integers(0, 70_000).map("x".__mul__), max_size=40),
+    st.lists(st.integers(0, 2000), max_size=3),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_strings_read_many_at_once_are_those_that_were_written(read: Read, odd: list[str], places: list[int]) -> None:
+    """Plain ones are told by their lengths alone; between them nulls, none, several bytes, texts of 64 KB."""
+    items = [f"word {i}" for i in range(2000)]
+    for place in places:
+        items[place:place] = odd
+    model = read(gguf_file([key("x.strings", ARRAY, (STRING, items)), key("x.after", U32, 7)]))
+    assert model.metadata["x.strings"] == items
+    assert model.metadata["x.after"] == 7
+
+
+@pytest.mark.parametrize("at", [0, 1000, 1999])
+@pytest.mark.parametrize("damage", [b"\xff", b"\xc3"])
+def test_a_string_among_many_that_is_not_utf8_is_found(read: Read, at: int, damage: bytes) -> None:
+    data = gguf_file([key("x.strings", ARRAY, (STRING, [f"word {i:04}" for i in range(2000)]))])
+    start = data.index(f"word {at:04}".encode()) + 8
+    with pytest.raises(FormatError, match=f"at offset {start - 8} that is not valid UTF-8"):
+        read(data[:start] + damage + data[start + 1 :])
+
+
 def test_odd_but_right(read: Read) -> None:
     assert not read(gguf_file()).tensors
     assert read(gguf_file(GOOD_KEYS, [GOOD], version=2)).version == 2

@@ -173,11 +173,15 @@ def test_a_first_run_without_packed_weights_gives_the_same_bits(
             assert under_way is None or under_way.finished
 
 
-def test_what_is_packed_when_a_run_comes_is_used(model: Path, not_begun: None) -> None:
-    """A part of a model is packed: nothing, up to any piece, all."""
+@pytest.mark.parametrize("piece_bytes", [1, packing.LARGE_PIECE])
+def test_what_is_packed_when_a_run_comes_is_used(
+    piece_bytes: int, model: Path, not_begun: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of a model is packed: nothing, up to any piece (a group of a weight, or all of it), all."""
+    monkeypatch.setattr(packing, "LARGE_PIECE", piece_bytes)
     with edgelm.load(model) as loaded:
         expected, n_pieces = loaded.logits(TOKENS), len(loaded.runner._resources.packing._pieces)
-    for n in range(n_pieces + 1):
+    for n in range(0, n_pieces + 1, 1 if piece_bytes > 1 else 7):
         with edgelm.load(model) as loaded:
             under_way = loaded.runner._resources.packing
             pieces, under_way._pieces = under_way._pieces, under_way._pieces[:n]

@@ -196,11 +196,11 @@ def compile_all(kernels: Iterable[Kernel | str], progress: Callable[[str, int, i
 
 def _start_helpers(missing: list[str]) -> dict[Kernel | str, subprocess.Popen[bytes]]:
     """Starts processes that compile `missing` into the cache: which of them will find which."""
+    if not missing or not sys.executable or getattr(sys, "frozen", False):
+        return {}
     import subprocess
 
     n = min(os.cpu_count() or 1, MOST_PROCESSES, -(-len(missing) // 2))
-    if not missing or not sys.executable or getattr(sys, "frozen", False):
-        return {}
     code = "import sys; from edgelm.kernels import compiler; [compiler.address(name) for name in sys.argv[1:]]"
     settings = {
         **os.environ, "NUMBA_CACHE_DIR": str(cache_dir().parent), "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
