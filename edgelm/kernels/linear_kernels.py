@@ -179,28 +179,47 @@ def ask_for(results, first, n_tokens):
 def finish(results, out, rests, first, n_tokens):
     """Stores what becomes of the sums at `out`, plus those at `rests` (0: none), of some tokens.
 
-    results: where to, `_RESULTS`.
+    results: where to, `_RESULTS`. What most tokens need has a loop of its own: tiles wait for it.
     """
-    y, y_stride, left = load_i64(results), load_i64(results + _Y_STEP), load_i64(results + _LEFT)
-    bias, residual, residual_stride = (
-        load_i64(results + _BIASES), load_i64(results + _RESIDUALS), load_i64(results + _RESIDUAL_STEP),
-    )  # fmt: skip
+    y_stride, left = load_i64(results + _Y_STEP), load_i64(results + _LEFT)
+    bias, residual_stride = load_i64(results + _BIASES), load_i64(results + _RESIDUAL_STEP)
+    y, residual = load_i64(results) + first * y_stride, load_i64(results + _RESIDUALS)
     powers, activation = load_i64(results + _POWERS), load_i64(results + _GATED)
-    for t in range(first, first + n_tokens):
-        low, high = load_f32x16(out + t * PAIR), load_f32x16(out + t * PAIR + ROW)
-        if rests != 0:
-            low = add_f32(low, load_f32x16(rests + t * PAIR))
-            high = add_f32(high, load_f32x16(rests + t * PAIR + ROW))
-        factor, target = splat_f32(load_f32(powers + 4 * t)), y + t * y_stride
-        low, high = mul_f32(low, factor), mul_f32(high, factor)
-        if activation != 0:
-            gated = mul_f32(silu_f32(low) if activation == 1 else gelu_f32(low), high)
-            put(gated, left, target, 0, 0)
-            continue
-        r = residual + t * residual_stride if residual != 0 else 0
-        put(low, left, target, bias, r)
-        if left > 16:
-            put(high, left - 16, target + ROW, bias + ROW if bias != 0 else 0, r + ROW if r != 0 else 0)
+    if activation != 0:
+        for t in range(first, first + n_tokens):
+            gate, up = both_sums(out, rests, powers, t)
+            put(mul_f32(silu_f32(gate) if activation == 1 else gelu_f32(gate), up), left, y, 0, 0)
+            y += y_stride
+    elif left >= 32:
+        for t in range(first, first + n_tokens):
+            low, high = both_sums(out, rests, powers, t)
+            if bias != 0:
+                low, high = add_f32(low, load_f32x16(bias)), add_f32(high, load_f32x16(bias + ROW))
+            if residual != 0:
+                r = residual + t * residual_stride
+                low, high = add_f32(low, load_f32x16(r)), add_f32(high, load_f32x16(r + ROW))
+            store(y, low)
+            store(y + ROW, high)
+            y += y_stride
+    else:
+        for t in range(first, first + n_tokens):
+            low, high = both_sums(out, rests, powers, t)
+            r = residual + t * residual_stride if residual != 0 else 0
+            put(low, left, y, bias, r)
+            if left > 16:
+                put(high, left - 16, y + ROW, bias + ROW if bias != 0 else 0, r + ROW if r != 0 else 0)
+            y += y_stride
+
+
+@njit
+def both_sums(out, rests, powers, t):
+    """Sums of a token with both groups of rows, in full."""
+    low, high = load_f32x16(out + t * PAIR), load_f32x16(out + t * PAIR + ROW)
+    if rests != 0:
+        low = add_f32(low, load_f32x16(rests + t * PAIR))
+        high = add_f32(high, load_f32x16(rests + t * PAIR + ROW))
+    factor = splat_f32(load_f32(powers + 4 * t))
+    return mul_f32(low, factor), mul_f32(high, factor)
 
 
 @njit
