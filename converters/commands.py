@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgelm.errors import UsageError
-from edgelm.flags import with_flags
+from edgelm.flags import TextFile, one_of, with_flags
 from edgelm.terminal import bars, note, print_json, size
 
 from .convert_flags import OPTION_FLAGS, RECIPE_FLAGS, adapter, override, recipe
@@ -51,22 +51,23 @@ def convert_command(
     """
     from .lora_export import is_adapter
 
+    out = one_of("places to write", {"OUT": out, "--outfile": outfile})
     if base is not None or is_adapter(source):
-        _adapter(Path(source), base, out or outfile, type_, flags)
+        _adapter(Path(source), base, out, type_, flags)
         return
     flags["check_tokenizer"] = not flags.pop("no_tokenizer_check")
     flags["lora"] = tuple(map(adapter, flags["lora"]))
     flags["calibrate_chunks"] = flags["calibrate_chunks"] or None
-    _convert(source, out if out is not None else outfile, type_, flags)
+    _convert(source, out, type_, flags)
 
 
 @click.command("quantize")
 @click.argument("arguments", nargs=-1, required=True, metavar="IN.gguf [OUT.gguf] TYPE [NTHREADS]")
 @click.option(
-    "--tensor-type-file", type=click.File(encoding="utf-8"), help="PATTERN=TYPE, separated by spaces or newlines."
+    "--tensor-type-file", type=TextFile(), help="PATTERN=TYPE, separated by spaces or newlines."
 )
 @with_flags(RECIPE_FLAGS)
-def quantize_command(arguments: tuple[str, ...], tensor_type_file: Any, **flags: Any) -> None:
+def quantize_command(arguments: tuple[str, ...], tensor_type_file: str | None, **flags: Any) -> None:
     """Quantize a GGUF file: llama-quantize's arguments, and COPY as a TYPE that changes nothing.
 
     Without OUT.gguf the file is called ggml-model-TYPE.gguf, beside IN.gguf.
@@ -84,7 +85,7 @@ def quantize_command(arguments: tuple[str, ...], tensor_type_file: Any, **flags:
     name = "COPY" if type_.lower() == "copy" else mix(type_).name
     out = Path(given[1]) if len(given) == 3 else source.with_name(f"ggml-model-{name}.gguf")
     if tensor_type_file is not None:
-        flags["tensor_types"] = (*flags["tensor_types"], *tensor_type_file.read().split())
+        flags["tensor_types"] = (*flags["tensor_types"], *tensor_type_file.split())
     _convert(str(source), out, type_, flags)
 
 

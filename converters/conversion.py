@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.errors import FormatError, UsageError
+from edgelm.disk import read_text
+from edgelm.errors import UsageError
 
 from .arrays import Floats
 from .checkpoint import Checkpoint
@@ -108,10 +109,7 @@ class Text:
     @classmethod
     def read(cls, path: Path) -> Text:
         """Raises FormatError for a file that is no text in UTF-8."""
-        try:
-            return cls.of(path.read_text(encoding="utf-8"), path.name)
-        except UnicodeDecodeError as error:
-            raise FormatError(f"{path}: no text in UTF-8: {error}") from None
+        return cls.of(read_text(path), path.name)
 
 
 @dataclass(frozen=True)

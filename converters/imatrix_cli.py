@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from edgelm.errors import UsageError
+from edgelm.flags import one_of
 from edgelm.terminal import bars, note
 
 
@@ -34,18 +35,22 @@ def imatrix_command(
 ) -> None:  # fmt: skip
     """How strongly each input of each layer is driven by a text: an importance matrix for quantizing."""
     from edgelm import hub
+    from edgelm.disk import read_text
 
     from . import imatrix
     from .chunks import Opened
 
-    source = model or model_option
+    source = one_of("models", {"MODEL": model, "-m": model_option})
     if source is None:
         raise UsageError("which model? give a file, a known name, hf:… or pypi:…")
+    if not out.absolute().parent.is_dir():  # before anything is measured
+        raise UsageError(f"there is no folder {out.absolute().parent} to write into")
+    text = read_text(text_file)
     with bars(quiet) as progress:
         arguments: dict[str, Any] = {"process_output": process_output, "dataset": text_file.name}
         measured = imatrix.collect(
             Opened.read(hub.resolve(source, offline=offline, progress=progress)),
-            text_file.read_text(encoding="utf-8"), ctx_size, chunks if chunks > 0 else None, progress, **arguments,
+            text, ctx_size, chunks if chunks > 0 else None, progress, **arguments,
         )  # fmt: skip
     imatrix.save(out, measured, output_format)
     note(f"{out}: {len(measured.entries)} layers, {measured.n_chunks} chunks of {measured.chunk_size} tokens")

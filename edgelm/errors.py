@@ -13,6 +13,8 @@ A message says where, what, and what to do. The command line prints it on one li
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class EdgelmError(Exception):
     """Base of every error raised on purpose; anything else that escapes is a bug in edgelm."""
@@ -44,6 +46,16 @@ class ContextFull(EdgelmError):
             f"{n_tokens} tokens do not fit into the context window of {n_ctx}; "
             + (hint or "shorten the prompt, raise --ctx-size, or choose --overflow truncate-middle or shift")
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, which a pool of processes passes errors on with."""
+        return _context_full, (self.n_tokens, self.n_ctx, str(self))
+
+
+def _context_full(n_tokens: int, n_ctx: int, text: str) -> ContextFull:
+    error = ContextFull(n_tokens, n_ctx)
+    error.args = (text,)
+    return error
 
 
 class TemplateError(EdgelmError):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -23,12 +24,37 @@ if TYPE_CHECKING:
     from edgelm.model import Model
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Given = TypeVar("Given")
 # What `edgelm.load` takes of them.
 LOAD_SETTINGS = (
     "ctx_size", "threads", "threads_batch", "kv_type", "max_tokens_per_run", "interpreter", "packed", "offline",
     "chat_template",
 )  # fmt: skip
 CACHE_TYPES = ("f16", "f32", "q8_0", "q4_0")  # `kv_types.KV_TYPES`, which --help has no time to import
+
+
+class TextFile(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A file of text in UTF-8, - for standard input; the value is the text."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from edgelm.disk import read_text
+
+        if value == "-":
+            return sys.stdin.read()
+        try:
+            return read_text(Path(value))
+        except (OSError, ValueError) as error:
+            self.fail(f"{value!r}: {getattr(error, 'strerror', None) or error}", param, ctx)
+
+
+def one_of(what: str, given: Mapping[str, Given | None]) -> Given | None:
+    """The value that was given, of flags that mean the same (None: not given); UsageError if several were."""
+    found = {flag: value for flag, value in given.items() if value is not None}
+    if len(found) > 1:
+        raise UsageError(f"two {what} are given, by {' and by '.join(found)}; give one")
+    return next(iter(found.values()), None)
 
 
 def _flag(*names: str, **settings: Any) -> Callable[[Command], Command]:
@@ -64,7 +90,7 @@ MODEL_FLAGS = (
 
 TEMPLATE_FLAGS = (
     _flag("--chat-template", help="A template's source, or the name of a built-in one, instead of the file's own."),
-    _flag("--chat-template-file", type=click.Path(exists=True, dir_okay=False), help="The same, from a file."),
+    _flag("--chat-template-file", type=TextFile(), help="The same, from a file."),
 )
 
 def _sampler(*names: str, help: str, **settings: Any) -> Callable[[Command], Command]:
@@ -170,11 +196,11 @@ class Choice:
 
         settings = {name: value for name, value in given(flags).items() if name in LOAD_SETTINGS}
         settings |= cache_type(flags)
-        if flags.get("no_mmap"):
-            settings["packed"] = "memory"
-        if path := flags.get("chat_template_file"):
-            with open(path, encoding="utf-8") as file:
-                settings["chat_template"] = file.read()
+        packed = {"--packed": flags.get("packed"), "--no-mmap": "memory" if flags.get("no_mmap") else None}
+        templates = {f"--{n.replace('_', '-')}": flags.get(n) for n in ("chat_template", "chat_template_file")}
+        settings |= given(
+            {"packed": one_of("places of weights", packed), "chat_template": one_of("chat templates", templates)}
+        )
         with bars(self.quiet) as progress:
             return load(self.source, progress=progress, **settings)
 
@@ -230,9 +256,11 @@ def generation_settings(flags: dict[str, Any]) -> dict[str, Any]:
 
     names = {f.name for kind in (Request, Sampling) for f in dataclasses.fields(kind)}
     settings = {name: value for name, value in given(flags).items() if name in names}
-    if flags.get("sampler_seq"):
-        settings["samplers"] = flags["sampler_seq"]
-    if flags.get("context_shift"):
-        settings["overflow"] = "shift"
+    orders = {"--samplers": flags.get("samplers"), "--sampler-seq": flags.get("sampler_seq")}
+    shift = "shift" if flags.get("context_shift") else None
+    policies = {"--overflow": flags.get("overflow"), "--context-shift": shift}
+    settings |= given(
+        {"samplers": one_of("orders of samplers", orders), "overflow": one_of("policies", policies)}
+    )
     Request.of(settings)  # a value that cannot be meant is told before a model is loaded
     return settings

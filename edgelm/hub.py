@@ -128,8 +128,11 @@ def resolve(
 
 def _local(path: Path) -> Path:
     path = path.expanduser()
-    if path.is_file() or is_onnx(path):
-        return path
+    try:
+        if path.is_file() or is_onnx(path):
+            return path
+    except OSError as error:  # a name that no file can have, a folder that nobody may read
+        raise SourceError(f"{path!s:.200}: {error.strerror}") from error
     if path.is_dir():
         inside = sorted(p.name for p in path.glob("*.gguf"))
         if not inside and (path / "config.json").exists():

@@ -6,6 +6,7 @@ What holds for every model, whatever its file and whatever computes it; `gguf_mo
 
 from __future__ import annotations
 
+import operator
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
@@ -53,6 +54,22 @@ class Settings:
     chat_template: str | None = None
     max_tokens_per_run: int | None = None
     packed: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
+                raise UsageError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
+
+
+_RANGES = {  # of what `load` takes; 0 tokens of context: as many as the model has
+    "ctx_size": (0, 2**31 - 1),
+    "threads": (1, 512),
+    "threads_batch": (1, 512),
+    "max_tokens_per_run": (1, 2**31 - 1),
+}
 
 
 def load(
@@ -240,6 +257,17 @@ class Model(ABC):
         """Token ids of a text; see `Tokenizer.encode`."""
         return self.tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
 
+    def tokens_of(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt, which is a text or token ids already; UsageError for what is neither."""
+        if isinstance(prompt, str):
+            return self.tokenize(prompt)
+        try:
+            if isinstance(prompt, bytes | bytearray):
+                raise TypeError
+            return [operator.index(token) for token in prompt]
+        except TypeError:
+            raise UsageError(f"a prompt is a text or whole numbers, its token ids; not {prompt!r:.60}") from None
+
     def detokenize(self, tokens: Sequence[int], *, skip_special: bool = False) -> str:
         """The text of token ids; see `Tokenizer.decode`."""
         return self.tokenizer.decode(tokens, skip_special=skip_special)
@@ -305,7 +333,7 @@ class Model(ABC):
             ContextFull: the prompt is longer than the context window.
         """
         self.require_logits()
-        tokens = self.tokenize(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+        tokens = self.tokens_of(prompt)
         if len(tokens) > self.n_ctx:
             raise ContextFull(len(tokens), self.n_ctx)
         out = np.empty((len(tokens), self.vocab_size), np.float32)

@@ -13,6 +13,7 @@ from typing import Any
 
 from .errors import UsageError
 from .sampling import Sampling
+from .sampling_parameters import texts
 
 OVERFLOWS = ("error", "truncate-middle", "shift")
 
@@ -62,6 +63,8 @@ class Request:
                 raise UsageError(f"{name} is {value!r}; it must be a whole number")
         if self.logprobs is not None and self.logprobs < 0:
             raise UsageError(f"logprobs is {self.logprobs}; it must be the number of alternatives, 0 or more")
+        if self.keep < 0:
+            raise UsageError(f"keep is {self.keep}; it must be a number of tokens, 0 or more")
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise UsageError("stop takes texts that are not empty")
 
@@ -95,8 +98,7 @@ class Request:
             raise UsageError(f"sampling is a {type(sampling).__name__}; it must be an edgelm.Sampling")
         single = {name: values.pop(name) for name in list(values) if name in chosen}
         if "stop" in values:
-            stop = values["stop"]
-            values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+            values["stop"] = texts("stop", values["stop"])
         if isinstance(values.get("logprobs"), bool):
             values["logprobs"] = 0 if values["logprobs"] else None
         return dataclasses.replace(base, sampling=dataclasses.replace(sampling, **single), **values)

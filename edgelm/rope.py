@@ -98,19 +98,32 @@ def factors_from_hf(rope_parameters: Mapping[str, Any], base: float, dim: int) -
     """The factor tensors that GGUF keeps for what config.json's `rope_parameters` (or `rope_scaling`) say.
 
     "llama3": `rope_freqs`, from four numbers. "longrope": two lists, as they are. Others need none.
+    Raises ArithmeticError, KeyError, TypeError or ValueError for what gives no factors.
     """
     kind = rope_parameters.get("rope_type", rope_parameters.get("type"))
     if kind in ("longrope", "su"):
-        return {f"rope_factors_{n}": np.asarray(rope_parameters[f"{n}_factor"], np.float32) for n in ("long", "short")}
-    if kind != "llama3":
-        return {}
+        made = {f"rope_factors_{n}": np.asarray(rope_parameters[f"{n}_factor"], np.float32) for n in ("long", "short")}
+    elif kind == "llama3":
+        made = {"rope_freqs": _llama3_factors(rope_parameters, base, dim)}
+    else:
+        made = {}
+    if wrong := [name for name, factors in made.items() if not np.all((factors > 0) & np.isfinite(factors))]:
+        raise ValueError(f"{wrong[0]} has a factor that is no positive number")
+    return made
+
+
+def _llama3_factors(rope_parameters: Mapping[str, Any], base: float, dim: int) -> Floats:
+    """What each pair's frequency is divided by, float32 (dim / 2,), as Llama 3.1 defines it."""
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     factor, low, high, context = (np.float32(rope_parameters[name]) for name in names)
     one, pairs = np.float32(1.0), np.arange(0, dim, 2, dtype=np.float32)  # in float32, as every loader computes it
     frequencies = one / np.power(np.float32(base), pairs / np.float32(dim))
     turns = context / (np.float32(math.tau) / frequencies)
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 0: a slow pair, stretched in full; 1: a fast one, kept
-    return {"rope_freqs": (one / ((one - smooth) / factor + smooth)).astype(np.float32)}
+    with np.errstate(all="ignore"):  # whoever calls looks at what came out
+        # 0: a slow pair, stretched in full; 1: a fast one, kept
+        smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        factors: Floats = (one / ((one - smooth) / factor + smooth)).astype(np.float32)
+    return factors
 
 
 def rotate(x: NDArray[Any], cos: NDArray[Any], sin: NDArray[Any], rope: Rope) -> NDArray[Any]:

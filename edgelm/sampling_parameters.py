@@ -29,7 +29,7 @@ def parse_samplers(text: str | Iterable[str]) -> tuple[str, ...]:
     if isinstance(text, str):
         names = [name.strip() for name in text.split(";") if name.strip()]
     else:
-        names = list(text)
+        names = list(texts("samplers", text))
     order = []
     for name in names:
         key = name.lower().replace("-", "_")
@@ -44,6 +44,14 @@ def parse_samplers(text: str | Iterable[str]) -> tuple[str, ...]:
                 f"or letters in a row such as {''.join(_LETTERS)[:-1]!r}"
             )
     return tuple(order)
+
+
+def texts(name: str, value: Any) -> tuple[str, ...]:
+    """A text, or several, as several; UsageError for anything else."""
+    found = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (None,)
+    if not all(isinstance(text, str) for text in found):
+        raise UsageError(f"{name} takes texts, not {value!r:.60}")
+    return found
 
 
 def parse_logit_bias(text: str) -> tuple[int, float]:
@@ -138,20 +146,27 @@ class Sampling:
                 raise UsageError(f"{name} is {getattr(self, name):g}; it must be between {low:g} and {high:g}")
         if not self.repeat_penalty > 1e-38:
             raise UsageError(f"repeat_penalty is {self.repeat_penalty:g}; it must be greater than 0 (1 turns it off)")
-        bias = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
-        sums: dict[int, float] = {}
-        for pair in bias:
-            token, amount = parse_logit_bias(pair) if isinstance(pair, str) else pair
-            token = _number("logit_bias", token, "int")
-            sums[token] = sums.get(token, 0.0) + _number("logit_bias", amount, "float", infinite=True)
-        object.__setattr__(self, "logit_bias", tuple(sums.items()))
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         object.__setattr__(self, "samplers", parse_samplers(self.samplers))
-        breakers = self.dry_sequence_breakers
-        breakers = (breakers,) if isinstance(breakers, str) else tuple(breakers)
+        breakers = texts("dry_sequence_breakers", self.dry_sequence_breakers)
         object.__setattr__(self, "dry_sequence_breakers", () if breakers == ("none",) else breakers)
 
 
+def _biases(given: Any) -> tuple[tuple[int, float], ...]:
+    """What is added to the logit of each token, from a mapping, pairs, or texts like "15043+1"."""
+    sums: dict[int, float] = {}
+    try:
+        for pair in given.items() if isinstance(given, Mapping) else given:
+            token, amount = parse_logit_bias(pair) if isinstance(pair, str) else pair
+            token = _number("logit_bias", token, "int")
+            sums[token] = sums.get(token, 0.0) + _number("logit_bias", amount, "float", infinite=True)
+    except (TypeError, ValueError):
+        raise UsageError(f"logit_bias is {given!r:.60}; it must be {{token id: number}}, or pairs of these") from None
+    return tuple(sums.items())
+
+
 _INF = math.inf
+_LARGEST = 1e30  # of all numbers: what is computed with them in float32 stays finite
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("seed", -1, 2**64 - 1),
     ("top_p", 0, _INF), ("min_p", 0, _INF), ("typical_p", 0, _INF),
@@ -172,8 +187,8 @@ def _number(name: str, value: Any, kind: str, infinite: bool = False) -> Any:
         number = None
     if number is None or number != value or isinstance(value, str | bool):
         raise UsageError(f"{name} is {value!r}; it must be {'a whole number' if kind == 'int' else 'a number'}")
-    if kind == "float" and math.isinf(number) and not infinite:
-        raise UsageError(f"{name} is {value!r}; it must be finite")
+    if kind == "float" and abs(number) > _LARGEST and not (infinite and math.isinf(number)):
+        raise UsageError(f"{name} is {value!r}; it must be finite, and at most {_LARGEST:g}")
     return number
 
 

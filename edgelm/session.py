@@ -142,8 +142,7 @@ class Session:
             UsageError: a setting that cannot be meant, or an empty prompt.
         """
         request = Request.of(settings, self.defaults)
-        tokens = self.model.tokenize(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
-        return self._begin(tokens, 0, request, progress)
+        return self._begin(self.model.tokens_of(prompt), 0, request, progress)
 
     def chat(
         self,

@@ -116,20 +116,13 @@ def printable(text: str) -> str:
 
 # --- facts as text ---------------------------------------------------------------------------------------------------
 
-def summary(last: Any) -> dict[str, Any]:
-    """The counts and speeds of a finished answer."""
-    if last is None:
-        return {}
-    names = (
-        "prompt_tokens",
-        "cached_tokens",
-        "generation_tokens",
-        "prompt_tps",
-        "generation_tps",
-        "finish_reason",
-        "dropped_tokens",
-    )
-    return {name: getattr(last, name) for name in names}
+def summary(last: Any, n_prompt: int) -> dict[str, Any]:
+    """The counts and speeds of a finished answer to a prompt of `n_prompt` tokens; `last` None: of one of no tokens."""
+    counts = {
+        "prompt_tokens": n_prompt, "cached_tokens": 0, "generation_tokens": 0, "prompt_tps": None,
+        "generation_tps": None, "finish_reason": "length", "dropped_tokens": 0,
+    }  # fmt: skip
+    return counts if last is None else {name: getattr(last, name) for name in counts}
 
 
 def statistics(last: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import pickle
 import subprocess
 import sys
 import tomllib
@@ -254,6 +255,35 @@ def test_texts_that_cannot_be_embedded(encoder: Path) -> None:
         model.embed([[]])
     assert model.embed([]).shape == (0, 64)
     assert set(POOLINGS) == {"none", "mean", "cls", "last"}
+
+
+@pytest.mark.parametrize("name", ["ctx_size", "threads", "threads_batch", "max_tokens_per_run"])
+@pytest.mark.parametrize("value", [-1, 10**30, 0.5, "2", True])
+def test_settings_that_cannot_be_meant_are_named(decoder: Path, name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"{name} is"):
+        edgelm.load(decoder, interpreter="reference", **{name: value})
+
+
+@pytest.mark.parametrize("prompt", [["a"], [1.5], None, 5, b"hi", bytearray(b"hi"), np.array([28.5]), [[28]]])
+def test_what_is_no_prompt(decoder: Path, prompt: Any) -> None:
+    with reference(decoder) as model:
+        for use in (model.generate, model.logits, lambda p: model.embed([p])):
+            with pytest.raises(UsageError, match="a prompt is a text or whole numbers"):
+                use(prompt)
+        assert model.tokens_of(np.array([28, 29])) == model.tokens_of((28, 29)) == [28, 29]
+
+
+def test_errors_survive_pickle() -> None:
+    """As pools of processes pass them on."""
+    errors = [error("what") for error in (FormatError, SourceError, UnsupportedError, UsageError)]
+    for error in (*errors, ContextFull(5, 3), ContextFull(5, 3, "do something")):
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is type(error) and str(again) == str(error) and vars(again) == vars(error)
+
+
+def test_a_name_that_no_file_can_have() -> None:
+    with pytest.raises(SourceError, match="too long"):
+        edgelm.load("x" * 5000)
 
 
 # ---------------------------------------------------------------------------------------------------------- real models

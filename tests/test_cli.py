@@ -147,7 +147,18 @@ def test_bench_times_the_start_of_processes(model: Path) -> None:
         (("run", "no-such-file.gguf", "-p", "x"), "no-such-file.gguf"),
         (("run", "smolm2", "-p", "x"), "did you mean smollm2?"),
         (("run", "{model}", "-m", "{model}", "-p", "x"), "two models"),
-        (("run", "{model}", "x", "-p", "y"), "two texts"),
+        (("run", "{model}", "x", "-p", "y"), "two texts are given, by the argument and by -p"),
+        (("run", "{model}", "x", "-f", "-"), "two texts are given, by the argument and by -f"),
+        (("tokenize", "{model}", "-p", "x", "-f", "-"), "two texts"),
+        (("chat", "{model}", "-sys", "x", "-sysf", "-"), "two system prompts"),
+        (("chat", "{model}", "--chat-template", "chatml", "--chat-template-file", "-"), "two chat templates"),
+        (("run", "{model}", "x", "--samplers", "top_k", "--sampler-seq", "k"), "two orders of samplers"),
+        (("run", "{model}", "x", "--overflow", "error", "--context-shift"), "two policies"),
+        (("run", "{model}", "x", "--packed", "file", "--no-mmap"), "two places of weights"),
+        (("run", "{model}", "x", "--logprobs", "3"), "--json"),
+        (("run", "{model}", "x", "--keep", "-4"), "keep is -4"),
+        (("run", "{model}", "x", "-c", "99999999999999999999"), "ctx_size is"),
+        (("run", "{model}", "x", "-t", "100000"), "threads is 100000"),
         (("run", "{model}", "-p", "x", "--top-p", "-3"), "top_p"),
         (("run", "{model}", "-p", "x", "--logit-bias", "nonsense"), "logit bias"),
         (("run", "{model}", "-p", "x", "-c", "4", "-n", "2"), None),
@@ -178,6 +189,47 @@ def test_hostile_files_end_in_one_line(name: str, tmp_path: Path) -> None:
     assert result.exit_code in (0, 2), (name, result.output)
     if result.exit_code == 2:
         assert len(result.stderr.strip().splitlines()) == 1, (name, result.stderr)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("run", "-f"), ("tokenize", "-f"), ("embed", "-f"), ("eval", "-f"), ("chat", "-sysf"),
+     ("chat", "--chat-template-file"), ("imatrix", "-f"), ("quantize", "q.gguf", "q4_0", "--tensor-type-file")],
+)  # fmt: skip
+def test_a_file_that_is_no_text_is_told_in_one_line(model: Path, command: tuple[str, ...], tmp_path: Path) -> None:
+    path = tmp_path / "latin.txt"
+    path.write_bytes("Grüße".encode("latin-1"))
+    result = edgelm(command[0], model, *command[1:], path, stdin="")
+    assert isinstance(result.exception, SystemExit) and result.exit_code == 2, result.output
+    assert "latin.txt: no text in UTF-8: invalid start byte at byte 2" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and result.stdout == ""
+
+
+def test_files_of_text_and_standard_input_say_the_same(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("hello\nthere\n", encoding="utf-8")
+    for command in ("tokenize", "embed"):
+        from_file = edgelm(command, model, "-f", tmp_path / "text.txt", "--json")
+        assert from_file.exit_code == 0 and len(json.loads(from_file.stdout)) > 1
+        for rest in ((), ("-f", "-")):
+            assert edgelm(command, model, *rest, "--json", stdin="hello\nthere\n").stdout == from_file.stdout
+    flag = edgelm("tokenize", model, "-p", "hello", "--ids")
+    assert flag.exit_code == 0 and edgelm("tokenize", model, "hello", "--ids").stdout == flag.stdout
+
+
+def test_no_tokens_asked_for_are_counted_too(model: Path) -> None:
+    record = json.loads(edgelm("run", model, "hello", "-n", 0, "--json").stdout)
+    assert record["text"] == "" and record["generation_tokens"] == 0 and record["finish_reason"] == "length"
+    assert record["prompt_tokens"] == int(edgelm("tokenize", model, "hello", "--show-count").stdout)
+
+
+def test_streams_that_were_closed_are_taken_as_empty(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    try:
+        assert main(["tokenize", str(model)], standalone_mode=False) is None
+    finally:
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            stream.close()
 
 
 def test_an_interrupt_while_modules_are_read_is_quiet() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,28 @@ def test_keys_that_nobody_knows_are_refused(extra: dict[str, Any]) -> None:
 )
 def test_keys_that_change_nothing_are_passed(extra: dict[str, Any]) -> None:
     assert Config.from_hf({**LLAMA, **extra}) == Config.from_hf(LLAMA)
+
+
+@pytest.mark.parametrize("strange", [{}, {"a": 1}, [], [1], True, "x", -1, 1e30])
+def test_whatever_stands_in_config_json_is_survived(strange: Any) -> None:
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32}  # fmt: skip
+    for key in LLAMA:
+        with contextlib.suppress(EdgelmError):
+            Config.from_hf({**LLAMA, key: strange})
+    for key in rope:
+        with contextlib.suppress(EdgelmError):
+            Config.from_hf({**LLAMA, "rope_scaling": {**rope, key: strange}})
+
+
+@pytest.mark.parametrize("lie", [{"factor": 0.0}, {"factor": "x"}, {"factor": float("nan")}])
+def test_a_scaling_of_rope_that_has_no_factors(lie: dict[str, Any], tmp_path: Path) -> None:
+    path = hf_folder.write(tmp_path, "llama3")
+    hf = json.loads((path / "config.json").read_text())
+    hf["rope_parameters"].update(lie)
+    (path / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(FormatError, match="scaling of RoPE"):
+        checkpoint.read(path)
 
 
 def test_defaults_that_only_transformers_knows() -> None:

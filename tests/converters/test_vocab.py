@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,34 @@ def test_damaged_tokenizer_json(how: str, tmp_path: Path) -> None:
     path.write_text(json.dumps(damaged(json.loads(path.read_text()), how)))
     with pytest.raises((FormatError, UnsupportedError)):
         tokenizer_check.compare(*read(tmp_path))
+
+
+PLACES = (
+    ("added_tokens",), ("added_tokens", 0), ("normalizer",), ("normalizer", "normalizers"), ("pre_tokenizer",),
+    ("pre_tokenizer", "pretokenizers"), ("post_processor",), ("post_processor", "pair"), ("post_processor", "pair", 0),
+    ("post_processor", "pair", 0, "SpecialToken"), ("model",), ("model", "merges"), ("model", "merges", 3),
+    ("model", "vocab"), ("decoder",),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["bpe", "spm", "wordpiece"])
+def test_whatever_stands_in_tokenizer_json_is_survived(kind: str, tmp_path: Path) -> None:
+    models = {"bpe": ("llama-bpe", "gpt2"), "spm": ("default", "llama"), "wordpiece": ("default", "bert")}
+    hf_folder.write_tokenizer(tmp_path, own_keys(kind, models[kind][0]), models[kind][1])
+    path = tmp_path / "tokenizer.json"
+    text = path.read_text(encoding="utf-8")
+    for place in PLACES:
+        for strange in (7, True, 1e30, "x", [1], [None], {"a": 1}, {}):
+            parsed = inside = json.loads(text)
+            try:
+                for step in place[:-1]:
+                    inside = inside[step]
+                inside[place[-1]] = strange
+            except (LookupError, TypeError):  # this kind has no such place
+                break
+            path.write_text(json.dumps(parsed))
+            with contextlib.suppress(EdgelmError):
+                read(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '{"a": 1, "a": 2}', "\xff"])

@@ -303,6 +303,8 @@ MODEL: dict[str, Case] = {
     ),
     # ------------------------------------------------------------------------------------------------ chat template
     "template_number": changed("tokenizer.chat_template", U32, 1),
+    "template_no_numbers": changed("tokenizer.chat_template", ARRAY, (U32, [])),
+    "template_two_numbers": changed("tokenizer.chat_template", ARRAY, (U32, [1, 2])),
     "template_syntax": changed("tokenizer.chat_template", STRING, "{% for %}{{"),
     "template_attack": changed(
         "tokenizer.chat_template", STRING, "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ lipsum.__globals__ }}"

@@ -8,6 +8,7 @@ import pytest
 
 from edgelm import gguf
 from edgelm.arch import Config
+from edgelm.describe import describe
 from edgelm.errors import FormatError, UnsupportedError
 from edgelm.tokenizer import Tokenizer
 from edgelm.weights import Weights
@@ -52,3 +53,12 @@ def test_refused_or_works(name: str, tmp_path: Path) -> None:
         return
     for text in ("the tea on a toe", "", "🦙\0", "<s>" * 9):
         assert isinstance(tokenizer.decode(tokenizer.encode(text)), str)
+
+
+@pytest.mark.parametrize("name", sorted(MODEL))
+def test_files_that_make_no_model_are_described(name: str, tmp_path: Path) -> None:
+    """`edgelm info` says what is wrong with them; it does not stop at it."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(MODEL[name]())
+    facts = describe(path, metadata=True, tensors=True)
+    assert "memory" in facts or facts["not_supported"]
