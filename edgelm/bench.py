@@ -105,6 +105,8 @@ def main(
     settings = given({"max_tokens_per_run": max_tokens_per_run, "packed": packed})
     settings |= cache_type({"cache_type_k": cache_type_k, "cache_type_v": cache_type_v})
     counts = numbers(threads, "-t")
+    if memory and startup:
+        raise UsageError("--memory and --startup are two measurements; choose one")
     if memory:
         if counts:
             settings["threads"] = counts[0]

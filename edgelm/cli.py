@@ -33,7 +33,7 @@ from edgelm.flags import (
     one_of,
     with_flags,
 )
-from edgelm.terminal import bars, note, print_json, printable, readable, statistics, summary
+from edgelm.terminal import bars, note, print_json, printable, readable, say, statistics, summary
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -67,7 +67,7 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *where, **more: note(f"edgelm: {printable(str(message))}")
+                warnings.showwarning = lambda message, *where, **more: note(f"edgelm: {message}")
                 return super().invoke(ctx)
         except (EdgelmError, OSError) as error:
             if isinstance(error, BrokenPipeError):
@@ -191,7 +191,7 @@ def run(
                     }
                 )
             if not as_json:
-                print(response.text, end="", flush=True)
+                say(response.text)
     if as_json:
         counts = {"text": "".join(parts), **summary(last, len(tokens))}
         print_json(counts | ({} if logprobs is None else {"logprobs": alternatives}))
@@ -224,6 +224,7 @@ def run(
     show_default=True,
     help="2: to length one; -1: as they are.",
 )
+@click.option("--truncate", is_flag=True, help="Cut texts that are longer than the context window.")
 @with_flags(MODEL_FLAGS)
 @JSON
 def embed(
@@ -232,6 +233,7 @@ def embed(
     text_file: str | None,
     pooling: str | None,
     normalize: int,
+    truncate: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -243,7 +245,7 @@ def embed(
     if normalize not in (-1, 2):
         raise UsageError(f"--embd-normalize {normalize}: only 2 (length one) and -1 (as they are) are known")
     loaded = choice.load(flags)
-    vectors = loaded.embed(lines, pooling=pooling, normalize=normalize == 2)
+    vectors = loaded.embed(lines, pooling=pooling, normalize=normalize == 2, truncate=truncate)
     if as_json:
         print_json(
             {

@@ -60,7 +60,7 @@ def _tokens(model: Model, text: str | Sequence[int], truncate: bool) -> list[int
         raise UsageError("a text has no tokens; there is nothing to embed")
     if len(tokens) > model.n_ctx:
         if not truncate:
-            raise ContextFull(len(tokens), model.n_ctx, "cut the text into pieces, or allow truncation")
+            raise ContextFull(len(tokens), model.n_ctx, "cut the text into pieces, or let it be cut: --truncate")
         end = tokens[-1:] if model.tokenizer.is_special(tokens[-1]) else []  # [SEP] stays where the model expects it
         tokens = tokens[: model.n_ctx - len(end)] + end
     return tokens

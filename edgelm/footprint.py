@@ -48,9 +48,13 @@ def measure(path: str, n_ctx: int | None, n_prompt: int, settings: dict[str, Any
     what `edgelm.memory` says to that; "packed_file"; "n_ctx". Raises what `edgelm.load` raises.
     """
     n_ctx = n_ctx or _context(path)
+    if n_ctx <= STEPS:
+        raise errors.UsageError(f"ctx_size is {n_ctx}; {STEPS} tokens are generated after a prompt, so it must be more")
     command = [sys.executable, "-m", "edgelm.footprint", path, str(n_ctx), str(n_prompt), json.dumps(settings)]
     for _ in range(2):  # the first one compiles what is not compiled
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise errors.UsageError(f"{path}: a process with this model ended with exit code {done.returncode}")
         result: dict[str, Any] = json.loads(done.stdout)
         if "error" in result:
             raise getattr(errors, result["error"], errors.EdgelmError)(result["message"])

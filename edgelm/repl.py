@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgelm.disk import replacing
 from edgelm.errors import EdgelmError, UsageError
-from edgelm.terminal import Bars, note, readable, statistics
+from edgelm.terminal import Bars, note, readable, say, statistics
 
 if TYPE_CHECKING:
     from edgelm.model import Model
@@ -56,7 +56,7 @@ class Repl:
             self.greet()
         try:
             if first is not None:
-                self.handle(first)
+                self.ask(first)  # also one that begins with a slash
                 if single_turn:
                     return
             for text in self.inputs():
@@ -84,19 +84,25 @@ class Repl:
                 command(self, rest.strip())
             except (EdgelmError, OSError) as error:
                 note(f"edgelm: {error}")
-        elif text.strip():
-            self.ask(self.pending + text)
+            except KeyboardInterrupt:
+                if not self.interactive:
+                    raise
+                note("interrupted")
+        else:
+            self.ask(text)
 
     def ask(self, text: str) -> None:
         """Streams the answer to `text`. Ctrl-C keeps what was said so far."""
-        asked = [*self.messages, {"role": "user", "content": text}]
+        if not text.strip():
+            return
+        asked = [*self.messages, {"role": "user", "content": self.pending + text}]
         answer = self.answer(asked)
         if answer is not None:
             self.messages = [*asked, {"role": "assistant", "content": answer}]
             self.pending = ""
 
     def answer(self, messages: list[Message]) -> str | None:
-        """The answer to `messages`, printed as it comes; None if it could not begin."""
+        """The answer to `messages`, printed as it comes; None if it did not begin."""
         said: list[str] = []
         waiting = Bars(self.interactive and not self.quiet)
         try:
@@ -105,7 +111,7 @@ class Repl:
                     waiting.close()
                     said.append(response.text)
                     self.last = response
-                    print(response.text, end="", flush=True)
+                    say(response.text)
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
@@ -117,8 +123,12 @@ class Repl:
         finally:
             waiting.close()
         print(flush=True)
-        if self.last is not None and self.last.dropped_tokens:
+        if not said:  # stopped while the prompt was read
+            return None
+        if self.last.dropped_tokens:
             note(f"({self.last.dropped_tokens} tokens of the conversation were dropped to fit the context window)")
+        if self.last.finish_reason == "context":
+            note("(the context window is full: /clear, or /set parameter overflow shift)")
         if self.verbose:
             self.stats("")
         return "".join(said)
@@ -133,7 +143,12 @@ class Repl:
             try:
                 text = read(">>> ")
                 while text.lstrip().startswith(FENCE) and not _fence_closed(text):
-                    text += "\n" + read("... ")
+                    try:
+                        text += "\n" + read("... ")
+                    except EOFError:
+                        if self.interactive:
+                            raise
+                        text += "\n" + FENCE  # a file that ends within a message ends it, too
             except KeyboardInterrupt:  # one too many to stop an answer must not end the conversation
                 if is_leaving or not self.interactive:
                     return
@@ -152,6 +167,7 @@ class Repl:
         from prompt_toolkit.completion import WordCompleter
         from prompt_toolkit.history import FileHistory, InMemoryHistory
         from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+        from prompt_toolkit.output import create_output
 
         keys = KeyBindings()
 
@@ -173,6 +189,7 @@ class Repl:
             history=history,
             auto_suggest=AutoSuggestFromHistory(),
             key_bindings=keys,
+            output=create_output(always_prefer_tty=True),  # standard output may be a file, which gets answers alone
             completer=WordCompleter(sorted(f"/{name}" for name in COMMANDS), sentence=True),
             complete_while_typing=False,
             reserve_space_for_menu=4,
@@ -376,12 +393,15 @@ def conversation_path(name: str) -> Path:
 
 
 def read_conversation(path: Path) -> tuple[list[Message], dict[str, Any]]:
-    """The messages and settings of a saved conversation."""
+    """The messages and settings of a saved conversation. UsageError for a file that is none."""
+    from edgelm.request import Request
+
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in record["messages"]]
         settings = dict(record["settings"])
-    except (ValueError, KeyError, TypeError) as error:
+        Request.of(settings)
+    except (ValueError, KeyError, TypeError, RecursionError, UsageError) as error:
         raise UsageError(f"{path} is not a saved conversation ({error})") from None
     return messages, settings
 

@@ -110,6 +110,7 @@ class Session:
         self._tokens: list[int] = []  # exactly what `_sequence` holds, whenever nothing is being computed
         self._sequence = model.new_cache().new_sequence()
         self._busy = threading.Lock()
+        self._is_closed = False
         self._answer = 0  # which answer may go on: a later one ends those before it
 
     @property
@@ -178,6 +179,7 @@ class Session:
         self, tokens: list[int], dropped: int, request: Request, progress: Progress | None
     ) -> Generator[Response, None, None]:
         """Checks everything at once, so that a wrong request fails at the call and not at the first token."""
+        self._need_open()
         self.model.require_logits()
         if not tokens:
             raise UsageError("the prompt has no tokens; give at least one")
@@ -303,9 +305,14 @@ class Session:
         self._sequence.truncate(n_tokens)
         del self._tokens[n_tokens:]
 
+    def _need_open(self) -> None:
+        if self._is_closed:
+            raise UsageError("this session was closed; make another one with Model.session()")
+
     @contextmanager
     def _alone(self, answer: int) -> Iterator[None]:
         """The session to ourselves, and in order, whatever ended the last computation."""
+        self._need_open()
         if not self._busy.acquire(blocking=False):
             raise UsageError("a session is used by two threads at once; give each thread a session of its own")
         try:
@@ -362,11 +369,14 @@ class Session:
             self._tokens, self._sequence = tokens, sequence
 
     def close(self) -> None:
-        """Gives the memory back. Collecting the session does the same."""
+        """Gives the memory back, for good; again it does nothing. Collecting the session does the same."""
+        if self._is_closed:
+            return
         self._answer += 1
         with self._alone(self._answer):
             self._sequence.release()
             self._tokens.clear()
+            self._is_closed = True
 
     def __enter__(self) -> Session:
         return self

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,13 @@ PATIENCE_S = 0.3  # a stage that is over sooner than this shows no bar
 
 
 def note(text: str) -> None:
-    """One line on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """A line, or several, on standard error."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    """A piece of an answer on standard output: as it is, but a terminal gets nothing that it would obey."""
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 class Bars:
@@ -109,9 +115,19 @@ def size(n_bytes: float) -> str:
     return f"{n_bytes:.1f} TiB"
 
 
+_OBEYED = ("Cc", "Cs", "Zl", "Zp")  # categories of Unicode: control characters, surrogates, ends of lines
+_TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # let a line look like another one
+
+
 def printable(text: str) -> str:
-    """Text of a file without what a terminal would obey: control characters but newline and tab are spelled out."""
-    return "".join(c if c in "\n\t" or c.isprintable() else ascii(c)[1:-1] for c in text)
+    """Text of a file or a model without what a terminal would obey, which is spelled out; newline and tab stay."""
+    if text.isprintable():
+        return text
+
+    def shown(c: str) -> bool:
+        return c in "\n\t" or c.isprintable() or not (unicodedata.category(c) in _OBEYED or c in _TURNS)
+
+    return "".join(c if shown(c) else ascii(c)[1:-1] for c in text)
 
 
 # --- facts as text ---------------------------------------------------------------------------------------------------
@@ -143,6 +159,8 @@ def readable(facts: dict[str, Any], indent: str = "") -> list[str]:
     lines = []
     for name, value in facts.items():
         label = name.replace("_", " ") if name.islower() else name  # names of types keep their underscore
+        if value in ({}, []):
+            value = "none"
         if isinstance(value, dict):
             lines += [f"{indent}{label}", *readable(value, indent + "  ")]
         elif isinstance(value, list) and value and isinstance(value[0], dict):
@@ -151,6 +169,8 @@ def readable(facts: dict[str, Any], indent: str = "") -> list[str]:
         else:
             if name in BYTES and isinstance(value, int):
                 shown = size(value)
+            elif isinstance(value, list):
+                shown = printable(", ".join(map(str, value)))
             else:
                 shown = f"{value:.6g}" if isinstance(value, float) else printable(str(value))
             lines.append(f"{indent}{label:<{max(1, 26 - len(indent))}} {shown}")

@@ -72,6 +72,8 @@ def test_chat_answers_a_piped_input_line_by_line(model: Path) -> None:
     assert both.stdout.startswith(first.stdout) and len(both.stdout) > len(first.stdout)
     single = edgelm("chat", model, *flags, "-st", stdin="one\ntwo\n")
     assert single.stdout == first.stdout
+    ends, closed = (edgelm("chat", model, *flags, stdin='"""one\ntwo\n' + end).stdout for end in ("", '"""\n'))
+    assert ends == closed and ends.strip(), "a file that ends within a message ends it"
 
 
 def test_the_default_model_knows_the_capital_of_france(smollm2_path: Path) -> None:
@@ -167,6 +169,12 @@ def test_bench_times_the_start_of_processes(model: Path) -> None:
         (("embed", "{model}", "-p", "x", "--embd-normalize", "1"), "--embd-normalize"),
         (("bench", "{model}", "-p", "a,b"), "-p"),
         (("bench", "{model}", "-p", "0", "-n", "0"), "nothing to measure"),
+        (("bench", "{model}", "--memory", "--startup"), "choose one"),
+        (("bench", "{model}", "--memory", "-c", "16"), "ctx_size is 16"),
+        (("bench", "{model}", "--memory", "-c", "100000000000000"), "ctx_size is 100000000000000"),
+        (("bench", "{model}", "-t", "0", "-p", "1", "-n", "0"), "threads is 0"),
+        (("embed", "{model}", "-p", "hello " * 200, "-c", "8"), "--truncate"),
+        (("imatrix", "{model}", "-m", "{model}", "-f", "-"), "two models"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(model: Path, arguments: tuple[str, ...], said: str | None) -> None:
@@ -293,4 +301,7 @@ def test_readable_names_and_sizes() -> None:
 
 def test_nothing_of_a_file_reaches_the_terminal_as_a_command() -> None:
     assert printable("a\x1b[2Jb\tc\n\x07") == "a\\x1b[2Jb\tc\n\\x07"
+    assert printable("\u202eexe.txt\u2028\x9b") == "\\u202eexe.txt\\u2028\\x9b"
+    for text in ("日本語\u3000です", "1\u00a0000", "👩\u200d🚀", "می\u200cشود", "co\u00adop"):
+        assert printable(text) == text, "spaces and joiners of other languages stay"
     assert "\x1b" not in "".join(readable({"name": "\x1b]0;owned\x07", "rows": [{"a": "\x1b"}]}))

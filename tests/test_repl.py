@@ -16,6 +16,7 @@ from edgelm import load
 from edgelm.errors import UsageError
 from edgelm.model import Model
 from edgelm.repl import COMMANDS, Leave, Repl, conversation_path, read_conversation
+from edgelm.terminal import Bars, say
 
 PROMPT_BEGINS, PROMPT_ENDS = "\x1b[?2004h", "\x1b[?2004l"  # bracketed paste, on and off
 SETTINGS = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True}
@@ -61,6 +62,63 @@ def test_one_interrupt_too_many_keeps_the_conversation(
     monkeypatch.setattr(repl, "terminal_reader", lambda: read)
     assert list(repl.inputs()) == ["hello"] and next(keys) == "never read"
     assert capsys.readouterr().err.count("once more leaves") == 2
+
+
+def test_a_first_message_may_begin_with_a_slash(repl: Repl) -> None:
+    repl.run(first="/etc/hosts is what?", single_turn=True)
+    assert repl.messages[0]["content"] == "/etc/hosts is what?" and repl.messages[1]["content"]
+
+
+def test_an_interrupt_before_the_answer_leaves_everything_as_it_was(
+    repl: Repl, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Interrupting(Bars):
+        def __call__(self, stage: str, done: int, total: int) -> None:
+            raise KeyboardInterrupt
+
+    (tmp_path / "note.txt").write_text("the secret is 42", encoding="utf-8")
+    repl.interactive = True
+    repl.handle(f"/read {tmp_path / 'note.txt'}")
+    with monkeypatch.context() as patch:
+        patch.setattr("edgelm.repl.Bars", Interrupting)
+        repl.handle("hello")
+    assert repl.messages == [] and "42" in repl.pending and repl.last is None
+    repl.handle("hello")
+    assert "42" in repl.messages[0]["content"]
+
+
+def test_an_interrupt_ends_a_command_and_not_the_conversation(
+    repl: Repl, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def endless(*_: object, **more: object) -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edgelm.repl.glob.glob", endless)
+    repl.interactive = True
+    repl.handle("/read **")
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_full_window_is_told(repl: Repl, capsys: pytest.CaptureFixture[str]) -> None:
+    repl.settings["max_tokens"] = -1
+    repl.handle("hello")
+    assert repl.last.finish_reason == "context" and "/clear" in capsys.readouterr().err
+
+
+def test_a_terminal_gets_nothing_that_it_would_obey(
+    repl: Repl, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a model says, and what its file says of itself, may be meant for the terminal and not for its reader."""
+    monkeypatch.setattr(type(repl.model), "name", "\x1b]0;title\x07")
+    repl.messages = [{"role": "user", "content": "\x1b[2J"}]
+    repl.greet()
+    repl.handle("/show messages")
+    say("as \x1b[2J it is")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    say("\x1b]52;c;aGk=\x07")
+    shown = capsys.readouterr()
+    assert "\x1b" not in shown.err and "\\x1b]0;title" in shown.err
+    assert shown.out == "as \x1b[2J it is\\x1b]52;c;aGk=\\x07"
 
 
 def test_undo_and_regen(repl: Repl) -> None:
@@ -109,7 +167,9 @@ def test_save_and_load(repl: Repl, model: Model) -> None:
 
 def test_a_damaged_conversation_is_refused(repl: Repl, tmp_path: Path) -> None:
     broken = tmp_path / "broken.json"
-    for text in ("", "[]", '{"messages": 3, "settings": {}}', '{"messages": [{"role": "user"}], "settings": {}}'):
+    for text in ("", "[]", '{"messages": 3, "settings": {}}', '{"messages": [{"role": "user"}], "settings": {}}',
+                 "[" * 100_000, '{"messages": [], "settings": {"temperature": "hot"}}',
+                 '{"messages": [], "settings": {"nonsense": 1}}'):
         broken.write_text(text, encoding="utf-8")
         with pytest.raises(UsageError, match="not a saved conversation"):
             read_conversation(broken)
@@ -234,3 +294,37 @@ def test_in_a_terminal(path: Path, tmp_path: Path) -> None:
             os.kill(pid, 9)
             os.waitpid(pid, 0)
         os.close(terminal)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pseudo-terminals")
+def test_standard_output_in_a_file_gets_answers_alone(path: Path, tmp_path: Path) -> None:
+    import pty
+
+    command = [sys.executable, "-P", "-m", "edgelm", "chat", str(path), "--chat-template", "chatml", "--temp", "0"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.update(XDG_DATA_HOME=str(tmp_path), TERM="xterm", HOME=str(tmp_path / "home"))
+        os.dup2(os.open(tmp_path / "out.txt", os.O_WRONLY | os.O_CREAT), 1)
+        os.execv(sys.executable, [*command, "--ignore-eos", "-n", "6"])
+    seen, typed, deadline = b"", [b"hello\r", b"\x04"], time.monotonic() + 60
+    try:
+        while time.monotonic() < deadline:
+            if select.select([terminal], [], [], 0.2)[0]:
+                try:
+                    chunk = os.read(terminal, 4096)
+                except OSError:
+                    break
+                if b"\x1b[6n" in chunk:  # "where is the cursor?"
+                    os.write(terminal, b"\x1b[1;1R")
+                seen += chunk
+                if not chunk:
+                    break
+            if typed and seen.count(PROMPT_BEGINS.encode()) == 3 - len(typed):
+                os.write(terminal, typed.pop(0))
+    finally:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+        os.close(terminal)
+    expected = load(path, chat_template="chatml").chat("hello", max_tokens=6, temperature=0, ignore_eos=True)
+    assert (tmp_path / "out.txt").read_text(encoding="utf-8") == "".join(r.text for r in expected) + "\n"
+    assert b">>> " in seen

@@ -175,8 +175,14 @@ def test_sessions_give_their_memory_back(model: Model) -> None:
     session = model.session()
     list(session.stream(PROMPT, max_tokens=3, **GREEDY))
     assert model.new_cache().n_pages > before
+    generating = session.stream(PROMPT, max_tokens=9, **GREEDY)
+    next(generating)
+    session.close()
     session.close()
     assert model.new_cache().n_pages == before
+    for use in (lambda: next(generating), lambda: session.stream(PROMPT), session.fork, session.reset):
+        with pytest.raises(UsageError, match="this session was closed"):
+            use()
     with model.session() as another:
         list(another.stream(PROMPT, max_tokens=1, **GREEDY))
     model.generate(PROMPT, max_tokens=1, **GREEDY)
