@@ -174,7 +174,7 @@ def test_bench_times_the_start_of_processes(model: Path) -> None:
         (("bench", "{model}", "--memory", "-c", "100000000000000"), "ctx_size is 100000000000000"),
         (("bench", "{model}", "-t", "0", "-p", "1", "-n", "0"), "threads is 0"),
         (("embed", "{model}", "-p", "hello " * 200, "-c", "8"), "--truncate"),
-        (("imatrix", "{model}", "-m", "{model}", "-f", "-"), "two models"),
+        (("imatrix", "{model}", "-m", "{model}", "-f", "{model}"), "two models"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(model: Path, arguments: tuple[str, ...], said: str | None) -> None:
