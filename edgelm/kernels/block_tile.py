@@ -36,6 +36,7 @@ from edgelm.kernels.records import (
     SCALE_LOW,
     SCALED_SUM,
     ZERO,
+    chunk_at,
 )
 
 Value = ir.Value
@@ -51,6 +52,7 @@ class Tile:
         self.context, self.b, self.fmt, self.form = context, b, fmt, form
         self.isa: Isa = isas.select(context)
         self.whole = fmt.joins(self.isa)
+        self.neighbours = False  # whether weights are `slab_tiles.side_by_side`
         zero = ir.Constant(F32x16, None)
         self.acc = [[cgutils.alloca_once_value(b, zero) for _ in range(tokens)] for _ in range(groups)]
 
@@ -81,7 +83,10 @@ class Tile:
             chunk = half * CHUNKS // 2 + i
             w = [group(chunk) for group in weights]
             for t, record in enumerate(records):
-                x = isa.input(b, record, chunk)
+                if self.neighbours:
+                    x = isa.inputs_of_halves(b, record, i)
+                else:
+                    x = isa.input(b, at(b, record, chunk_at(chunk, isa.whole_scales)), 0)
                 for g in range(len(weights)):
                     sums[half, g, t] = isa.step(b, sums[half, g, t], w[g], x, self.form, fmt.bits)
         return {place: isa.end(b, total) for place, total in sums.items()}
@@ -112,7 +117,8 @@ class Tile:
 
     def _whole(self, low: Value, high: Value, record: Value) -> Value:
         """The same of sums without the zero point of the weights, by integers."""
-        total = self.isa.join(self.b, low, high, self._integer(record, FACTORS))
+        join = self.isa.join_neighbours if self.neighbours else self.isa.join
+        total = join(self.b, low, high, self._integer(record, FACTORS))
         if self.fmt.zero:
             total = self.b.add(total, self._integer(record, ZERO))
         return self.b.sitofp(total, F32x16)

@@ -20,6 +20,7 @@ from llvmlite import ir
 
 from edgelm.kernels.emit import (
     I32,
+    I64,
     I8x64,
     I32x16,
     indices,
@@ -32,6 +33,7 @@ from edgelm.kernels.records import MAGIC_BITS
 
 Value = ir.Value
 X_MAX = 127  # largest |activation|
+I64x8 = ir.VectorType(I64, 8)
 
 
 class Form(Enum):
@@ -74,7 +76,7 @@ class Isa:
     shifts_bytes: ClassVar[bool] = False  # by an instruction, not only larger lanes
     magic: ClassVar[bool] = False  # whether sums start at MAGIC_BITS; only where there is a fused multiply-add
     joins_halves: ClassVar[bool] = False  # whether both halves of a block are added before a scale that they share
-    whole_scales: ClassVar[bool] = False  # whether records have their `records.FACTORS`, for `join`
+    whole_scales: ClassVar[bool] = False  # whether records are those of `join`: `records.FACTORS`, halves in turn
     asks_for_records: ClassVar[bool] = False  # whether a tile does, for those of the next one
 
     def form(self, bits: int, zero: bool) -> Form:
@@ -109,6 +111,10 @@ class Isa:
         """Activations 4 * chunk and the three that follow, in every lane."""
         return spread(b, load_at(b, b.add(record, record.type(4 * chunk)), I32, 4), I32x16)
 
+    def inputs_of_halves(self, b: ir.IRBuilder, record: Value, i: int) -> Value:
+        """Four activations of each half, 4 * i and the three that follow, in every two lanes; of halves in turn."""
+        return b.bitcast(spread(b, load_at(b, b.add(record, record.type(8 * i)), I64, 4), I64x8), I32x16)
+
     def step(self, b: ir.IRBuilder, sums: Any, w: Value, x: Value, form: Form, bits: int) -> Any:
         """Adds w * x: w as I8x64, x from `input`."""
         raise NotImplementedError
@@ -130,6 +136,10 @@ class Isa:
 
         factors: two int16 in each lane.
         """
+        raise NotImplementedError
+
+    def join_neighbours(self, b: ir.IRBuilder, first: Value, second: Value, factors: Value) -> Value:
+        """The same of sums that lie as `slab_tiles.side_by_side` has them."""
         raise NotImplementedError
 
     def step_pair(self, b: ir.IRBuilder, sums: Value, w: Value, x: Value) -> Value:

@@ -15,6 +15,7 @@ from edgelm.kernels.emit import I8, I16, I8x64, I32x16, assembler, call, repeat
 from edgelm.kernels.isa import X_MAX, Form, Isa, Narrow, Value, joined, parts
 from edgelm.kernels.records import BLOCK
 
+I16x32 = ir.VectorType(I16, 32)
 AMD = "sse4a"  # an extension that AMD's processors have, and nobody else's
 
 
@@ -60,7 +61,8 @@ class Vnni512Zen(Vnni512):
 
     With one group in a tile, every product reads its activations as it goes: a load and a product are one instruction.
     Sums of 16 products with weights of four bits fit into int16, so one instruction multiplies those of both halves of
-    a block with whole scales and adds them; shifts are free beside products.
+    a block with whole scales and adds them. In tiles both are neighbours, so that one instruction makes pairs of int16
+    of all of them; where few tokens meet packed weights they are not, and it takes two.
     """
 
     needs = (frozenset({"avx512vnni", "avx512bw", AMD}),)
@@ -79,8 +81,13 @@ class Vnni512Zen(Vnni512):
     def join(self, b: ir.IRBuilder, low: Value, high: Value, factors: Value) -> Value:
         operands = [low, b.shl(high, repeat(I32x16, 16)), repeat(I32x16, 0xFFFF)]
         pairs = assembler(b, I32x16, "vpternlogd $$0xe4, $3, $2, $0", "=v,0,v,v", operands)  # LLVM would permute words
-        words = ir.VectorType(I16, 32)
-        return call(b, "llvm.x86.avx512.pmaddw.d.512", I32x16, b.bitcast(pairs, words), b.bitcast(factors, words))
+        return self._products(b, b.bitcast(pairs, I16x32), factors)
+
+    def join_neighbours(self, b: ir.IRBuilder, first: Value, second: Value, factors: Value) -> Value:
+        return self._products(b, call(b, "llvm.x86.avx512.packssdw.512", I16x32, first, second), factors)
+
+    def _products(self, b: ir.IRBuilder, pairs: Value, factors: Value) -> Value:
+        return call(b, "llvm.x86.avx512.pmaddw.d.512", I32x16, pairs, b.bitcast(factors, I16x32))
 
 
 class Vnni256(Vnni512):

@@ -25,7 +25,7 @@ def _shuffled(b: ir.IRBuilder, low: Value, high: Value, lanes: list[int]) -> Val
     return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
 
-def _both(b: ir.IRBuilder, values: list[Value], orders: list[list[int]]) -> list[Value]:
+def both(b: ir.IRBuilder, values: list[Value], orders: list[list[int]]) -> list[Value]:
     """Each two values as two others, whose lanes are picked from both."""
     pairs = zip(values[::2], values[1::2], strict=True)
     return [_shuffled(b, *pair, lanes) for pair in pairs for lanes in orders]
@@ -33,7 +33,7 @@ def _both(b: ir.IRBuilder, values: list[Value], orders: list[list[int]]) -> list
 
 def paired(b: ir.IRBuilder, chunks: list[Value]) -> list[Value]:
     """The chunks of a block as a slab holds them: of two, the first then has both for two of each four rows."""
-    return [b.bitcast(v, I8x64) for v in _both(b, [b.bitcast(chunk, I32x16) for chunk in chunks], ZIP)]
+    return [b.bitcast(v, I8x64) for v in both(b, [b.bitcast(chunk, I32x16) for chunk in chunks], ZIP)]
 
 
 def doubled(b: ir.IRBuilder, vectors: list[Value]) -> list[Value]:
@@ -58,7 +58,7 @@ class PairTile:
 
     def _reorder(self, orders: list[list[int]]) -> None:
         for accs in self.tile.acc:
-            for acc, value in zip(accs, _both(self.b, [self.b.load(acc) for acc in accs], orders), strict=True):
+            for acc, value in zip(accs, both(self.b, [self.b.load(acc) for acc in accs], orders), strict=True):
                 self.b.store(value, acc)
 
     def add_block(self, weights: list[Any], scales: list[Any], minima: list[Any], records: list[Value]) -> None:

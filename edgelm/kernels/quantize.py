@@ -38,6 +38,7 @@ from edgelm.kernels.records import (
     SCALE_HIGH,
     SCALE_LOW,
     activation_bytes,
+    chunk_at,
 )
 from edgelm.kernels.simd import load_f32, load_i64, splat_f32, store
 
@@ -118,10 +119,12 @@ def _write_blocks(
     """Writes 64 bytes of a record for each two of `halves`, of 16 float32. inverses: one for each half."""
     isa, integers, quants = isas.select(context), _integers(scales), []
     whole = isa.whole_scales
-    for i, (x, inverse) in enumerate(zip(halves, inverses, strict=True)):
+    for x, inverse in zip(halves, inverses, strict=True):
         rounded = b.fadd(b.fmul(x, spread(b, inverse, F32x16)), repeat(F32x16, MAGIC))  # to nearest even
         quants.append(b.sub(b.bitcast(rounded, I32x16), b.bitcast(repeat(F32x16, MAGIC), I32x16)))
-        store_at(b, b.trunc(quants[i], I8x16), b.add(target, I64(RECORD * (i // 2) + 16 * (i % 2))), 16)
+    for i in range(0, len(halves), 2):
+        bytes_ = [b.trunc(half, I8x16) for half in quants[i : i + 2]]
+        store_at(b, _shuffle(b, *bytes_, _order(whole)), b.add(target, I64(RECORD * (i // 2))), 32)
     sums = _reduce(b, quants, b.add)
     offsets = b.sub(repeat(integers, isa.first), b.mul(sums, repeat(integers, 128)))
     total = b.bitcast(b.fadd(*_low_and_high(b, b.fmul(scales, b.sitofp(sums, scales.type)))), _halved(integers))
@@ -141,6 +144,12 @@ def _write_blocks(
         lanes = [i, i + 1, len(halves) + i, len(halves) + i + 1]
         line = _shuffle(b, _shuffle(b, *fields[:2], lanes), _shuffle(b, *fields[2:], lanes), list(range(8)))
         store_at(b, line, b.add(target, I64(RECORD * (i // 2) + SCALE_LOW)), 32)
+
+
+def _order(whole: bool) -> list[int]:
+    """Which input of a block each byte of its record is."""
+    places = {chunk_at(chunk, whole) + i: 4 * chunk + i for chunk in range(BLOCK // 4) for i in range(4)}
+    return [places[place] for place in range(BLOCK)]
 
 
 def _halved(type_: ir.VectorType) -> ir.VectorType:
@@ -207,9 +216,11 @@ def _quantize_blocks(n_blocks: int) -> Any:
 
 def _quantize_rest(context: Any, b: ir.IRBuilder, source: Value, target: Value, rest: Value, unit: Value) -> None:
     halves, inverse = [], load_at(b, b.add(unit, I64(4)), F32, 4)
+    order, stored = _order(isas.select(context).whole_scales), load_at(b, target, ir.VectorType(I8, BLOCK), 32)
+    inputs = [order.index(i) for i in range(BLOCK)]  # where each is
     for i, x in enumerate(_halves(b, source, 1)):
         scale = b.fmul(load_at(b, b.add(target, I64(SCALE_LOW + 4 * i)), F32, 4), load_at(b, unit, F32, 4))
-        q = b.sitofp(load_at(b, b.add(target, I64(16 * i)), I8x16), F32x16)
+        q = b.sitofp(_pick(b, stored, inputs[16 * i : 16 * i + 16]), F32x16)
         halves.append(emit_fma(context, b, b.fneg(q), spread(b, scale, F32x16), x))
     scales, inverses = _scales(context, b, _peaks(b, halves), inverse)
     _write_blocks(context, b, halves, scales, [b.extract_element(inverses, I32(i)) for i in range(2)], rest)

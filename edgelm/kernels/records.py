@@ -18,6 +18,8 @@ whole numbers from 1 to 32767; 0 if no d is a normal number, NaN if one is not f
     44  int16        both d
     48  int32        -8 * (d * sum of q of inputs 0-15 + d * sum of q of inputs 16-31), for weights of 4 bits less 8
 
+and the q of both halves take turns, four at a time.
+
 The number of blocks is rounded up to even; a block that pads is zero. Half way to the next record is a place for as
 many remainders: what q * d is short of, for a block of which q * d would be too inexact, in the same form; else zeros.
 Adding products with zeros changes nothing, so a kernel may leave them out or not. Most of the inexactness of a row is
@@ -46,6 +48,11 @@ LIMIT = 2.0  # how many times the mean d² of its row that of a block must be fo
 MAX_TOKENS = 256  # of a unit of work: a byte holds the number of each, and 512 are no faster (docs/LOG.md)
 ENTRY = 3  # bytes that say where a unit has remainders: which block of a slab, and which two tokens; or one, twice
 MAGIC, MAGIC_BITS = 1.5 * 2.0**23, 0x4B400000
+
+
+def chunk_at(chunk: int, in_turn: bool) -> int:
+    """Where in a record inputs 4 * chunk and the three that follow are; in_turn: whether halves take turns."""
+    return 8 * (chunk % 4) + 4 * (chunk // 4) if in_turn else 4 * chunk
 
 
 def activation_bytes(n_cols: int) -> int:

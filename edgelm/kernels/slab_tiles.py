@@ -18,8 +18,8 @@ from numba.core import cgutils
 from edgelm.kernels import isas
 from edgelm.kernels.block_tile import ROW, Tile
 from edgelm.kernels.blocks import CHUNKS, Blocks, at
-from edgelm.kernels.emit import I8, I64, F32x16, I8x64, load_at, prefetch_at
-from edgelm.kernels.pair_tiles import PairTile
+from edgelm.kernels.emit import I8, I64, F32x16, I8x64, I32x16, load_at, prefetch_at
+from edgelm.kernels.pair_tiles import ZIP, PairTile, both
 from edgelm.kernels.records import ENTRY, RECORD
 
 Value = ir.Value
@@ -31,6 +31,16 @@ def slab_block_bytes(fmt: Blocks, pairs: bool = False) -> int:
     return 64 * (CHUNKS + fmt.halves * (2 if fmt.minimum else 1) * (2 if pairs else 1))
 
 
+def side_by_side(b: ir.IRBuilder, chunks: list[Value]) -> list[Value]:
+    """The chunks of a block for `Isa.join_neighbours`: both halves of a row in neighbouring lanes, in turn.
+
+    First the chunks of the rows 4 i and 4 i + 1, then those of the others: what is joined is in order again.
+    """
+    halves = [b.bitcast(chunk, I32x16) for i in range(CHUNKS // 2) for chunk in (chunks[i], chunks[i + CHUNKS // 2])]
+    vectors = [b.bitcast(vector, I8x64) for vector in both(b, halves, ZIP)]
+    return vectors[::2] + vectors[1::2]
+
+
 class _SlabTile:
     """Sums of some tokens with one or two groups of a slab. slabs: addresses of one block of each."""
 
@@ -38,6 +48,7 @@ class _SlabTile:
         self.b, self.fmt, self.isa, self.slabs = b, fmt, isas.select(context), slabs
         self.copies = 2 if self.isa.two_by_two and n_tokens == 1 else 1  # a token goes with itself
         self.tile: Any = Tile(context, b, fmt, fmt.form(self.isa), len(slabs), n_tokens * self.copies)
+        self.tile.neighbours = self.tile.whole
         if self.isa.two_by_two:
             self.tile = PairTile(self.tile)
 

@@ -38,7 +38,7 @@ from edgelm.kernels.isa import Form
 from edgelm.kernels.lanes import Int, Place, Rows
 from edgelm.kernels.pair_tiles import doubled, paired
 from edgelm.kernels.records import FLAG, RECORD
-from edgelm.kernels.slab_tiles import _rest, _tile, slab_block_bytes
+from edgelm.kernels.slab_tiles import _rest, _tile, side_by_side, slab_block_bytes
 
 Value = ir.Value
 Unpacked = tuple[list[Any], Any, Any]  # weights, scales and minima of a block of each group
@@ -233,7 +233,7 @@ def _unpack(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) ->
         with cgutils.for_range(b, I64(blocks.blocks), intp=I64) as inner:
             _prefetch(b, blocks, at(b, ahead, 0, inner.index, _share(blocks)))
             target = at(b, slab_unit, 0, inner.index, size)
-            _unpack_block(context, b, isa, blocks, unit, head, inner.index, target, blocks.form(isa), isa.two_by_two)
+            _unpack_block(context, b, isa, blocks, unit, head, inner.index, target, blocks.form(isa), for_tiles=True)
 
 
 def _locate(b: ir.IRBuilder, blocks: Blocks, weights: Value, index: Value) -> tuple[Value, Value]:
@@ -242,10 +242,12 @@ def _locate(b: ir.IRBuilder, blocks: Blocks, weights: Value, index: Value) -> tu
     return b.add(weights, b.mul(unit, I64(blocks.unit_bytes))), b.sub(index, b.mul(unit, I64(blocks.blocks)))
 
 
-def _unpack_block(context, b, isa, blocks: Blocks, unit, head, block, target, form, pairs=False) -> None:
+def _unpack_block(context, b, isa, blocks: Blocks, unit, head, block, target, form, for_tiles=False) -> None:
     scales, minima = blocks.scales(context, b, head, block)
     quants = blocks.quants(b, isa, unit, block, form)
-    if pairs:
+    if for_tiles and blocks.joins(isa):
+        quants = side_by_side(b, quants)
+    elif for_tiles and isa.two_by_two:
         quants, scales, minima = paired(b, quants), doubled(b, scales), doubled(b, minima)
     for k, vector in enumerate([*quants, *scales, *minima]):
         store_at(b, vector, at(b, target, 64 * k), 64)
