@@ -78,11 +78,14 @@ def _power_of_2(b: ir.IRBuilder, n: ir.Value, like: ir.Value) -> ir.Value:
     return b.bitcast(b.shl(b.add(n, _ki(like, 127)), _ki(like, 23)), like.type)
 
 
+def _clamped(b: ir.IRBuilder, x: ir.Value, low: float, high: float) -> ir.Value:
+    x = b.select(b.fcmp_ordered(">", x, _k(x, high)), _k(x, high), x)
+    return b.select(b.fcmp_ordered("<", x, _k(x, low)), _k(x, low), x)
+
+
 def emit_exp(context: Any, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """exp(x), subnormal results included."""
-    x = b.select(b.fcmp_ordered(">", x, _k(x, EXP_LARGEST)), _k(x, EXP_LARGEST), x)
-    x = b.select(b.fcmp_ordered("<", x, _k(x, EXP_SMALLEST)), _k(x, EXP_SMALLEST), x)
-    y, n = _reduced_exp(context, b, x)
+    y, n = _reduced_exp(context, b, _clamped(b, x, EXP_SMALLEST, EXP_LARGEST))
     half = b.ashr(n, _ki(x, 1))  # 2**n in two factors: n may lie beyond what one exponent holds
     return b.fmul(b.fmul(y, _power_of_2(b, half, x)), _power_of_2(b, b.sub(n, half), x))
 
@@ -92,6 +95,12 @@ def emit_exp_negative(context: Any, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     y, n = _reduced_exp(context, b, x)
     zero = b.fcmp_ordered("<", x, _k(x, EXP_SMALLEST_NORMAL))
     return b.select(zero, _k(x, 0.0), b.fmul(y, _power_of_2(b, n, x)))
+
+
+def _one_plus_exp(context: Any, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """1 + exp(x), infinite from x = 88.4 on: there, and where exp(x) is not seen, 2**n is infinity or 0."""
+    y, n = _reduced_exp(context, b, _clamped(b, x, -88.0, 89.0))
+    return emit_fma(context, b, y, _power_of_2(b, n, x), _k(x, 1.0))
 
 
 def emit_exp2_negative(context: Any, b: ir.IRBuilder, x: ir.Value, q: tuple[float, ...] = EXP2) -> ir.Value:
@@ -130,14 +139,14 @@ def emit_erf(context: Any, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 def emit_silu(context: Any, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """x * sigmoid(x)"""
-    return b.fdiv(x, b.fadd(_k(x, 1.0), emit_exp(context, b, b.fneg(x))))
+    return b.fdiv(x, _one_plus_exp(context, b, b.fneg(x)))
 
 
 def emit_gelu(context: Any, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """x/2 (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x³); as x sigmoid(2u), which cancels nothing."""
     linear = -2 * 0.7978845608028654
     cubic = emit_fma(context, b, b.fmul(x, x), _k(x, 0.044715 * linear), _k(x, linear))
-    return b.fdiv(x, b.fadd(_k(x, 1.0), emit_exp(context, b, b.fmul(cubic, x))))
+    return b.fdiv(x, _one_plus_exp(context, b, b.fmul(cubic, x)))
 
 
 def emit_gelu_erf(context: Any, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
