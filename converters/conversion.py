@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +93,11 @@ class Options:
             raise UsageError("--max-kld has to measure the loss on a text: --eval FILE, or --calibrate FILE")
         if self.target_bpw and self.target_bytes:
             raise UsageError("--target-bpw and --target-size say the same twice: give one of them")
+        for flag, value in (("--max-kld", self.max_kld), ("--target-bpw", self.target_bpw)):
+            if value is not None and not 0 <= value < math.inf:
+                raise UsageError(f"{flag} {value}: it must be a number, 0 or more")
+        if self.format != "onnx" and (self.onnx_ops != "ort" or self.onnx_block):
+            raise UsageError("--onnx-ops and --onnx-block go with --format onnx")
 
 
 @dataclass(frozen=True)

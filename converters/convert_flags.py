@@ -127,6 +127,8 @@ def override(text: str) -> tuple[str, Any]:
     try:
         if kind == "bool":
             return key, {"true": True, "false": False}[value]
+        if kind == "int" and not -(2**63) <= int(value) < 2**64:
+            raise ValueError
         return key, {"int": int, "float": float, "str": str}[kind](value)
     except (KeyError, ValueError):
         raise UsageError(f"--override-kv {key}: {value!r:.40} is no {kind}") from None

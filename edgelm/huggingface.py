@@ -116,8 +116,9 @@ def _fetch(
         raise
     except Exception as error:  # whatever that package raises, and the HTTP client under it, is about this source
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        hint = "; it is not in the cache, and the network is switched off" if offline else ""
-        raise SourceError(f"{where}: {reason}{hint}") from error
+        if offline:
+            reason = "it is not in the cache, and the network is switched off or out of reach"
+        raise SourceError(f"{where}: {reason}") from error
 
 
 def _files(hub: Any, repo: str, revision: str | None, offline: bool) -> tuple[list[str], bool]:

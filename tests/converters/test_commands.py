@@ -128,6 +128,8 @@ def test_an_imatrix_of_another_model(tmp_path: Path) -> None:
         ("convert {folder} out.gguf --type q8_0 --tensor-type nothing=q8_0", ""),
         ("convert {folder} out.gguf --pre mystery --type f16", ""),
         ("convert {folder} out.gguf --override-kv a=b", ""),
+        ("convert {folder} out.gguf --override-kv a=int:99999999999999999999", "is no int"),
+        ("convert {folder} out.gguf --outfile other.gguf", "two places to write"),
         ("convert {folder} out.gguf --type q4_k --no-fallback", ""),
         ("convert {folder}/model.safetensors out.gguf", ""),
         ("convert hf:no/such/../thing out.gguf", ""),

@@ -155,6 +155,10 @@ def test_an_encoder_has_no_loss(tmp_path: Path) -> None:
         ({"target_bytes": 10**8}, "--calibrate"),
         ({"max_kld": 0.1}, "--eval"),
         ({"target_bpw": 4.5, "target_bytes": 10**8, "calibrate": Path("x")}, "twice"),
+        ({"max_kld": float("nan"), "calibrate": Path("x")}, "--max-kld nan"),
+        ({"target_bpw": float("nan"), "calibrate": Path("x")}, "--target-bpw nan"),
+        ({"onnx_ops": "standard"}, "--format onnx"),
+        ({"onnx_block": 32, "format": "hf"}, "--format onnx"),
     ],
 )
 def test_options_that_cannot_be_meant(settings: dict[str, Any], message: str) -> None:
