@@ -42,7 +42,7 @@ MAX_STRING_BYTES = 1 << 26
 MAX_ARRAY_BYTES = 1 << 28
 MAX_DIMS = 4
 GIVES_BACK = sys.platform.startswith("linux")  # mapped pages at once; others keep them until memory is short
-_WINDOW = 1 << 16  # bytes; no page is larger
+_WINDOW = 2 << 20  # bytes; Linux maps no more around a page that is read, since 6.18 all of a large folio
 _ONE_BY_ONE = 256  # strings, before more of them are read at once again
 
 _U32, _BOOL, _STRING, _ARRAY, _U64 = 4, 7, 8, 9, 10
