@@ -1,5 +1,6 @@
 """The command `edgelm`, which is `python -m edgelm`, too."""
 
+import gc
 import sys
 
 
@@ -11,6 +12,8 @@ def start() -> None:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        gc.freeze()  # what the process still holds need not be looked through for cycles: 30 ms of its end
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Needs NumPy alone: it runs in the interpreter of the engine that is measured.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 from collections.abc import Callable
@@ -87,6 +88,7 @@ def main(description: str | None, load: Callable[[Settings], Engine]) -> None:
             samples = measure(engine, test, args.repetitions, warmup=not args.no_warmup)
             records.append(record(args, n_threads, test, samples) | {"engine": engine.facts()})
     print(json.dumps(records, indent=2))
+    gc.freeze()  # ends as `edgelm` does: without looking for cycles in what it still holds
 
 
 def measure(engine: Engine, test: tuple[int, int, int], repetitions: int, warmup: bool) -> list[int]:
