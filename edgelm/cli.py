@@ -326,7 +326,7 @@ def info(
     as_json: bool,
 ) -> None:
     """What a model file holds, and the memory it will need: read from its header alone."""
-    from edgelm.model import describe
+    from edgelm.describe import describe
 
     path = choice.path(offline)
     types = cache_type({"cache_type_k": cache_type_k, "cache_type_v": cache_type_v})

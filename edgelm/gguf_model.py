@@ -10,19 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from . import memory
 from .arch import Config
-from .describe import describe_file
 from .errors import UnsupportedError, UsageError
 from .formats import QTensor
 from .gguf import GGUF
 from .model import Model, Runner, Settings
 from .models import model_of
 from .threads import default_threads
-from .tokenizer import Tokenizer
 from .weights import Weights
 
 if TYPE_CHECKING:
     from .chat import ChatTemplate
     from .session import Progress
+    from .tokenizer import Tokenizer
 
 INTERPRETERS = ("auto", "program", "reference")
 
@@ -45,7 +44,7 @@ class GGUFModel(Model):
         self.kv_type = settings.kv_type or ("f32" if self.interpreter == "reference" else "f16")
         self._chat_template = settings.chat_template
         self.runner = self._new_runner("hidden" if self.is_encoder else "logits", progress)
-        self.tokenizer = Tokenizer.from_gguf(file.metadata)  # last: weights may be packed meanwhile
+        self.tokenizer = _tokenizer(file)  # last: weights may be packed meanwhile
         if settings.chat_template is not None:
             _ = self.template  # a wrong one is said now
         if self.interpreter == "program":
@@ -94,6 +93,8 @@ class GGUFModel(Model):
         return digest.hexdigest()
 
     def info(self) -> dict[str, Any]:
+        from .describe import describe_file
+
         facts = describe_file(self.gguf, ctx_size=self.n_ctx, kv_type=self.kv_type)
         facts |= {"interpreter": self.interpreter, "threads": self.n_threads, "context_window": self.n_ctx}
         if self.interpreter == "program":
@@ -157,6 +158,12 @@ class GGUFModel(Model):
             return forms, place
         self.packed_file = place
         return forms, None
+
+
+def _tokenizer(file: GGUF) -> Tokenizer:
+    from .tokenizer import Tokenizer
+
+    return Tokenizer.from_gguf(file.metadata)
 
 
 def _choose(interpreter: str) -> str:

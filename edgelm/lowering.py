@@ -376,6 +376,7 @@ def plan(
         _cap(lowering)
     kernels = [*executor.KERNELS, *wanted, *([sampling.KERNEL] if hidden is None else [])]  # logits will be sampled
     compiler.compile_all(kernels, lambda name, done, total: progress("compiling kernels", done, total))
+    compiler.forget_llvm()
     table = np.array([step.row() for step in steps], np.int64).reshape(len(steps), Row.SIZE)
     levels = np.array([step.level for step in steps])
     table[:, Row.BARRIER] = np.append(levels[1:] != levels[:-1], True)

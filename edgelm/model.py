@@ -20,16 +20,15 @@ from numpy.typing import NDArray
 
 from . import hub
 from .cache import Batch, SequenceCache
-from .describe import describe
 from .errors import ContextFull, UsageError
 from .memory import Memory
-from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from .chat import ChatTemplate
     from .session import Message, Progress, Response, Session
+    from .tokenizer import Tokenizer
 
-__all__ = ["Model", "Runner", "Settings", "describe", "generate", "load", "stream_generate"]
+__all__ = ["Model", "Runner", "Settings", "generate", "load", "stream_generate"]
 
 
 class Runner(Protocol):
@@ -132,6 +131,7 @@ def tokenizer_of(path: Path) -> Tokenizer:
 
         return json_tokenizer.read(onnx_folder.read(path))
     from . import gguf
+    from .tokenizer import Tokenizer
 
     return Tokenizer.from_gguf(gguf.read(path).metadata)
 

@@ -20,9 +20,10 @@ import edgelm
 from edgelm import memory
 from edgelm.arch import Config
 from edgelm.cache import KVCache
+from edgelm.describe import describe
 from edgelm.embedding import POOLINGS
 from edgelm.errors import ContextFull, FormatError, SourceError, UnsupportedError, UsageError
-from edgelm.model import Model, describe
+from edgelm.model import Model
 
 ROOT = Path(__file__).parent.parent
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}

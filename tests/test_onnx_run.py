@@ -26,8 +26,9 @@ from converters.recipe import Recipe
 from converters.tokenizer_check import TEXTS
 from edgelm import gguf
 from edgelm.cache import Batch
+from edgelm.describe import describe
 from edgelm.errors import ContextFull, FormatError, UnsupportedError, UsageError
-from edgelm.model import Model, describe, tokenizer_of
+from edgelm.model import Model, tokenizer_of
 from edgelm.onnx_cache import FIRST
 
 STYLES = ("genai", "optimum", "bare")

@@ -191,7 +191,6 @@ def compile_all(kernels: Iterable[Kernel | str], progress: Callable[[str, int, i
         for helper in set(theirs.values()):
             helper.terminate()
             helper.wait()
-        _forget_llvm()
 
 
 def _start_helpers(missing: list[str]) -> dict[Kernel | str, subprocess.Popen[bytes]]:
@@ -322,7 +321,7 @@ def _load(code: bytes, symbol: str) -> int:
     return int(engine.get_function_address(symbol))
 
 
-def _forget_llvm() -> None:
+def forget_llvm() -> None:
     """Gives back the pages of LLVM's code, 30 MB that loading has touched: those of the file, which come again."""
     import ctypes
     import mmap

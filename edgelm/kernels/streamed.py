@@ -17,6 +17,7 @@ from edgelm.kernels.abi import Row
 from edgelm.kernels.blocks import ROWS
 from edgelm.kernels.linear import Arg
 from edgelm.kernels.packing import HUGE, Packed, Weight, row_pack, unit, zeroed
+from edgelm.kernels.packing import Arg as Pack
 
 BUFFER = HUGE  # bytes: two of them stay in the caches of two cores
 
@@ -34,7 +35,7 @@ def streamed(
     most = max(form.group_bytes for _, form in weights)
     size = max(4, BUFFER // most // 4 * 4) * most  # whole units of two groups, of one matrix or of two
     memory = zeroed(2 * size)
-    packs, rows = list[list[list[int]]](), list[list[int]]()
+    pieces, rows = list[list[list[int]]](), list[list[int]]()
     piece_of: dict[int, int] = {}  # by the place of a row in `rows`
     for row in table.tolist():
         read = [address for address in (row[Row.READS], row[Row.ARGS + Arg.SECOND]) if address]
@@ -45,23 +46,25 @@ def streamed(
             rows[-1][Row.BARRIER] = 1
         found = [by_address[address] for address in read]
         form, stride = found[0][1], len(found) * found[0][1].group_bytes
+        packs = [row_pack(tensor, form, tensor.data, 0, stride) for tensor, form in found]
         step = size // stride // 2 * 2
         there = min(missing.get(address, form.n_groups) for address in read) // 2 * 2
         if there:
             rows.append(_product(row, form, 0, there, [form.address for _, form in found], form.stride))
         for first in range(there, form.n_groups, step):
-            buffer = memory.ctypes.data + len(packs) % 2 * size
+            buffer = memory.ctypes.data + len(pieces) % 2 * size
             places = [buffer + k * form.group_bytes for k in range(len(found))]
-            piece_of[len(rows)] = len(packs)
-            packs.append([_pack(*piece, first, step, stride) for piece in zip(found, places, strict=True)])
+            piece_of[len(rows)] = len(pieces)
+            parts = [tensor.data[first * ROWS : (first + step) * ROWS] for tensor, _ in found]
+            pieces.append([_part(*each, first) for each in zip(packs, parts, places, strict=True)])
             rows.append(_product(row, form, first, step, places, stride))
     result = list[list[int]]()
-    if packs:
-        packs[0][-1][Row.BARRIER] = 1
-        result += packs[0]
+    if pieces:
+        pieces[0][-1][Row.BARRIER] = 1
+        result += pieces[0]
     for i, row in enumerate(rows):
         if i in piece_of:
-            result += packs[piece_of[i] + 1] if piece_of[i] + 1 < len(packs) else []
+            result += pieces[piece_of[i] + 1] if piece_of[i] + 1 < len(pieces) else []
         result.append(row)
     return np.array(result, np.int64), memory
 
@@ -74,10 +77,13 @@ def can_stream(forms: Iterable[Packed]) -> bool:
     )
 
 
-def _pack(weight: Weight, place: int, first: int, n: int, stride: int) -> list[int]:
-    """The row that packs `n` groups of a weight, from `first` on, to `place`."""
-    tensor, form = weight
-    return row_pack(tensor, form, tensor.data[first * ROWS : (first + n) * ROWS], place, stride)
+def _part(pack: list[int], data: NDArray[np.uint8], place: int, first: int) -> list[int]:
+    """The row that packs a part of a weight, `data` from group `first` on, to `place`, after the row that packs all."""
+    row = pack.copy()
+    row[Row.UNITS], row[Row.ARGS + Pack.N_ROWS] = -(-len(data) // ROWS), len(data)
+    row[Row.ARGS + Pack.SOURCE] += first * ROWS * row[Row.ARGS + Pack.ROW_BYTES]
+    row[Row.ARGS + Pack.TARGET] = place
+    return row
 
 
 def _product(row: list[int], form: Packed, first: int, n: int, places: list[int], stride: int) -> list[int]:
