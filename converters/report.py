@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgelm.disk import replacing
+from edgelm.terminal import json_text
 
 if TYPE_CHECKING:
     from .conversion import Conversion
@@ -85,7 +85,7 @@ class Report:
 
     def write(self, html: Path | None = None) -> None:
         """As JSON beside the file; as a page, too, if `html` says where."""
-        _write(self.path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        _write(self.path, json_text(self.to_dict()) + "\n")
         if html is not None:
             from .report_page import page
 

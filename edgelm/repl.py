@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgelm.disk import replacing
+from edgelm import conversation
+from edgelm.conversation import Message
 from edgelm.errors import EdgelmError, UsageError
 from edgelm.terminal import Bars, note, readable, say, statistics
 
 if TYPE_CHECKING:
     from edgelm.model import Model
 
-Message = dict[str, str]
 FENCE = '"""'
 
 
@@ -158,6 +158,7 @@ class Repl:
             except EOFError:
                 return
             is_leaving = False
+            text = text.encode("utf-8", "replace").decode()  # bytes that are no text came as halves of surrogates
             stripped = text.strip()
             yield stripped[3:-3].strip("\n") if stripped.startswith(FENCE) and _fence_closed(text) else text
 
@@ -182,9 +183,10 @@ class Repl:
             else:
                 event.app.exit(exception=KeyboardInterrupt)
 
+        folder = conversation.data_folder()
         with contextlib.suppress(OSError):
-            data_folder().mkdir(parents=True, exist_ok=True)
-        history = FileHistory(str(data_folder() / "history")) if data_folder().is_dir() else InMemoryHistory()
+            folder.mkdir(parents=True, exist_ok=True)
+        history = FileHistory(str(folder / "history")) if folder.is_dir() else InMemoryHistory()
         session: PromptSession[str] = PromptSession(
             history=history,
             auto_suggest=AutoSuggestFromHistory(),
@@ -317,20 +319,11 @@ class Repl:
 
     def save(self, name: str) -> None:
         """/save NAME: keep the conversation and its parameters."""
-        path = conversation_path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        record = {"model": str(self.model.path), "messages": self.messages, "settings": self.settings}
-        with replacing(path) as file:
-            file.write(json.dumps(record, ensure_ascii=False, indent=2).encode())
-        note(f"saved to {path}")
+        note(f"saved to {conversation.save(name, self.model.path, self.messages, self.settings)}")
 
     def load(self, name: str) -> None:
         """/load NAME: go on with a conversation that was saved."""
-        path = conversation_path(name)
-        if not path.exists():
-            saved = sorted(p.stem for p in data_folder().glob("conversations/*.json"))
-            raise UsageError(f"nothing was saved as {name!r}; there are {', '.join(saved) or 'no conversations'}")
-        self.messages, self.settings = read_conversation(path)
+        self.messages, self.settings = conversation.load(name)
         note(f"{sum(m['role'] == 'user' for m in self.messages)} messages loaded")
 
     def read(self, pattern: str) -> None:
@@ -375,35 +368,6 @@ COMMANDS: dict[str, Callable[[Repl, str], None]] = {
     "context": Repl.context,
     "stats": Repl.stats,
 }
-
-
-def data_folder() -> Path:
-    """Where history and saved conversations are kept, by the platform's convention."""
-    from platformdirs import user_data_path
-
-    return user_data_path("edgelm", appauthor=False)
-
-
-def conversation_path(name: str) -> Path:
-    """NAME as a file among the saved conversations; a path with a folder in it is used as it is."""
-    if not name:
-        raise UsageError("give a name")
-    path = Path(name).expanduser()
-    return path if path.parent != Path() else data_folder() / "conversations" / f"{path.name}.json"
-
-
-def read_conversation(path: Path) -> tuple[list[Message], dict[str, Any]]:
-    """The messages and settings of a saved conversation. UsageError for a file that is none."""
-    from edgelm.request import Request
-
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in record["messages"]]
-        settings = dict(record["settings"])
-        Request.of(settings)
-    except (ValueError, KeyError, TypeError, RecursionError, UsageError) as error:
-        raise UsageError(f"{path} is not a saved conversation ({error})") from None
-    return messages, settings
 
 
 def _fence_closed(text: str) -> bool:

@@ -6,11 +6,12 @@ terminal, bars are left out and notes stay.
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -149,9 +150,21 @@ def statistics(last: Any) -> str:
 
 
 def print_json(value: Any) -> None:
+    print(json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """JSON that every reader takes: floats that are no numbers, or infinite, become null."""
     import json
 
-    print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+    def plain(value: Any) -> Any:
+        if isinstance(value, float):
+            return value if math.isfinite(value) else None
+        if isinstance(value, Mapping):
+            return {name: plain(inner) for name, inner in value.items()}
+        return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(plain(value), ensure_ascii=False, indent=2, default=str, allow_nan=False)
 
 
 def readable(facts: dict[str, Any], indent: str = "") -> list[str]:

@@ -15,7 +15,7 @@ from hostile.cases import CASES
 from tiny import tiny
 
 from edgelm.cli import main
-from edgelm.terminal import printable, readable
+from edgelm.terminal import json_text, printable, readable
 
 
 @pytest.fixture(scope="module")
@@ -291,12 +291,24 @@ def test_a_closed_pipe_is_no_error(model: Path) -> None:
 
 
 def test_readable_names_and_sizes() -> None:
-    facts = {"n_bytes": 2048, "types": {"Q4_0": 3}, "rows": [{"a": 1, "b": "x"}], "ratio": 1.23456789}
+    facts = {"n_bytes": 2048, "types": {"Q4_0": 3}, "rows": [{"a": 1, "b": "x"}], "ratio": 1.23456789, "no_types": {},
+             "ends": ["0 <a>", "2 <b>"]}  # fmt: skip
     lines = readable(facts)
     assert lines[0].split() == ["n", "bytes", "2.0", "KiB"]
     assert lines[2].split() == ["Q4_0", "3"]
     assert lines[4].split() == ["1", "x"]
-    assert lines[5].split() == ["ratio", "1.23457"]
+    assert lines[5].split() == ["ratio", "1.23457"] and lines[6].split() == ["no", "types", "none"]
+    assert lines[7].split() == ["ends", "0", "<a>,", "2", "<b>"]
+
+
+def test_json_is_valid_whatever_the_numbers_are() -> None:
+    facts = {"a": float("nan"), "b": [float("inf"), 1.5], "c": ({"d": -float("inf")}, "é"), "e": Path("x")}
+
+    def never(constant: str) -> None:
+        raise AssertionError(constant)
+
+    read = json.loads(json_text(facts), parse_constant=never)
+    assert read == {"a": None, "b": [None, 1.5], "c": [{"d": None}, "é"], "e": "x"}
 
 
 def test_nothing_of_a_file_reaches_the_terminal_as_a_command() -> None:

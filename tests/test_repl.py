@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from tiny import tiny
 
-from edgelm import load
+from edgelm import conversation, load
 from edgelm.errors import UsageError
 from edgelm.model import Model
-from edgelm.repl import COMMANDS, Leave, Repl, conversation_path, read_conversation
+from edgelm.repl import COMMANDS, Leave, Repl
 from edgelm.terminal import Bars, say
 
 PROMPT_BEGINS, PROMPT_ENDS = "\x1b[?2004h", "\x1b[?2004l"  # bracketed paste, on and off
@@ -34,7 +34,7 @@ def model(path: Path) -> Model:
 
 @pytest.fixture
 def repl(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repl:
-    monkeypatch.setattr("edgelm.repl.data_folder", lambda: tmp_path / "data")
+    monkeypatch.setattr("edgelm.conversation.data_folder", lambda: tmp_path / "data")
     return Repl(model, settings=SETTINGS, quiet=True)
 
 
@@ -163,6 +163,8 @@ def test_save_and_load(repl: Repl, model: Model) -> None:
     other = Repl(model, quiet=True)
     other.handle("/load a talk")
     assert other.messages == repl.messages and other.settings == repl.settings
+    conversation.save("half", model.path, [{"role": "user", "content": "gr\udcfcn"}], {})
+    assert conversation.load("half")[0][0]["content"] == "gr?n", "bytes that are no text are not kept"
 
 
 def test_a_damaged_conversation_is_refused(repl: Repl, tmp_path: Path) -> None:
@@ -172,9 +174,9 @@ def test_a_damaged_conversation_is_refused(repl: Repl, tmp_path: Path) -> None:
                  '{"messages": [], "settings": {"nonsense": 1}}'):
         broken.write_text(text, encoding="utf-8")
         with pytest.raises(UsageError, match="not a saved conversation"):
-            read_conversation(broken)
-    assert conversation_path("name").parent.name == "conversations"
-    assert conversation_path("folder/name") == Path("folder/name")
+            conversation.load(str(broken))
+    assert conversation.path_of("name").parent.name == "conversations"
+    assert conversation.path_of("folder/name") == Path("folder/name")
 
 
 def test_read_goes_before_the_next_message(repl: Repl, tmp_path: Path) -> None:
