@@ -24,7 +24,7 @@ from numba.core import cgutils
 
 from edgelm.kernels import isas
 from edgelm.kernels.blocks import CHUNKS, Blocks, at
-from edgelm.kernels.emit import F32, I32, F32x16, I32x16, emit_fma, load_at, spread, store_at
+from edgelm.kernels.emit import F32, I32, F32x16, I32x16, assembler, emit_fma, load_at, repeat, spread, store_at
 from edgelm.kernels.isa import Form, Isa
 from edgelm.kernels.records import (
     FACTORS,
@@ -51,7 +51,7 @@ class Tile:
     def __init__(self, context: Any, b: ir.IRBuilder, fmt: Blocks, form: Form, groups: int, tokens: int) -> None:
         self.context, self.b, self.fmt, self.form = context, b, fmt, form
         self.isa: Isa = isas.select(context)
-        self.whole = fmt.joins(self.isa)
+        self.whole, self.less_zero = fmt.joins(self.isa), fmt.joins_less_zero(self.isa)
         self.neighbours = False  # whether weights are `slab_tiles.side_by_side`
         zero = ir.Constant(F32x16, None)
         self.acc = [[cgutils.alloca_once_value(b, zero) for _ in range(tokens)] for _ in range(groups)]
@@ -78,7 +78,7 @@ class Tile:
         """Exact sums of products by (half, group, token)."""
         b, isa, fmt, sums = self.b, self.isa, self.fmt, Sums()
         for half, (t, record), g in itertools.product(halves, enumerate(records), range(len(weights))):
-            sums[half, g, t] = isa.start(b, record, HALVES[half][0], self.form, fmt.bits, fmt.zero and not self.whole)
+            sums[half, g, t] = self._start(record, half)
         for i, half in itertools.product(range(CHUNKS // 2), halves):
             chunk = half * CHUNKS // 2 + i
             w = [group(chunk) for group in weights]
@@ -90,6 +90,16 @@ class Tile:
                 for g in range(len(weights)):
                     sums[half, g, t] = isa.step(b, sums[half, g, t], w[g], x, self.form, fmt.bits)
         return {place: isa.end(b, total) for place, total in sums.items()}
+
+    def _start(self, record: Value, half: int) -> Any:
+        """A sum without products, less the zero point of those to come unless that is made good at the end."""
+        b, isa, bits = self.b, self.isa, self.fmt.bits
+        if self.neighbours and self.less_zero:
+            offsets = isa.inputs_of_halves(b, at(b, record, OFFSET_LOW), 0)
+            offsets = assembler(b, I32x16, "", "=v,0", [offsets])  # else LLVM shifts before it spreads: one more
+            return b.ashr(offsets, repeat(I32x16, 8 - bits))
+        zero = self.fmt.zero and (self.less_zero or not self.whole)
+        return isa.start(b, record, HALVES[half][0], self.form, bits, zero)
 
     def load(self, addresses: list[list[Value]]) -> None:
         """Goes on from the sums at addresses[group][token]."""
@@ -116,10 +126,10 @@ class Tile:
         return emit_fma(self.context, self.b, high, self.factor(record, 1), self._scaled(low, record, 0))
 
     def _whole(self, low: Value, high: Value, record: Value) -> Value:
-        """The same of sums without the zero point of the weights, by integers."""
+        """The same by integers."""
         join = self.isa.join_neighbours if self.neighbours else self.isa.join
         total = join(self.b, low, high, self._integer(record, FACTORS))
-        if self.fmt.zero:
+        if self.fmt.zero and not self.less_zero:
             total = self.b.add(total, self._integer(record, ZERO))
         return self.b.sitofp(total, F32x16)
 

@@ -86,7 +86,11 @@ class Blocks:
 
     def joins(self, isa: Isa) -> bool:
         """Whether sums of both halves of a block go through `Isa.join`."""
-        return self.halves == 1 and isa.joins(self.bits)
+        return self.halves == 1 and isa.joins(self.bits, self.zero)
+
+    def joins_less_zero(self, isa: Isa) -> bool:
+        """Whether they fit only if they start with the zero point."""
+        return self.joins(isa) and self.zero and not isa.joins(self.bits, zero=False)
 
     def factor(self, form: Form) -> float:
         """What sums of products must be multiplied with at the end: exact, a power of two."""

@@ -123,8 +123,8 @@ class Isa:
         """The sums as I32x16."""
         return sums
 
-    def joins(self, bits: int) -> bool:
-        """Whether sums of half a block with weights of `bits` bits, not less a zero point, fit into `join`."""
+    def joins(self, bits: int, zero: bool) -> bool:
+        """Whether sums of half a block with weights of `bits` bits, less a zero point if `zero`, fit into `join`."""
         return False
 
     def direct_sizes(self, joins: bool) -> tuple[int, ...]:

@@ -60,9 +60,9 @@ class Vnni512Zen(Vnni512):
     """The same on AMD. What counts there are products and FMA (docs/LOG.md).
 
     With one group in a tile, every product reads its activations as it goes: a load and a product are one instruction.
-    Sums of 16 products with weights of four bits fit into int16, so one instruction multiplies those of both halves of
-    a block with whole scales and adds them. In tiles both are neighbours, so that one instruction makes pairs of int16
-    of all of them; where few tokens meet packed weights they are not, and it takes two.
+    Sums of 16 products with weights of four bits, or of five with a zero point, fit into int16, so one instruction
+    multiplies those of both halves of a block with whole scales and adds them. In tiles both are neighbours, and one
+    instruction makes pairs of int16 of all of them; where few tokens meet packed weights they are not: it takes two.
     """
 
     needs = (frozenset({"avx512vnni", "avx512bw", AMD}),)
@@ -70,10 +70,10 @@ class Vnni512Zen(Vnni512):
     groups = 1  # 12 sums of halves and 6 accumulators, and weights of the next block can be under way
 
     def form(self, bits: int, zero: bool) -> Form:
-        return Form.LOW if self.joins(bits) else super().form(bits, zero)
+        return Form.LOW if self.joins(bits, zero) else super().form(bits, zero)
 
-    def joins(self, bits: int) -> bool:
-        return BLOCK // 2 * X_MAX * ((1 << bits) - 1) < 1 << 15
+    def joins(self, bits: int, zero: bool) -> bool:
+        return BLOCK // 2 * X_MAX * (1 << bits - 1 if zero else (1 << bits) - 1) < 1 << 15
 
     def direct_sizes(self, joins: bool) -> tuple[int, ...]:
         return (2, 1) if joins else self.direct
