@@ -38,10 +38,8 @@ from edgelm.kernels.attention_layout import (
     N_SCRATCH,
     N_TOKENS,
     PAGE,
-    POSITIONS,
     ROWS,
     SCRATCH,
-    SEQUENCES,
     STATE,
     STATES,
     SUMS,
@@ -58,27 +56,11 @@ from edgelm.kernels.attention_layout import (
     key_kind,
     limits,
     pages_of,
+    run_end,
     v_stride,
     value_kind,
 )
 from edgelm.kernels.words import function, intrinsic_of
-
-
-@function
-def run_end(e, env, token, limit):
-    """The first token after `token` that is not its successor in the same sequence, or `limit`."""
-    rows, positions, end = e.load_word(env + SEQUENCES), e.load_word(env + POSITIONS), e.variable(token + 1)
-    follows = e.variable(1)
-    with e.repeat(lambda: (end.get() < limit) & follows.get().is_(1)):
-        at = 4 * end.get()
-        same = e.load_i32(rows + at).is_(e.load_i32(rows + 4 * token))
-        ahead = e.load_i32(positions + at) - e.load_i32(positions + 4 * token)
-        with e.choose(same & ahead.is_(end.get() - token)) as (then, otherwise):
-            with then:
-                end.set(end.get() + 1)
-            with otherwise:
-                follows.set(0)
-    return end.get()
 
 
 def blocks(e, low, high):

@@ -11,7 +11,7 @@ from edgelm.kernels.attention_quants import BLOCK as DIMS
 from edgelm.kernels.attention_quants import SCALES
 from edgelm.kernels.attention_quants import WEIGHTS as WEIGHTS_OF_ROW
 from edgelm.kernels.emit import I1
-from edgelm.kernels.words import Value
+from edgelm.kernels.words import Value, function
 
 PAGE = 64
 ROWS = 192  # of a tile: as many tokens as a thread takes at a time, of three heads
@@ -101,3 +101,20 @@ def limits(e, op, env, token):
     high = e.select((e.load_word(op + FLAGS) & CAUSAL).is_(0), length, position + 1)
     window = e.load_word(op + WINDOW)
     return e.select(window > 0, e.max(high - window, 0), 0), high
+
+
+@function
+def run_end(e, env, token, limit):
+    """The first token after `token` that is not its successor in the same sequence, or `limit`."""
+    rows, positions, end = e.load_word(env + SEQUENCES), e.load_word(env + POSITIONS), e.variable(token + 1)
+    follows = e.variable(1)
+    with e.repeat(lambda: (end.get() < limit) & follows.get().is_(1)):
+        at = 4 * end.get()
+        same = e.load_i32(rows + at).is_(e.load_i32(rows + 4 * token))
+        ahead = e.load_i32(positions + at) - e.load_i32(positions + 4 * token)
+        with e.choose(same & ahead.is_(end.get() - token)) as (then, otherwise):
+            with then:
+                end.set(end.get() + 1)
+            with otherwise:
+                follows.set(0)
+    return end.get()

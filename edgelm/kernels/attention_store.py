@@ -21,6 +21,7 @@ from edgelm.kernels.attention_layout import (
     key_kind,
     key_stride,
     pages_of,
+    run_end,
     value_kind,
     value_stride,
 )
@@ -31,6 +32,7 @@ from edgelm.kernels.words import function, intrinsic_of
 
 K, K_STRIDE, V, V_STRIDE, HEADS, DIM, V_DIM, K_OFFSET, V_OFFSET, GROUP, SCRATCH, ROPE, PAIRS, FLAGS = ARGS[:14]
 FLOAT_ONE = 0x3F800000
+COLUMNS = 16  # tokens whose keys are stored at once, if they come after each other
 
 
 @function
@@ -51,6 +53,30 @@ def store_column(e, x, n, half, to):
             e.store(to + 4 * PAGE * i, e.load_f32(x + 4 * i))
 
 
+def _transposed(e, rows):
+    """The columns of 16 vectors of 16 lanes: each round takes the lanes of two that are 8 apart in turns."""
+    low, high = ([i // 2 + 16 * (i % 2) for i in range(at, at + 16)] for at in (0, 16))
+    for _ in range(4):
+        rows = [e.shuffle(x, y, lanes) for x, y in zip(rows[:8], rows[8:], strict=True) for lanes in (low, high)]
+    return rows
+
+
+@function
+def store_columns(e, x, n, half, to):
+    """16 rows of n float32 at x, a multiple of 16, to as many neighbouring columns of a page of keys."""
+    def write(size, convert):
+        with e.loop(0, n, 16) as i:
+            rows = [convert(e.load(x + 4 * n * row + 4 * i)) for row in range(COLUMNS)]
+            for row, columns in enumerate(_transposed(e, rows)):
+                e.store(to + size * PAGE * (i + row), columns)
+
+    with e.choose(half.is_not(0)) as (f16, f32):
+        with f16:
+            write(2, e.narrow)
+        with f32:
+            write(4, lambda keys: keys)
+
+
 @function
 def store_blocks(e, x, n, width, kind, column, keys, to):
     """n float32 at x to the blocks of a head, `width` wide with padding. x is overwritten."""
@@ -61,9 +87,10 @@ def store_blocks(e, x, n, width, kind, column, keys, to):
 
 
 @function
-def store_key(e, op, env, x, head, token, page, column):
+def rotate_key(e, op, env, x, head, token):
+    """A key, rotated, to x."""
     position, pairs, cos, sin = e.load_i32(e.load_word(env + POSITIONS) + 4 * token), *(e.variable(0) for _ in range(3))
-    rope, dim, kind = e.load_word(op + ROPE), e.load_word(op + DIM), key_kind(e, op, FLAGS)
+    rope, dim = e.load_word(op + ROPE), e.load_word(op + DIM)
     with e.when(rope >= 0):
         pairs.set(e.load_word(op + PAIRS))
         angle = 4 * pairs.get() * position
@@ -72,13 +99,26 @@ def store_key(e, op, env, x, head, token, page, column):
     source = e.load_word(env + WORKSPACE) + e.load_word(op + K) + token * e.load_word(op + K_STRIDE) + 4 * dim * head
     halves = e.load_word(op + FLAGS) & HALVES
     rotate(e, source, x, dim, pairs.get(), halves, cos.get(), sin.get(), FLOAT_ONE)
+
+
+@function
+def store_keys(e, op, env, x, head, token, n, page, column):
+    """The keys of a token, or of COLUMNS of them that come after each other in a page."""
+    dim, kind = e.load_word(op + DIM), key_kind(e, op, FLAGS)
     width = key_stride(e, kind, dim)
     to = page + e.load_word(op + K_OFFSET) + head_bytes(e, kind, width) * head
+    with e.loop(0, n) as i:
+        rotate_key(e, op, env, x + 4 * dim * i, head, token + i)
     with e.choose(is_quantized(kind)) as (numbers, floats):
         with numbers:
             store_blocks(e, x, dim, width, kind, column, 1, to)
         with floats:
-            store_column(e, x, dim, kind, to + e.select(kind.is_(0), e.word(4), 2) * column)
+            first = to + e.select(kind.is_(0), e.word(4), 2) * column
+            with e.choose(n > 1) as (many, one):
+                with many:
+                    store_columns(e, x, dim, kind, first)
+                with one:
+                    store_column(e, x, dim, kind, first)
 
 
 @function
@@ -98,16 +138,24 @@ def store_value(e, op, env, x, head, token, page, column):
 
 
 def _store_kv(e, op, env, begin, end):
-    x, n_tokens = e.stack(4 * LARGEST_HEAD + 64), e.load_word(env + N_TOKENS)
+    x, n_tokens = e.stack(4 * COLUMNS * LARGEST_HEAD + 64), e.load_word(env + N_TOKENS)
     counters = e.load_word(env + WORKSPACE) + e.load_word(op + SCRATCH)
     with e.when(begin.is_(0)), e.loop(0, SPLIT_TOKENS * e.load_word(op + HEADS)) as i:
         e.store(counters + COUNTER * i, e.word(0))
-    with e.loop(begin, end) as unit:
-        head, token = unit // n_tokens, unit % n_tokens
+    in_vectors = is_quantized(key_kind(e, op, FLAGS)).is_(0) & (e.load_word(op + DIM) % 16).is_(0)
+    unit = e.variable(begin)
+    with e.repeat(lambda: unit.get() < end):
+        head, token = unit.get() // n_tokens, unit.get() % n_tokens
         position = e.load_i32(e.load_word(env + POSITIONS) + 4 * token)
         page = e.load_word(pages_of(e, env, token, e.load_word(op + GROUP)) + WORD * (position // PAGE))
-        store_key(e, op, env, x, head, token, page, position % PAGE)
-        store_value(e, op, env, x, head, token, page, position % PAGE)
+        left = e.min(e.min(end - unit.get(), n_tokens - token), PAGE - position % PAGE)
+        n = e.variable(1)
+        with e.when(in_vectors & (left >= COLUMNS)), e.when(run_end(e, env, token, token + COLUMNS) - token >= COLUMNS):
+            n.set(COLUMNS)
+        store_keys(e, op, env, x, head, token, n.get(), page, position % PAGE)
+        with e.loop(0, n.get()) as i:
+            store_value(e, op, env, x, head, token + i, page, position % PAGE + i)
+        unit.set(unit.get() + n.get())
 
 
 _store_kv_code = intrinsic_of(_store_kv)

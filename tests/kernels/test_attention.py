@@ -270,9 +270,10 @@ def test_not_a_number_stays_in_its_sequence(kv_type, which, value):
 
 
 @ANY_TYPE
-def test_stored_as_the_cache_reads(kv_type):
+@pytest.mark.parametrize("head_dim", [24, 32])
+def test_stored_as_the_cache_reads(kv_type, head_dim):
     """What store_kv writes is what Sequence.write does, to the bit, and only that is written."""
-    case = Case(kv_type=kv_type, head_dim=24, v_head_dim=40, rope_dim=0)
+    case = Case(kv_type=kv_type, head_dim=head_dim, v_head_dim=40, rope_dim=0)
     sequence, inputs = case.cache.new_sequence(), case.inputs(200)
     for x in inputs[1:]:  # outliers, nothing, next to nothing, and what no float16 holds
         x[::7, ::5] *= 300
