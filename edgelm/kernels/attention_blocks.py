@@ -11,7 +11,14 @@ from __future__ import annotations
 
 from edgelm.kernels.abi import WORD
 from edgelm.kernels.attention import AHEAD, BLOCK, HALVES, KINDS
-from edgelm.kernels.attention_floats import float_scores, float_values, half_values, keys_in_pairs, values_in_pairs
+from edgelm.kernels.attention_floats import (
+    all_see,
+    float_scores,
+    float_values,
+    half_values,
+    keys_in_pairs,
+    values_in_pairs,
+)
 from edgelm.kernels.attention_layout import (
     CONVERT_ROWS,
     CONVERTED,
@@ -137,12 +144,15 @@ def cap_scores(e, scores, n, cap):
 
 
 @function
-def hide(e, scores, n, low, high):
-    """Those of n scores of a block's row that are outside [low, high) to minus infinity."""
-    for begin, end in ((0, e.min(low, n)), (e.max(high, 0) // 16 * 16, n)):
-        with e.loop(begin, end, 16) as i:
-            seen = e.between(e.lanes_from(i), low, high)
-            e.store(scores + 4 * i, e.select(seen, e.load(scores + 4 * i), MINUS_INFINITY))
+def hide(e, base, begin, end, n, start):
+    """Scores of rows [begin, end), of n positions from `start` on, to minus infinity where a row does not see them."""
+    with e.loop(begin, end) as r:
+        scores, state = base + WEIGHTS + 4 * BLOCK * r, base + STATES + STATE * r
+        low, high = e.load_word(state + LOW) - start, e.load_word(state + HIGH) - start
+        for first, last in ((0, e.min(low, n)), (e.max(high, 0) // 16 * 16, n)):
+            with e.loop(first, last, 16) as i:
+                seen = e.between(e.lanes_from(i), low, high)
+                e.store(scores + 4 * i, e.select(seen, e.load(scores + 4 * i), MINUS_INFINITY))
 
 
 def _tree(combine, values):
@@ -163,15 +173,15 @@ def _softmax(n: int, in_pairs: bool):
         def places(r):
             return base + WEIGHTS + 4 * BLOCK * r, base + STATES + STATE * r
 
+        seen = all_see(e, base, n_rows, start, start + n)
         with e.loop(0, n_rows, ROWS_AT_ONCE) as begin:
             end = e.min(begin + ROWS_AT_ONCE, n_rows)
+            with e.when(e.load_f32(op + SOFTCAP) > 0.0), e.loop(begin, end) as r:
+                cap_scores(e, places(r)[0], n, op + SOFTCAP)
+            with e.when(seen.is_(0)):
+                hide(e, base, begin, end, n, start)
             with e.loop(begin, end) as r:
                 row, state = places(r)
-                low, high = e.load_word(state + LOW) - start, e.load_word(state + HIGH) - start
-                with e.when(e.load_f32(op + SOFTCAP) > 0.0):
-                    cap_scores(e, row, n, op + SOFTCAP)
-                with e.when((low > 0) | (high < n)):
-                    hide(e, row, n, low, high)
                 e.store(state + MAX, e.largest(_tree(e.max, [e.load(row + 4 * i) for i in range(0, n, 16)])))
             with e.loop(begin, end) as r:
                 row, state = places(r)
