@@ -91,7 +91,8 @@ def prepare() -> None:
         os.environ["NUMBA_CACHE_DIR"] = str(cache_dir())
 
 
-_IMPORTS = re.compile(r"^[ \t]*from[ \t]+(edgelm[\w.]*|\.+[\w.]*)[ \t]+import[ \t]+(\([^)]*\)|[^\n]*)", re.MULTILINE)
+# At the beginning of a line; not with "^", which is looked for at each character.
+_IMPORTS = re.compile(r"\n[ \t]*from[ \t]+(edgelm[\w.]*|\.+[\w.]*)[ \t]+import[ \t]+(\([^)]*\)|[^\n]*)")
 
 
 @functools.cache
@@ -102,7 +103,7 @@ def _read_source(file: Path) -> tuple[bytes, tuple[Path, ...]]:
     except OSError:
         return b"", ()
     found: dict[Path, None] = {}
-    for start, names in _IMPORTS.findall(data.decode(errors="replace")):
+    for start, names in _IMPORTS.findall("\n" + data.decode(errors="replace")):
         if start.startswith("."):
             folder = file.parents[len(start) - len(start.lstrip(".")) - 1]
         else:
