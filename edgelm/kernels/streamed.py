@@ -35,6 +35,7 @@ def streamed(
     most = max(form.group_bytes for _, form in weights)
     size = max(4, BUFFER // most // 4 * 4) * most  # whole units of two groups, of one matrix or of two
     memory = zeroed(2 * size)
+    buffers = memory.ctypes.data, memory.ctypes.data + size
     pieces, rows = list[list[list[int]]](), list[list[int]]()
     piece_of: dict[int, int] = {}  # by the place of a row in `rows`
     for row in table.tolist():
@@ -52,11 +53,9 @@ def streamed(
         if there:
             rows.append(_product(row, form, 0, there, [form.address for _, form in found], form.stride))
         for first in range(there, form.n_groups, step):
-            buffer = memory.ctypes.data + len(pieces) % 2 * size
-            places = [buffer + k * form.group_bytes for k in range(len(found))]
+            places = [buffers[len(pieces) % 2] + k * form.group_bytes for k in range(len(found))]
             piece_of[len(rows)] = len(pieces)
-            parts = [tensor.data[first * ROWS : (first + step) * ROWS] for tensor, _ in found]
-            pieces.append([_part(*each, first) for each in zip(packs, parts, places, strict=True)])
+            pieces.append([_part(pack, first, step, place) for pack, place in zip(packs, places, strict=True)])
             rows.append(_product(row, form, first, step, places, stride))
     result = list[list[int]]()
     if pieces:
@@ -77,12 +76,12 @@ def can_stream(forms: Iterable[Packed]) -> bool:
     )
 
 
-def _part(pack: list[int], data: NDArray[np.uint8], place: int, first: int) -> list[int]:
-    """The row that packs a part of a weight, `data` from group `first` on, to `place`, after the row that packs all."""
-    row = pack.copy()
-    row[Row.UNITS], row[Row.ARGS + Pack.N_ROWS] = -(-len(data) // ROWS), len(data)
-    row[Row.ARGS + Pack.SOURCE] += first * ROWS * row[Row.ARGS + Pack.ROW_BYTES]
-    row[Row.ARGS + Pack.TARGET] = place
+def _part(pack: list[int], first: int, n: int, place: int) -> list[int]:
+    """The row that packs `n` groups of a weight, from `first` on, to `place`: `pack`, which packs all, for a part."""
+    row, args = pack.copy(), pack[Row.ARGS :]
+    args[Pack.SOURCE] += first * ROWS * args[Pack.ROW_BYTES]
+    args[Pack.N_ROWS], args[Pack.TARGET] = min(n * ROWS, args[Pack.N_ROWS] - first * ROWS), place
+    row[Row.UNITS], row[Row.ARGS :] = min(n, row[Row.UNITS] - first), args
     return row
 
 
