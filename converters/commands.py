@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgelm.disk import need_place
 from edgelm.errors import UsageError
 from edgelm.flags import TextFile, one_of, with_flags
 from edgelm.terminal import bars, note, print_json, size
@@ -106,6 +107,8 @@ def _convert(source: str, out: Path | None, type_: str, flags: dict[str, Any]) -
     manner = _Manner(flags.pop("dry_run"), flags.pop("as_json"), flags.pop("quiet"))
     asked: Recipe = recipe(type_, flags)
     options = Options(**{**flags, "overrides": dict(map(override, flags["overrides"]))})
+    if out is not None and options.format == "gguf" and not manner.dry_run:
+        need_place(out)  # before anything is measured
     with bars(manner.quiet) as progress:
         work = None if out is None or manner.dry_run else pipeline.work_folder(out)
         conversion = pipeline.prepare(source, asked, options, work=work, progress=progress)

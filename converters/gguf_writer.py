@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.disk import Progress, lock, nothing
+from edgelm.disk import Progress, lock, need_place, nothing
 from edgelm.errors import FormatError
 from edgelm.formats import Format
 
@@ -188,11 +188,12 @@ def write(
             very same size.
         progress: called with ("write", bytes done, bytes in all).
 
-    Raises OSError when the disk is full (before anything is written, if that can be foreseen) or does not work; then
-    the part stays, and the next call goes on.
+    Raises SourceError when something is at `path` that is no file; OSError when the disk is full (before anything is
+    written, if that can be foreseen) or does not work: then the part stays, and the next call goes on.
     """
     part, journal_path = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.journal")
     guard = path.with_name(path.name + ".part.lock")
+    need_place(path)
     with lock(guard), resumable(part):
         journal = _Journal(journal_path, hashlib.sha256(layout.header + fingerprint.encode()).hexdigest())
         hashes = journal.proven(part, layout, progress)

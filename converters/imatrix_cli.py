@@ -35,7 +35,7 @@ def imatrix_command(
 ) -> None:  # fmt: skip
     """How strongly each input of each layer is driven by a text: an importance matrix for quantizing."""
     from edgelm import hub
-    from edgelm.disk import read_text
+    from edgelm.disk import need_place, read_text
 
     from . import imatrix
     from .chunks import Opened
@@ -43,8 +43,7 @@ def imatrix_command(
     source = one_of("models", {"MODEL": model, "-m": model_option})
     if source is None:
         raise UsageError("which model? give a file, a known name, hf:… or pypi:…")
-    if not out.absolute().parent.is_dir():  # before anything is measured
-        raise UsageError(f"there is no folder {out.absolute().parent} to write into")
+    need_place(out)  # before anything is measured
     text = read_text(text_file)
     with bars(quiet) as progress:
         arguments: dict[str, Any] = {"process_output": process_output, "dataset": text_file.name}

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from edgelm import gguf
-from edgelm.disk import Progress, nothing
+from edgelm.disk import Progress, need_place, nothing
 from edgelm.errors import UsageError
 
 from . import checkpoint as checkpoints
@@ -88,9 +88,10 @@ def prepare(
     that has measured, into the folder `work` if there is one, so that the next call need not measure it again.
     """
     options = options or Options()
-    for place in (work, options.html):
-        if place is not None and not (parent := place.absolute().parent).is_dir():
-            raise UsageError(f"there is no folder {parent} to write into")
+    if work is not None and not (parent := work.absolute().parent).is_dir():
+        raise UsageError(f"there is no folder {parent} to write into")
+    if options.html is not None:
+        need_place(options.html)
     if options.format == "onnx":
         from .onnx_export import named
 
@@ -206,8 +207,8 @@ def default_out(conversion: Conversion) -> Path:
 
 
 def _need_other_place(conversion: Conversion, path: Path) -> None:
-    if path.is_dir() and conversion.options.format == "gguf":
-        raise UsageError(f"{path} is a folder; name the file to write")
+    if conversion.options.format == "gguf":
+        need_place(path)
     if any(path.exists() and path.samefile(file) for file in conversion.checkpoint.files):
         raise UsageError(f"{path} is the source itself; choose another name")
 

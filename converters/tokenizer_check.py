@@ -6,10 +6,11 @@ The original is run by the `tokenizers` library from tokenizer.json; ours reads 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from edgelm.disk import read_text
 from edgelm.errors import FormatError
+from edgelm.json_tokenizer import opened
 from edgelm.tokenizer import Tokenizer
 from edgelm.vocabulary import Kind
 
@@ -40,24 +41,10 @@ def compare(keys: Mapping[str, Any], folder: Folder) -> tuple[int, list[str]]:
     path = folder.path / "tokenizer.json"
     if not path.exists():
         return 0, ["not compared with its source: there is no tokenizer.json"]
-    source = _load(path)
+    source = opened(read_text(path), path)
     for text in TEXTS:
         _same(text, source.encode(text, add_special_tokens=False).ids, ours.encode(text, add_special=False), source)
     return len(TEXTS), _notes(ours, source, keys)
-
-
-def _load(path: Path) -> Any:
-    import tokenizers
-
-    try:
-        source = tokenizers.Tokenizer.from_file(str(path))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library panics over some broken files, which is no Exception
-        raise FormatError(f"{path}: the tokenizers library cannot read it: {error!s:.200}") from None
-    source.no_truncation()
-    source.no_padding()
-    return source
 
 
 def _same(text: str, theirs: Sequence[int], ours: Sequence[int], source: Any) -> None:

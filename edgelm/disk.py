@@ -61,7 +61,9 @@ def replacing(path: Path, sync: bool = False) -> Iterator[IO[bytes]]:
     """A new file that takes the place of `path` when the block ends without an error; until then `path` stays.
 
     sync: it is on the disk by then, so that even a machine that loses its power has the old one or the new one.
+    Raises SourceError where nothing can be put: see `need_place`.
     """
+    need_place(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         with draft.open("wb") as file:
@@ -73,6 +75,15 @@ def replacing(path: Path, sync: bool = False) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(OSError):
             draft.unlink()
+
+
+def need_place(path: Path) -> None:
+    """Raises SourceError unless a file can be put at `path`. What is there and is no file stays: an administrator who
+    wrote into /dev/null would have replaced it by a file."""
+    if path.exists() and not path.is_file():
+        raise SourceError(f"{path} is {'a folder' if path.is_dir() else 'no file'}; name the file to write")
+    if not path.absolute().parent.is_dir():
+        raise SourceError(f"there is no folder {path.absolute().parent} to write into")
 
 
 def need_disk(folder: Path, n_bytes: int, else_: str = "choose another disk with EDGELM_CACHE") -> None:

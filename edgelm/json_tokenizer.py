@@ -10,6 +10,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,9 +52,9 @@ def read(folder: OnnxFolder) -> JsonTokenizer:
     text = read_text(folder.path, "tokenizer.json")
     if text is None:
         raise SourceError(f"{folder.path} has no tokenizer.json; take it from the model that the graph was made of")
-    n, cutter = folder.vocab_size, _library(text, folder)
+    n, cutter = folder.vocab_size, opened(text, folder.path / "tokenizer.json")
     if any(token >= n for token in cutter.get_added_tokens_decoder()):  # such as an image's mark
-        cutter = _library(_without_added(text, n), folder)
+        cutter = opened(_without_added(text, n), folder.path / "tokenizer.json")
     model = _family(cutter)
     pieces, kinds = _tokens(cutter, n, folder)
     ids = {piece: i for i, piece in enumerate(pieces)}
@@ -88,7 +89,8 @@ def read(folder: OnnxFolder) -> JsonTokenizer:
     return JsonTokenizer(v, cutter, around)
 
 
-def _library(text: str, folder: OnnxFolder) -> Any:
+def opened(text: str, path: Path) -> Any:
+    """The library's tokenizer of a tokenizer.json, which may be hostile; FormatError where the library fails on it."""
     import tokenizers
 
     try:
@@ -100,7 +102,6 @@ def _library(text: str, folder: OnnxFolder) -> Any:
         raise
     except BaseException as error:  # the library panics over some broken files, which is no Exception
         reason = " ".join(str(error).split())
-        path = folder.path / "tokenizer.json"
         raise FormatError(f"{path}: the tokenizers library cannot read it: {reason:.200}") from None
     return cutter
 

@@ -151,6 +151,24 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: str, said: str, tmp_pa
     assert not (tmp_path / "out.gguf").exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs named pipes")
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    """As an administrator one could have written over /dev/null."""
+    folder, pipe = hf_folder.write(tmp_path, "llama-gqa"), tmp_path / "pipe"
+    source, text = tmp_path / "source.gguf", tmp_path / "text.txt"
+    assert edgelm("convert", folder, source).exit_code == 0
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    os.mkfifo(pipe)
+    for command in (
+        ("convert", folder, pipe), ("convert", folder, tmp_path / "out.gguf", "--report-html", pipe),
+        ("quantize", source, pipe, "q8_0"), ("imatrix", source, "-f", text, "-o", pipe), ("pack", source, pipe),
+    ):  # fmt: skip
+        done = edgelm(*command, "-q")
+        assert done.exit_code == 2 and f"{pipe} is no file; name the file to write" in done.stderr, command
+        assert pipe.is_fifo() and not (tmp_path / "out.gguf").exists()
+    assert not list(tmp_path.glob("pipe?*"))
+
+
 TEXT = ("--calibrate", "text.txt", "--calibrate-ctx", "32", "--eval-chunks", "2")
 CALIBRATED, PRUNED = (*TEXT, "--method", "gptq"), (*TEXT, "--method", "rtn", "--prune", "ffn=32,hidden=32")
 

@@ -302,6 +302,16 @@ def test_whatever_stands_in_tokenizer_json_is_survived(kind: str, tmp_path: Path
                 read(tmp_path)
 
 
+def test_what_the_library_panics_over_is_an_error_like_others(tmp_path: Path) -> None:
+    hf_folder.write_tokenizer(tmp_path, own_keys("spm", "default"), "llama")
+    path = tmp_path / "tokenizer.json"
+    parsed = json.loads(path.read_text(encoding="utf-8"))
+    parsed["post_processor"]["special_tokens"] = {}
+    path.write_text(json.dumps(parsed))
+    with pytest.raises(FormatError, match="the tokenizers library cannot read it"):
+        tokenizer_check.compare(*read(tmp_path))
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '{"a": 1, "a": 2}', "\xff"])
 def test_files_that_are_no_json(text: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(text, encoding="latin-1")
