@@ -86,7 +86,7 @@ class Tile:
                 if self.neighbours:
                     x = isa.inputs_of_halves(b, record, i)
                 else:
-                    x = isa.input(b, at(b, record, chunk_at(chunk, isa.whole_scales)), 0)
+                    x = isa.input(b, record, chunk_at(chunk, isa.whole_scales) // 4)
                 for g in range(len(weights)):
                     sums[half, g, t] = isa.step(b, sums[half, g, t], w[g], x, self.form, fmt.bits)
         return {place: isa.end(b, total) for place, total in sums.items()}
