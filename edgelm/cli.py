@@ -33,7 +33,7 @@ from edgelm.flags import (
     one_of,
     with_flags,
 )
-from edgelm.terminal import bars, note, print_json, printable, readable, say, statistics, summary
+from edgelm.terminal import bars, choices, note, print_json, printable, readable, say, statistics, summary
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -175,26 +175,17 @@ def run(
     tokens = loaded.tokenize(prompt, parse_special=not no_special)
     if echo and not as_json:
         print(prompt, end="", flush=True)
-    parts, last, alternatives = [], None, []
+    responses = []
     with bars(choice.quiet) as progress:
         for response in loaded.stream_generate(tokens, progress=progress, **settings):
             progress.close()
-            parts.append(response.text)
-            last = response
-            if logprobs is not None:
-                alternatives.append(
-                    {
-                        "token": response.token,
-                        "text": response.text,
-                        "logprob": response.logprob,
-                        "top_logprobs": response.logprobs,
-                    }
-                )
+            responses.append(response)
             if not as_json:
                 say(response.text)
+    last = responses[-1] if responses else None
     if as_json:
-        counts = {"text": "".join(parts), **summary(last, len(tokens))}
-        print_json(counts | ({} if logprobs is None else {"logprobs": alternatives}))
+        record = {"text": "".join(r.text for r in responses), **summary(last, len(tokens))}
+        print_json(record | ({} if logprobs is None else {"logprobs": [choices(r) for r in responses]}))
     else:
         print(flush=True)
     if last is not None and last.dropped_tokens:

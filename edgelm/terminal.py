@@ -142,6 +142,13 @@ def summary(last: Any, n_prompt: int) -> dict[str, Any]:
     return counts if last is None else {name: getattr(last, name) for name in counts}
 
 
+def choices(response: Any) -> dict[str, Any]:
+    """A token of an answer, and what could have stood in its place: natural logarithms of probabilities."""
+    return {
+        "token": response.token, "text": response.text, "logprob": response.logprob, "top_logprobs": response.logprobs,
+    }  # fmt: skip
+
+
 def statistics(last: Any) -> str:
     return (
         f"prompt {last.prompt_tokens} tokens ({last.cached_tokens} cached), {last.prompt_tps:.1f} tokens/s; "
