@@ -32,7 +32,7 @@ from . import gguf_export, loss, methods
 from . import imatrix as imatrices
 from .checkpoint import Checkpoint
 from .chunks import chunked
-from .conversion import Calibration, Conversion, Options, texts
+from .conversion import Calibration, Conversion, Evaluation, Options, texts
 from .mixes import MIXES, is_quantizable
 from .quantizers import need_writable, writable
 from .recipe import PLAIN, Plan, Recipe, exactly, make_plan
@@ -106,12 +106,7 @@ def prepare(
     checkpoint = original
     if options.prune or options.target_params is not None:
         checkpoint = _pruned(original, options, calibration, work, progress)
-    if options.has_target and recipe.type.lower() in PLAIN_TYPES:
-        recipe = replace(recipe, type="q4_k_m")  # only which tensors are quantized is taken from it
-    elif recipe.type.lower() == "auto":
-        recipe = _own_types(checkpoint, recipe)
-    weighed = options.imatrix is not None or (options.calibrate is not None and options.method != "rtn")
-    recipe = replace(recipe, has_imatrix=recipe.has_imatrix or weighed)
+    recipe = _told(checkpoint, recipe, options)
     plan = make_plan(checkpoint.config, checkpoint.tensors, recipe)
     for step in plan.steps:
         if not step.is_kept and checkpoint.tensors[step.name].stored_as(step.format) is None:
@@ -125,15 +120,33 @@ def prepare(
             f"{len(requantized)} tensors were quantized already ({requantized[0].kind}) and lose more than from the "
             "original weights"
         )
-    if evaluation is not None and (why := loss.why_not(checkpoint, evaluation)):
-        if not evaluation.is_held_out or options.max_kld is not None:
-            raise UsageError(f"the loss cannot be measured: {why}")
-        notes.append(f"the loss was not measured: {why}")
-        evaluation = None
+    evaluation = _measurable(checkpoint, evaluation, options, notes)
     made = Conversion(
         checkpoint, original, recipe, options, plan, keys, tuple(notes), n_compared, calibration, evaluation
     )
     return _allocated(made, work, progress) if options.has_target else made
+
+
+def _told(checkpoint: Checkpoint, recipe: Recipe, options: Options) -> Recipe:
+    """The recipe with what the source and the options say of it: the type, and whether weights have importances."""
+    if options.has_target and recipe.type.lower() in PLAIN_TYPES:
+        recipe = replace(recipe, type="q4_k_m")  # only which tensors are quantized is taken from it
+    elif recipe.type.lower() == "auto":
+        recipe = _own_types(checkpoint, recipe)
+    weighed = options.imatrix is not None or (options.calibrate is not None and options.method != "rtn")
+    return replace(recipe, has_imatrix=recipe.has_imatrix or weighed)
+
+
+def _measurable(
+    checkpoint: Checkpoint, evaluation: Evaluation | None, options: Options, notes: list[str]
+) -> Evaluation | None:
+    """The text to measure the loss on, None with a note if it cannot be; UsageError if somebody insists on it."""
+    if evaluation is None or not (why := loss.why_not(checkpoint, evaluation)):
+        return evaluation
+    if not evaluation.is_held_out or options.max_kld is not None:
+        raise UsageError(f"the loss cannot be measured: {why}")
+    notes.append(f"the loss was not measured: {why}")
+    return None
 
 
 def _allocated(conversion: Conversion, work: Path | None, progress: Progress) -> Conversion:
