@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from edgelm.arch import Config
+from edgelm.errors import FormatError
 from edgelm.tokenizer import Tokenizer
 
 from .onnx_graph import MODEL
@@ -22,13 +24,12 @@ def genai_config(config: Config, keys: Mapping[str, Any], n_ctx: int, share_buff
     """The contents of the file for a decoder.
 
     keys: metadata as GGUF has it; share_buffer: past and present keys may lie in the same memory.
+    Raises FormatError for a default of sampling that is no number.
     """
     tokenizer = Tokenizer.from_gguf(keys)
     ends = sorted(tokenizer.eog_ids, key=lambda token: (token != tokenizer.eos_id, token))
     pad = tokenizer.pad_id if tokenizer.pad_id is not None else ends[0] if ends else 0
-    chosen = {
-        name: type(default)(keys.get(f"general.sampling.{key}", default)) for name, (key, default) in _SAMPLING.items()
-    }
+    chosen = {name: _number(keys, f"general.sampling.{key}", default) for name, (key, default) in _SAMPLING.items()}
     return {
         "model": {
             "bos_token_id": tokenizer.bos_id if tokenizer.bos_id is not None else pad,
@@ -72,3 +73,10 @@ def genai_config(config: Config, keys: Mapping[str, Any], n_ctx: int, share_buff
             **chosen,
         },
     }
+
+
+def _number(keys: Mapping[str, Any], key: str, default: float) -> float:
+    value = keys.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise FormatError(f"{key} is {value!r:.60}, which is no number")
+    return type(default)(value)

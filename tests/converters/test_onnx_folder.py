@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import hf_folder
 import numpy as np
@@ -17,10 +18,23 @@ from onnx_case import EXACT, Runtime, export, padded, tokens
 import edgelm
 from converters import onnx_export, pipeline
 from converters.conversion import Options
+from converters.genai_config import genai_config
 from converters.onnx_graph import DATA
 from converters.recipe import Recipe
+from edgelm import gguf
+from edgelm.arch import Config
 from edgelm.cli import main
+from edgelm.errors import FormatError
 from edgelm.tokenizer import Tokenizer
+
+
+@pytest.mark.parametrize("lie", ["x", True, [1], float("nan")])
+def test_a_default_of_sampling_that_is_no_number(lie: Any, tmp_path: Path) -> None:
+    keys = gguf.read(tiny.tiny("llama-gqa", folder=tmp_path)).metadata
+    config = Config.from_gguf(keys)
+    assert genai_config(config, {**keys, "general.sampling.top_k": 7}, 64, False)["search"]["top_k"] == 7
+    with pytest.raises(FormatError, match="top_k is"):
+        genai_config(config, {**keys, "general.sampling.top_k": lie}, 64, False)
 
 
 def test_genai_config(tmp_path: Path) -> None:
