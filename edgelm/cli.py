@@ -69,13 +69,14 @@ class Commands(click.Group):
             with warnings.catch_warnings():
                 warnings.showwarning = lambda message, *where, **more: note(f"edgelm: {message}")
                 return super().invoke(ctx)
-        except (EdgelmError, OSError) as error:
+        except (EdgelmError, OSError, MemoryError) as error:
             if isinstance(error, BrokenPipeError):
                 silence_stdout()
                 ctx.exit(141)
             if ctx.params.get("debug"):
                 raise
-            click.echo(f"edgelm: {printable(' '.join(str(error).split()))}", err=True)
+            reason = " ".join(str(error).split()) or "there is not enough memory"
+            click.echo(f"edgelm: {printable(reason)}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
             if ctx.params.get("debug"):

@@ -252,6 +252,15 @@ def test_an_interrupt_while_modules_are_read_is_quiet() -> None:
     assert (done.returncode, done.stderr) == (130, "")
 
 
+def test_memory_that_is_not_enough_is_told_in_one_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(*_: object, **more: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("edgelm.model.load", allocate)
+    result = edgelm("run", model, "hello", "-n", 1)
+    assert (result.exit_code, result.stderr) == (2, "edgelm: there is not enough memory\n")
+
+
 def test_debug_shows_the_traceback() -> None:
     result = edgelm("--debug", "run", "no-such-file.gguf", "-p", "x")
     assert result.exception is not None and not isinstance(result.exception, SystemExit)
