@@ -26,7 +26,7 @@ PLAIN = ("F32", "F16", "BF16")
 ROUNDED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4")  # can be quantized without a search
 SEARCHED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 LARGEST = 65504.0  # of float16, in which every block's scale is written
-_ROOM = (2 * 256 + 164) * 64 + 256 * 16 + 64  # bytes that a kernel works in
+_ROOM = (2 * 256 + 164) * 64 + 256 * 16 + 64  # bytes that a kernel works in: its ROOM, a test compares; and a line
 _SLAB = 1 << 18  # weights that a thread takes at a time
 _Native = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 

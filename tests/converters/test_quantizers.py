@@ -159,3 +159,10 @@ def test_decoding_by_edgelm_and_by_gguf_agree() -> None:
 def test_the_module_imports_no_numba() -> None:
     code = "import sys, converters.quantizers; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_kernels_have_the_room_that_they_write_to() -> None:
+    """Nothing checks it when they run; the number stands twice, so that `quantizers` need not import Numba."""
+    from converters import quantizer_kernels
+
+    assert quantizers._ROOM == quantizer_kernels.ROOM + quantizer_kernels.LINE
