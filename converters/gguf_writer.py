@@ -188,7 +188,7 @@ def write(
             very same size.
         progress: called with ("write", bytes done, bytes in all).
 
-    Raises SourceError when something is at `path` that is no file; OSError when the disk is full (before anything is
+    Raises UsageError when something is at `path` that is no file; OSError when the disk is full (before anything is
     written, if that can be foreseen) or does not work: then the part stays, and the next call goes on.
     """
     part, journal_path = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.journal")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from .errors import FormatError, SourceError
+from .errors import FormatError, SourceError, UsageError
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total), both counted in bytes here; total 0: not known
 
@@ -61,9 +61,9 @@ def replacing(path: Path, sync: bool = False) -> Iterator[IO[bytes]]:
     """A new file that takes the place of `path` when the block ends without an error; until then `path` stays.
 
     sync: it is on the disk by then, so that even a machine that loses its power has the old one or the new one.
-    Raises SourceError where nothing can be put: see `need_place`.
+    Raises UsageError if what is there is no file.
     """
-    need_place(path)
+    _need_file(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         with draft.open("wb") as file:
@@ -78,12 +78,16 @@ def replacing(path: Path, sync: bool = False) -> Iterator[IO[bytes]]:
 
 
 def need_place(path: Path) -> None:
-    """Raises SourceError unless a file can be put at `path`. What is there and is no file stays: an administrator who
-    wrote into /dev/null would have replaced it by a file."""
-    if path.exists() and not path.is_file():
-        raise SourceError(f"{path} is {'a folder' if path.is_dir() else 'no file'}; name the file to write")
+    """Raises UsageError unless a file can be put at `path`: for who computes for long before writing it."""
+    _need_file(path)
     if not path.absolute().parent.is_dir():
-        raise SourceError(f"there is no folder {path.absolute().parent} to write into")
+        raise UsageError(f"there is no folder {path.absolute().parent} to write into")
+
+
+def _need_file(path: Path) -> None:
+    """What is there and is no file stays: an administrator who wrote into /dev/null would have replaced it."""
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is {'a folder' if path.is_dir() else 'no file'}; name the file to write")
 
 
 def need_disk(folder: Path, n_bytes: int, else_: str = "choose another disk with EDGELM_CACHE") -> None:
