@@ -6,6 +6,7 @@ of a head make of them; the workspace of activations.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -80,6 +81,12 @@ def context_window(config: Config, ctx_size: int) -> int:
         raise UsageError(f"ctx_size is {ctx_size}; it must be a number of tokens, or 0 for that of the model")
     if config.max_position and ctx_size > config.max_position:
         raise UsageError(f"ctx_size is {ctx_size}; this model has a table of {config.max_position} positions, no more")
+    if ctx_size > config.context_length:
+        warnings.warn(
+            f"a window of {ctx_size} tokens is longer than the {config.context_length} that the model was trained on: "
+            f"what it says beyond them may make no sense",
+            stacklevel=2,
+        )
     return ctx_size or config.context_length
 
 
