@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from edgelm import gguf
-from edgelm.disk import Progress, need_place, nothing
+from edgelm.disk import Progress, need_folder_of, need_place, nothing
 from edgelm.errors import UsageError
 
 from . import checkpoint as checkpoints
@@ -88,8 +88,8 @@ def prepare(
     that has measured, into the folder `work` if there is one, so that the next call need not measure it again.
     """
     options = options or Options()
-    if work is not None and not (parent := work.absolute().parent).is_dir():
-        raise UsageError(f"there is no folder {parent} to write into")
+    if work is not None:
+        need_folder_of(work)
     if options.html is not None:
         need_place(options.html)
     if options.format == "onnx":

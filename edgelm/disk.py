@@ -80,8 +80,13 @@ def replacing(path: Path, sync: bool = False) -> Iterator[IO[bytes]]:
 def need_place(path: Path) -> None:
     """Raises UsageError unless a file can be put at `path`: for who computes for long before writing it."""
     _need_file(path)
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"there is no folder {path.absolute().parent} to write into")
+    need_folder_of(path)
+
+
+def need_folder_of(path: Path) -> None:
+    """Raises UsageError unless the folder that `path` lies in is there."""
+    if not (folder := path.absolute().parent).is_dir():
+        raise UsageError(f"there is no folder {folder} to write into")
 
 
 def _need_file(path: Path) -> None:

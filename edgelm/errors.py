@@ -41,7 +41,7 @@ class ContextFull(EdgelmError):
     """
 
     def __init__(self, n_tokens: int, n_ctx: int, hint: str = "") -> None:
-        self.n_tokens, self.n_ctx = n_tokens, n_ctx
+        self.n_tokens, self.n_ctx, self._hint = n_tokens, n_ctx, hint
         super().__init__(
             f"{n_tokens} tokens do not fit into the context window of {n_ctx}; "
             + (hint or "shorten the prompt, raise --ctx-size, or choose --overflow truncate-middle or shift")
@@ -49,13 +49,7 @@ class ContextFull(EdgelmError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickle, which a pool of processes passes errors on with."""
-        return _context_full, (self.n_tokens, self.n_ctx, str(self))
-
-
-def _context_full(n_tokens: int, n_ctx: int, text: str) -> ContextFull:
-    error = ContextFull(n_tokens, n_ctx)
-    error.args = (text,)
-    return error
+        return ContextFull, (self.n_tokens, self.n_ctx, self._hint)
 
 
 class TemplateError(EdgelmError):

@@ -256,18 +256,18 @@ class Program:
         if packing is not None and not packing.finished:
             if self._first_run:
                 self._first_run = False
-                if self._walk_unpacked(plan, n_threads):
+                if self._walk_unpacked(plan):
                     return
             packing.finish()
         self._executor.run(table, len(table), self._env_address, n_threads)
 
-    def _walk_unpacked(self, plan: Plan, n_threads: int) -> bool:
-        """The same without the weights that are not packed; False, and nothing done, if all are."""
+    def _walk_unpacked(self, plan: Plan) -> bool:
+        """The same without the weights that are not packed, on all threads that pack; False if all are packed."""
         from .kernels.executor import Executor
         from .kernels.streamed import streamed
 
         packing, packed = self._resources.packing, self._resources.packed
-        with packing.paused() as left, Executor(packing.n_threads) as executor:
+        with packing.paused() as left:
             if not left:
                 return False
             places, n = {matrix: i for i, matrix in enumerate(packed)}, int(self._words[N_TOKENS])
@@ -278,9 +278,10 @@ class Program:
             weights = list(zip(packing.tensors, packed.values(), strict=True))
             table, _buffers = streamed(plan.table, weights, left)
             ends = np.flatnonzero(table[:, Row.BARRIER]) + 1
-            for part in np.split(table, ends[len(ends) // PARTS :: len(ends) // PARTS + 1]):
-                executor.run(part, len(part), self._env_address)
-                packing.forget()  # so that the file's pages never are in memory all at once
+            with Executor(packing.n_threads) as executor:
+                for part in np.split(table, ends[len(ends) // PARTS :: len(ends) // PARTS + 1]):
+                    executor.run(part, len(part), self._env_address)
+                    packing.forget()  # so that the file's pages never are in memory all at once
         return True
 
     def _into_memory(self, tensors: list[QTensor], pairs: list[tuple[int, int]]) -> tuple[list[Any], Any]:

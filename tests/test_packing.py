@@ -1,0 +1,222 @@
+"""Packing: the bytes of packed weights, pieces instead of copies, a first run that does not wait for it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from blocks import random_blocks
+
+import edgelm
+from edgelm import gguf
+from edgelm.formats import QTensor, by_name
+from edgelm.kernels import packing, streamed
+from edgelm.kernels.blocks import BLOCKS
+
+TOKENS = [1, 2, 3, 5, 8, 13, 21]
+
+
+def weight(name: str, n_rows: int, n_cols: int) -> QTensor:
+    format, rng = by_name(name), np.random.default_rng(1)
+    blocks = random_blocks(format, n_rows * n_cols // format.block, rng)
+    return QTensor("w", format, (n_rows, n_cols), blocks.view(np.uint8).reshape(n_rows, -1))
+
+
+@pytest.fixture
+def model(tmp_path: Path, cache: Path) -> Path:
+    return tiny.tiny("llama-gqa", fmt="Q4_0", folder=tmp_path, intermediate_size=128)
+
+
+# sha256 of `packing.LAYOUT` packed weights: what differs is not what older files hold, so the number has to be raised.
+LAYOUT = 4
+PACKED = {
+    "Q8_0 as Q8_0": "3c84b8b14d15cd2b",
+    "Q4_0 as Q4_0": "135906bd65bac791",
+    "Q4_1 as Q4_1": "60f2f949aa3b5fba",
+    "Q5_0 as Q5_0": "d21b7585a3c6a278",
+    "Q5_1 as Q5_1": "f0f991e7879c90ef",
+    "Q4_K as Q4_K": "0c16d586cb7fdafe",
+    "Q5_K as Q5_K": "bdcad90852ec88a9",
+    "Q6_K as Q6_K": "3bfdb4be0a8d7736",
+    "Q3_K as Q3_K": "f9590c0057e14178",
+    "Q2_K as Q2_K": "31bf5d984e1dca8a",
+    "IQ4_NL as IQ4_NL": "135906bd65bac791",
+    "IQ4_XS as IQ4_XS": "23a12c065fcca8b3",
+    "MXFP4 as MXFP4": "fb52e64a5a097103",
+    "F32 as F32": "a4696450fedd4bcd",
+    "F16 as INT12": "cf751e8e90d08678",
+    "F16 as F16": "74dad3fd8614187c",
+    "BF16 as INT12": "8d6fbc331b22d3e0",
+    "BF16 as BF16": "adc5de9b5afc48c5",
+    "TQ2_0 as INT8": "67c3b9281da75e10",
+}
+
+
+@pytest.mark.parametrize("name", [*(name for name in BLOCKS if name != "INT8"), "F32", "F16", "BF16", "TQ2_0"])
+def test_the_layout_has_the_number_that_files_know_it_by(name: str) -> None:
+    [form] = packing.pack_all([weight(name, 21, 512)])
+    digest = hashlib.sha256(form.keep[: form.n_bytes]).hexdigest()[:16]
+    assert packing.LAYOUT == LAYOUT
+    assert digest == PACKED[f"{name} as {form.format}"], "raise packing.LAYOUT, and write both down here"
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "F16", "F32", "TQ2_0"])
+def test_groups_of_weights_that_are_read_together_alternate(name: str) -> None:
+    """Gate and up: the same bytes as alone, a group of the one and a group of the other in turns."""
+    tensors = [weight(name, rows, 512) for rows in (21, 3000, 40, 3000, 40, 16)]
+    tensors.append(weight(name, 40, 2048))  # a group of this has more bytes than all that is before it
+    tensors[3] = replace(tensors[3], data=tensors[3].data[::-1].copy())
+    forms = packing.pack_all(tensors, n_threads=2, pairs=[(3, 1), (0, 2)])
+    alone = [packing.pack(tensor) for tensor in tensors]
+    for form, expected in zip(forms, alone, strict=True):
+        start = form.address - form.keep.ctypes.data
+        places = start + form.stride * np.arange(form.n_groups)[:, None] + np.arange(form.group_bytes)
+        assert places.max() + 1 == start + form.span <= len(form.keep)
+        assert np.array_equal(form.keep[places].reshape(-1), expected.keep[: expected.n_bytes])
+    assert [form.stride // form.group_bytes for form in forms] == [1, 2, 1, 2, 1, 1, 1], "those that are alike"
+    assert forms[1].address == forms[3].address + forms[3].group_bytes
+    assert len(forms[0].keep) < sum(form.n_bytes for form in forms) + 64 * len(forms)
+
+
+@pytest.mark.parametrize("gives_back", [True, False])
+def test_pieces_of_a_file_are_lent_and_forgotten(
+    gives_back: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With pages that can be given back, and through a buffer.
+
+    At most the pieces of two threads are mapped, each of 1 MiB and so in two of the system's windows at most.
+    """
+    monkeypatch.setattr(gguf, "GIVES_BACK", gives_back)
+    tensor = weight("Q8_0", 6000, 4096)
+    tiny.write(tmp_path / "m.gguf", {"general.architecture": "none"}, {"w": tensor})
+    file = gguf.read(tmp_path / "m.gguf")
+    most = 0
+
+    def watch(done: int, total: int) -> None:
+        nonlocal most
+        most = max(most, mapped_kib(tmp_path / "m.gguf"))
+
+    [form] = packing.pack_all([file.tensors["w"]], n_threads=2, progress=watch, lend=file.lend)
+    [expected] = packing.pack_all([tensor])
+    assert form.n_bytes > 24 << 20 and np.array_equal(form.keep, expected.keep)
+    assert most <= 2 * 2 * gguf._WINDOW >> 10
+    assert mapped_kib(tmp_path / "m.gguf") == 0, "no page that was mapped beside what was read is left"
+
+
+def mapped_kib(path: Path) -> int:
+    """Resident pages of the mapped file, where the system tells: else 0."""
+    if not sys.platform.startswith("linux"):
+        return 0
+    ours, total = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line.split()[0].endswith(":"):
+            total += int(line.split()[1]) if ours and line.startswith("Rss:") else 0
+        else:
+            ours = line.endswith(str(path))
+    return total
+
+
+def test_a_failure_in_any_thread_ends_all() -> None:
+    def lend(rows: np.ndarray) -> Any:
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        packing.pack_all([weight("Q8_0", 4000, 1024)], n_threads=3, lend=lend)
+    assert packing.pack_all([weight("Q8_0", 40, 1024)], n_threads=3, lend=nullcontext)
+
+
+# --- behind the caller
+
+
+@pytest.fixture
+def not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is packed behind the caller, and pieces of a first run are small."""
+    monkeypatch.setattr(packing.Packing, "start", lambda self: None)
+    monkeypatch.setattr(streamed, "BUFFER", 1)
+
+
+@pytest.mark.parametrize("fmt", ["Q4_0", "Q4_K", "F16", "TQ2_0"])
+@pytest.mark.parametrize("arch", ["llama-gqa", "gpt2", "phi3", "qwen2", "bert-mean"])
+def test_a_first_run_without_packed_weights_gives_the_same_bits(
+    arch: str, fmt: str, tmp_path: Path, cache: Path, not_begun: None
+) -> None:
+    sizes = {} if by_name(fmt).block > 32 else {"intermediate_size": 128}  # whole units
+    path = tiny.tiny(arch, fmt=fmt, folder=tmp_path, **sizes)
+    for tokens in (TOKENS[:1], TOKENS):
+        with edgelm.load(path, threads=2) as loaded:
+            under_way = loaded.runner._resources.packing
+            assert (under_way is None) == (fmt == "TQ2_0"), "what has to be transcoded is packed before"
+            first, second = (loaded.embed([tokens]) if loaded.is_encoder else loaded.logits(tokens) for _ in range(2))
+            np.testing.assert_array_equal(first, second)
+            assert under_way is None or under_way.finished
+
+
+@pytest.mark.parametrize("piece_bytes", [1, packing.LARGE_PIECE])
+def test_what_is_packed_when_a_run_comes_is_used(
+    piece_bytes: int, model: Path, not_begun: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of a model is packed: nothing, up to any piece (a group of a weight, or all of it), all."""
+    monkeypatch.setattr(packing, "LARGE_PIECE", piece_bytes)
+    with edgelm.load(model) as loaded:
+        expected, n_pieces = loaded.logits(TOKENS), len(loaded.runner._resources.packing._pieces)
+    for n in range(0, n_pieces + 1, 1 if piece_bytes > 1 else 7):
+        with edgelm.load(model) as loaded:
+            under_way = loaded.runner._resources.packing
+            pieces, under_way._pieces = under_way._pieces, under_way._pieces[:n]
+            under_way._work()
+            under_way._pieces = pieces
+            np.testing.assert_array_equal(loaded.logits(TOKENS), expected)
+            loaded.wait()
+            np.testing.assert_array_equal(loaded.logits(TOKENS), expected)
+
+
+def test_what_fails_behind_the_caller_is_raised_by_the_second_run(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> int:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(packing, "_pack_piece", fail)
+    with edgelm.load(model) as loaded, pytest.raises(OSError, match="the disk is gone"):
+        for _ in range(2):
+            loaded.logits(TOKENS)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_packs_for_itself(model: Path) -> None:
+    """Threads do not come along: a fork in the middle of packing must not wait for them."""
+    script = """
+import os, sys, numpy as np, edgelm
+from edgelm.kernels import packing
+pack_piece = packing._pack_piece
+with edgelm.load(sys.argv[1]) as model:
+    expected = [model.logits([1, 2, 3]) for _ in range(2)]
+packing._pack_piece = lambda *args: (__import__("time").sleep(0.05), pack_piece(*args))[1]
+model = edgelm.load(sys.argv[1])
+child = os.fork()
+found = [model.logits([1, 2, 3]) for _ in range(2)]
+assert np.array_equal(found, expected)
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", script, str(model)], check=True, timeout=60)
+
+
+def test_a_process_may_end_while_weights_are_packed(model: Path) -> None:
+    script = """
+import sys, edgelm
+from edgelm.kernels import packing
+pack_piece = packing._pack_piece
+packing._pack_piece = lambda *args: (__import__("time").sleep(0.2), pack_piece(*args))[1]
+model = edgelm.load(sys.argv[1])
+print(int(model.logits([1]).shape[0]))
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(model)], check=True, timeout=60, capture_output=True)
+    assert (done.stdout, done.stderr) == (b"1\n", b"")
