@@ -81,6 +81,37 @@ def in_order(results: Iterable[Node]) -> list[Node]:
     return [found[serial] for serial in sorted(found)]
 
 
+BY_ROW = frozenset({"linear", "rms_norm", "layer_norm", "rope", "scale", "activation", "columns"})
+
+
+def for_outputs(result: Node) -> Node:
+    """The same graph, in which rows are chosen as early as their values are no longer needed by other rows.
+
+    The last attention has keys and values of all tokens, but queries of those alone that want an output: a prompt of
+    many tokens, of which one does, computes its last layer's queries and attention for that one.
+    """
+    chosen: dict[Node, Node] = {}
+
+    def rows_of(x: Node) -> Node:
+        if x not in chosen:
+            kind, inputs, args = x.kind, x.inputs, x.args
+            if kind == "attention" or kind in BY_ROW:
+                inputs = (rows_of(inputs[0]), *inputs[1:])
+            else:
+                kind, inputs, args = "outputs", (x,), {}
+            chosen[x] = Node(kind, inputs, x.n_cols, OUTPUTS, args)
+        return chosen[x]
+
+    made: dict[Node, Node] = {}
+    for node in in_order([result]):
+        inputs = tuple(made[i] for i in node.inputs)
+        if node.kind == "outputs":
+            made[node] = rows_of(inputs[0])
+        else:
+            made[node] = node if inputs == node.inputs else Node(node.kind, inputs, node.n_cols, node.rows, node.args)
+    return made[result]
+
+
 def matrices(nodes: Iterable[Node]) -> list[Matrix]:
     """Every weight matrix of a graph, once, in the order in which they are used."""
     found = (node.args.get(name) for node in nodes for name in ("matrix", "table"))

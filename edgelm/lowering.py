@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from .arch import Config, Pairing, Rope
 from .errors import UnsupportedError
 from .formats import QTensor
-from .graph import OUTPUTS, TOKENS, Matrix, Node, gated
+from .graph import OUTPUTS, TOKENS, Matrix, Node, for_outputs, gated, in_order
 from .kernels.abi import Env, Row
 from .kernels.records import LIMIT
 from .pages import GroupLayout
@@ -323,7 +323,7 @@ class Lowering:
     def on_rope(self, node: Node) -> None:
         x, heads, options = self._floats[node.inputs[0]], node.args["heads"], self._rotation(node)
         self._step(node, (x,), lambda y: self._elementwise.row_rope(
-            x.offset, x.stride, y.offset, y.stride, heads, node.n_cols // heads, **options
+            x.offset, x.stride, y.offset, y.stride, heads, node.n_cols // heads, **options, count=COUNTS[node.rows]
         ), reuses=x)
 
     def _rotation(self, node: Node) -> dict[str, Any]:
@@ -352,6 +352,7 @@ class Lowering:
         self._step(node, (q, scratch), lambda y: kernels.row_attention(
             layout, group, index, n_heads, q.offset, q.stride, y.offset, y.stride, scale=a["scale"],
             softcap=a["softcap"], causal=a["causal"], scratch_off=scratch.offset, n_scratch=n_scratch, **q_rope,
+            count=COUNTS[node.rows],
         ))
 
 
@@ -366,7 +367,7 @@ def plan(
     """The op table of a graph, in order, for at most `n_rows` tokens at a time. Compiles the kernels it needs."""
     from .kernels import compiler, executor, sampling
 
-    lowering = Lowering(nodes, resources, layouts)
+    lowering = Lowering(in_order([for_outputs(nodes[-1])]), resources, layouts)
     steps = schedule(lowering.steps)
     hidden = lowering.hidden
     n_bytes = allocate(steps, n_rows, hidden)

@@ -19,7 +19,7 @@ from .cache import Batch, KVCache, Sequence, paged
 from .errors import ContextFull, UsageError
 from .formats import QTensor
 from .graph import Matrix, Node, Recorder, gates, in_order, matrices
-from .kernels.abi import Env, Row
+from .kernels.abi import ENVS, Env, Row
 from .rope import RopeTable
 from .threads import default_threads
 from .weights import Weights
@@ -36,6 +36,7 @@ TOKENS_AT_ONCE = 512  # if nothing else is said: as many as a unit of work takes
 N_TOKENS, N_OUTPUTS, TABLES, LENGTHS, LOGITS = (
     int(field) for field in (Env.N_TOKENS, Env.N_OUTPUTS, Env.TABLES, Env.LENGTHS, Env.LOGITS)
 )
+OF_OUTPUTS = int(Env.SIZE)  # where the environment begins whose tokens are those that want an output
 PARTS = 8  # of a run without packed weights
 
 
@@ -107,18 +108,16 @@ class Program:
         self._rope_views: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
         self._n_positions = 0  # that the RoPE tables have
 
-        self._env = np.zeros(Env.SIZE, np.int64)
+        self._env = np.zeros((ENVS, Env.SIZE), np.int64)
         self._env_address = self._env.ctypes.data
-        self._words = self._env.data
-        arrays = (np.zeros(self.max_tokens, np.int32) for _ in range(4))
-        self._tokens, self._positions, self._rows, self._outputs = arrays
-        for name, array in (
-            (Env.TOKENS, self._tokens), (Env.POSITIONS, self._positions), (Env.ROWS, self._rows),
-            (Env.OUTPUTS, self._outputs),
-        ):
-            self._env[name] = array.ctypes.data
-        self._env[Env.N_THREADS] = max(self.n_threads, self.n_threads_batch)
-        self._env[Env.YIELD] = yield_address()
+        self._words = self._env.reshape(-1).data
+        self._tokens, self._outputs = (np.zeros(self.max_tokens, np.int32) for _ in range(2))
+        self._positions, self._rows = (np.zeros((ENVS, self.max_tokens), np.int32) for _ in range(2))
+        self._env[:, Env.TOKENS], self._env[:, Env.OUTPUTS] = self._tokens.ctypes.data, self._outputs.ctypes.data
+        for environment, positions, rows in zip(self._env, self._positions, self._rows, strict=True):
+            environment[Env.POSITIONS], environment[Env.ROWS] = positions.ctypes.data, rows.ctypes.data
+        self._env[:, Env.N_THREADS] = max(self.n_threads, self.n_threads_batch)
+        self._env[:, Env.YIELD] = yield_address()
         self._workspace = np.zeros(0, np.uint8)
         self._room_for_sequences(8)
         self._plan(kv_type)
@@ -230,12 +229,13 @@ class Program:
         words = self._words
         words[N_TOKENS], words[N_OUTPUTS] = n_tokens, n_outputs
         self._tokens[:n_tokens] = batch.tokens[begin:end]
-        self._positions[:n_tokens] = batch.positions[begin:end]
-        rows = self._rows[:n_tokens]
-        rows[:] = batch.rows[begin:end]
+        positions, rows = self._positions[0, :n_tokens], self._rows[0, :n_tokens]
+        positions[:], rows[:] = batch.positions[begin:end], batch.rows[begin:end]
+        words[OF_OUTPUTS + N_TOKENS] = n_outputs
         if n_outputs:
-            at = np.searchsorted(batch.outputs, begin) if begin else 0
-            np.subtract(batch.outputs[at : at + n_outputs], begin, out=self._outputs[:n_outputs])
+            at, outputs = np.searchsorted(batch.outputs, begin) if begin else 0, self._outputs[:n_outputs]
+            np.subtract(batch.outputs[at : at + n_outputs], begin, out=outputs)
+            self._positions[1, :n_outputs], self._rows[1, :n_outputs] = positions[outputs], rows[outputs]
             words[LOGITS] = results.ctypes.data
         if n_tokens == len(batch.sequences):
             self._lengths[:n_tokens] += 1
@@ -272,7 +272,7 @@ class Program:
                 return False
             places, n = {matrix: i for i, matrix in enumerate(packed)}, int(self._words[N_TOKENS])
             for embed in (node.args for node in self._nodes if node.kind == "embed"):
-                rows = self._tokens[:n] if embed["by"] == "tokens" else self._positions[:n] + embed["offset"]
+                rows = self._tokens[:n] if embed["by"] == "tokens" else self._positions[0, :n] + embed["offset"]
                 if places[embed["table"]] in left:
                     packing.pack_rows(places[embed["table"]], rows.tolist())
             weights = list(zip(packing.tensors, packed.values(), strict=True))
@@ -311,11 +311,11 @@ class Program:
         made = plan(self._nodes, self._resources, layouts, self.max_tokens, self._progress)
         if made.workspace_bytes > len(self._workspace):
             self._workspace = zeroed(made.workspace_bytes)
-            self._env[Env.WORKSPACE] = self._workspace.ctypes.data
+            self._env[:, Env.WORKSPACE] = self._workspace.ctypes.data
         for rope in self._resources.ropes[len(self._rope_tables) :]:
             self._rope_tables.append(RopeTable(rope, self._factors, self.n_ctx))
             self._n_positions = 0
-        self._env[Env.N_GROUPS] = len(self._groups)
+        self._env[:, Env.N_GROUPS] = len(self._groups)
         self._grow_ropes(min(256, self.n_ctx))
         self._plans[kv_type] = made
         return made
@@ -328,13 +328,13 @@ class Program:
         views = [table.tables(n) for table in self._rope_tables]
         self._cos = np.array([cos.ctypes.data for cos, _ in views], np.int64)
         self._sin = np.array([sin.ctypes.data for _, sin in views], np.int64)
-        self._env[Env.COS], self._env[Env.SIN] = self._cos.ctypes.data, self._sin.ctypes.data
+        self._env[:, Env.COS], self._env[:, Env.SIN] = self._cos.ctypes.data, self._sin.ctypes.data
         self._rope_views, self._n_positions = views, n
 
     def _room_for_sequences(self, n: int) -> None:
         self._lengths = np.zeros(n, np.int32)
         self._tables = np.zeros((n, len(self._groups)), np.int64)
-        self._env[Env.LENGTHS], self._env[Env.TABLES] = self._lengths.ctypes.data, self._tables.ctypes.data
+        self._env[:, Env.LENGTHS], self._env[:, Env.TABLES] = self._lengths.ctypes.data, self._tables.ctypes.data
 
 
 def _pack(nodes: list[Node], there: Mapping[Matrix, Any], pack: Pack) -> tuple[dict[Matrix, Any], Any]:

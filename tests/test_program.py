@@ -15,6 +15,7 @@ from edgelm import gguf
 from edgelm.arch import ARCHS, Config
 from edgelm.cache import Batch, Sequence
 from edgelm.errors import ContextFull, UsageError
+from edgelm.kernels.abi import Env, Row
 from edgelm.models import model_of
 from edgelm.program import Program
 from edgelm.reference import Reference
@@ -171,6 +172,14 @@ def test_going_back_and_forking_change_no_bit(make: Make, kv_type: str) -> None:
     sequence.truncate(70)
     assert np.array_equal(run(program, tokens[70:], sequence), expected[70:])
     assert np.array_equal(run(program, tokens[90:], fork), expected[90:])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_last_layer_has_queries_of_wanted_outputs_alone(make: Make, name: str) -> None:
+    program = make(name, "Q4_0")
+    (plan,) = program._plans.values()
+    counts = [row[Row.COUNT] for step, row in zip(plan.steps, plan.table, strict=True) if step.name == "attention"]
+    assert counts == [Env.N_TOKENS] * (program.config.n_layers - 1) + [Env.N_OUTPUTS]
 
 
 # --- the rest of the contract ---

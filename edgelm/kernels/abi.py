@@ -7,6 +7,8 @@ executor hands out ranges of units to threads in any order, so two units of one 
 A row holds what is fixed when a program is recorded, the environment what changes from call to call. Buffers are
 given as byte offsets into the workspace (`Env.WORKSPACE`), weights as absolute addresses: so one program can run
 in several workspaces at once.
+
+Operations that ask where a token stands can be told to ask the second environment, if their rows are wanted outputs.
 """
 
 from __future__ import annotations
@@ -49,4 +51,7 @@ class Env(IntEnum):
     N_THREADS = 12  # count
     N_GROUPS = 13  # count: cache groups, the row length of TABLES
     YIELD = 14  # void (*)(void): gives the core away
-    SIZE = 32
+    SIZE = 16
+
+
+ENVS = 2  # environments, one behind the other; in the second, the tokens are those that want logits

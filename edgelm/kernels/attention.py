@@ -25,7 +25,7 @@ AHEAD = 4  # tokens: queries of so much later are fetched, and the lines of thei
 COUNTER = 64  # bytes of a counter of finished blocks, one for each of SPLIT_TOKENS tokens and each KV head
 PARTIAL = 64  # bytes of a maximum and a sum, before the values that belong to them
 LOG2_E = 1.4426950408889634  # scores are taken in units of ln 2
-CAUSAL, HALVES = 1, 2  # flags, and the types of keys and values beside them:
+CAUSAL, HALVES, OF_OUTPUTS = 1, 2, 4  # flags, and the types of keys and values beside them:
 KINDS = {"f32": 0, "f16": 1, "q4_0": 4, "q8_0": 8}  # the latter two are the bits of a number
 KEY_KIND, VALUE_KIND = 1 << 8, 1 << 16
 
@@ -49,9 +49,10 @@ def _bits(low: float, high: float) -> int:
     return int(np.array([low, high], np.float32).view(np.int64)[0])
 
 
-def _flags(layout: GroupLayout, causal: bool, halves: bool) -> int:
+def _flags(layout: GroupLayout, causal: bool, halves: bool, of_outputs: bool = False) -> int:
     keys, values = both(layout.kv_type)
-    return CAUSAL * causal | HALVES * halves | KEY_KIND * KINDS[keys] | VALUE_KIND * KINDS[values]
+    kinds = KEY_KIND * KINDS[keys] | VALUE_KIND * KINDS[values]
+    return CAUSAL * causal | HALVES * halves | OF_OUTPUTS * of_outputs | kinds
 
 
 def _check(layout: GroupLayout) -> None:
@@ -88,7 +89,7 @@ def row_store_kv(
 def row_attention(
     layout: GroupLayout, group: int, layer_in_group: int, n_heads: int, q_off: int, q_stride: int, y_off: int,
     y_stride: int, *, scale: float, scratch_off: int, n_scratch: int, softcap: float = 0.0, causal: bool = True,
-    rope: int = -1, rope_dim: int = 0, halves: bool = False,
+    rope: int = -1, rope_dim: int = 0, halves: bool = False, count: int = Env.N_TOKENS,
 ) -> list[int]:
     """y (T, n_heads * v_head_dim) = softmax(q·k * scale) v over the cached positions of each token's sequence.
 
@@ -98,6 +99,7 @@ def row_attention(
     Args:
         scratch_off, n_scratch: the buffer of `scratch_bytes`.
         rope, rope_dim, halves: if queries have still to be rotated, as for `row_store_kv`.
+        count: Env.N_OUTPUTS if q and y have rows for the tokens that want an output alone.
 
     Raises:
         UnsupportedError: heads larger than LARGEST_HEAD, or a window without causality.
@@ -109,12 +111,12 @@ def row_attention(
     quantized = max(KINDS[name] for name in both(layout.kv_type)) >= KINDS["q4_0"]
     kernel = "attention" if quantized else "attention_of_floats"
     row[Row.KERNEL] = compiler.address(f"attention_kernels:{kernel}")
-    row[Row.UNITS], row[Row.UNITS_PER], row[Row.COUNT] = g.n_kv_heads * TILE, TILE, int(Env.N_TOKENS)
+    row[Row.UNITS], row[Row.UNITS_PER], row[Row.COUNT] = g.n_kv_heads * TILE, TILE, int(count)
     row[Row.GRAIN], row[Row.BARRIER] = 4, 1
     row[Row.ARGS :] = [
         q_off, q_stride, y_off, y_stride, g.n_kv_heads | n_heads // g.n_kv_heads << 32,
         g.head_dim | g.v_head_dim << 32, layout.k_offset(layer_in_group), layout.v_offset(layer_in_group),
-        _bits(scale if softcap else scale * LOG2_E, softcap), group, g.window, _flags(layout, causal, halves), rope,
-        rope_dim // 2, scratch_off, n_scratch,
+        _bits(scale if softcap else scale * LOG2_E, softcap), group, g.window,
+        _flags(layout, causal, halves, count == Env.N_OUTPUTS), rope, rope_dim // 2, scratch_off, n_scratch,
     ]
     return row

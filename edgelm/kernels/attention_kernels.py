@@ -14,8 +14,8 @@ Knows nothing of how pages are managed.
 
 from __future__ import annotations
 
-from edgelm.kernels.abi import WORD
-from edgelm.kernels.attention import AHEAD, BLOCK, COUNTER, PARTIAL, SPLIT_TOKENS, TILE
+from edgelm.kernels.abi import WORD, Env
+from edgelm.kernels.attention import AHEAD, BLOCK, COUNTER, OF_OUTPUTS, PARTIAL, SPLIT_TOKENS, TILE
 from edgelm.kernels.attention_blocks import (
     begin_row,
     begin_tile,
@@ -26,6 +26,7 @@ from edgelm.kernels.attention_blocks import (
     merge,
 )
 from edgelm.kernels.attention_layout import (
+    FLAGS,
     FLOATS,
     GROUP,
     HEADS,
@@ -231,6 +232,7 @@ def merge_parts(e, op, env, base, token, kv_head, first, n_partial):
 
 
 def _attention(e, op, env, begin, end):
+    env = env + e.select((e.load_word(op + FLAGS) & OF_OUTPUTS).is_(0), e.word(0), WORD * Env.SIZE)
     base, n_tokens = e.stack(TILE_BYTES), e.load_word(env + N_TOKENS)
     n_partial, unit = blocks_to_divide(e, op, env), e.variable(begin)
     n_tiles = (n_tokens + (TILE - 1)) // TILE

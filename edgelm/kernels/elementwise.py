@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from edgelm.kernels import compiler
-from edgelm.kernels.abi import Env, Row
+from edgelm.kernels.abi import WORD, Env, Row
 from edgelm.kernels.records import LIMIT, activation_bytes
 
 
@@ -116,12 +116,13 @@ def row_outputs(x_off: int, x_stride: int, y_off: int, y_stride: int, n_cols: in
 
 def row_rope(
     x_off: int, x_stride: int, y_off: int, y_stride: int, heads: int, head_dim: int, *,
-    rope: int, rope_dim: int, halves: bool,
+    rope: int, rope_dim: int, halves: bool, count: int = Env.N_TOKENS,
 ) -> list[int]:
-    """Each head of x (T, heads * head_dim) rotated by its token's position; `rope` is the index into Env.COS and SIN.
+    """Each head of x (rows, heads * head_dim) rotated by its token's position; `rope` is the index into Env.COS, SIN.
 
     The first rope_dim columns of a head turn: in pairs (0, 1), (2, 3) …, or with `halves` (0, rope_dim / 2) ….
     """
     return _row("rope", heads * head_dim, [
-        x_off, x_stride, y_off, y_stride, head_dim, heads, rope, rope_dim // 2, int(halves)
-    ])
+        x_off, x_stride, y_off, y_stride, head_dim, heads, rope, rope_dim // 2, int(halves),
+        WORD * Env.SIZE * (count == Env.N_OUTPUTS),
+    ], count)

@@ -213,10 +213,11 @@ def copy(op, env, begin, end):
 
 # --- RoPE
 
-_ROPE_HEADS, _ROPE, _PAIRS, _HALVES = _ARG[5:9]
+_ROPE_HEADS, _ROPE, _PAIRS, _HALVES, _ENVIRONMENT = _ARG[5:10]
 
 
 def _rope(e, op, env, begin, end):
+    env = env + e.load_word(op + _ENVIRONMENT)
     index, n, pairs = WORD * e.load_word(op + _ROPE), e.load_word(op + _N), e.load_word(op + _PAIRS)
     cos, sin = (e.load_word(e.load_word(env + table) + index) for table in (_COS, _SIN))
     with e.loop(begin, end) as row:

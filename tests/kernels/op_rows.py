@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 
-from edgelm.kernels.abi import Env, Row
+from edgelm.kernels.abi import ENVS, Env, Row
 
 NATIVE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)
 
@@ -20,8 +20,9 @@ class Workspace:
         self._at = -self._memory.ctypes.data % 64
         self._base = self._memory.ctypes.data
         self.rng = np.random.default_rng(seed)
-        self.env = np.zeros(Env.SIZE, np.int64)
-        self.env[Env.WORKSPACE] = self._base
+        self._envs = np.zeros((ENVS, Env.SIZE), np.int64)
+        self._envs[:, Env.WORKSPACE] = self._base
+        self.env, self.env_of_outputs = self._envs
         self._keep: list[np.ndarray] = []
 
     def take(self, n_bytes: int) -> int:

@@ -193,3 +193,14 @@ def test_rope(ws, head_dim, rope_dim, halves):
     ws.run(elementwise.row_rope(x_off, stride, x_off, stride, heads, head_dim, **place))
     in_place = ws.bytes_at(x_off, T * stride).view(np.float32).reshape(T, -1)[:, : heads * head_dim]
     np.testing.assert_array_equal(in_place, y)
+    positions = ws.rng.integers(0, n_positions, 2).astype(np.int32)
+    ws.env_of_outputs[:] = ws.env
+    ws.env_of_outputs[Env.POSITIONS] = positions.ctypes.data
+    ws.set(Env.N_OUTPUTS, 2)
+    of_outputs = elementwise.row_rope(
+        ws.put(x)[0], stride, y_off, stride, heads, head_dim, **place, count=Env.N_OUTPUTS
+    )
+    untouched = y[2:].copy()
+    ws.run(of_outputs)
+    check(y[:2], turned(x[:2], cos[positions], sin[positions], heads, halves))
+    np.testing.assert_array_equal(y[2:], untouched)
