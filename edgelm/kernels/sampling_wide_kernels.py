@@ -1,9 +1,8 @@
 """One token chosen by a chain of samplers that begins with the whole vocabulary, or by one that looks at entropies.
 
 Like `sampling_kernels`, whose chains begin with a top-k, it does what `edgelm.filters` defines, with float64 where that
-has float32. What remains of the vocabulary is kept either best first or by token id, in arrays as large as the
-vocabulary. Nothing sorts it: the best are taken from a heap until they suffice, and only what is near enough to the
-best logit gets into that heap. Where thousands would have to be taken, the caller's filters do it.
+has float32. `sampling_candidates` holds what remains of the vocabulary after each step; where thousands would have to
+be put in order, the caller's filters do it.
 """
 
 from __future__ import annotations
@@ -41,240 +40,53 @@ from edgelm.kernels.sampling import (
     UNIFORM,
     XTC,
 )
-from edgelm.kernels.sampling_kernels import _LOWEST, _SLACK, change, copy, load_f64, select
-from edgelm.kernels.simd import (
-    add_f32,
-    fma,
-    lanes_max_f32,
-    load_f32,
-    load_f32x16,
-    load_i64,
-    max_f32,
-    splat_f32,
-    store,
-    sub_f32,
-    sum_f32,
+from edgelm.kernels.sampling_candidates import (
+    BY_DISTANCE,
+    BY_LOGIT,
+    NONE,
+    STRETCH,
+    TOO_MANY,
+    WEIGHT,
+    WHOLE,
+    above,
+    best_of,
+    deviation,
+    first,
+    gather,
+    largest,
+    moments,
+    reaching,
+    spread,
+    weigh,
 )
-from edgelm.kernels.vector_math import exp_f32
+from edgelm.kernels.sampling_kernels import _SLACK, change, copy, load_f64, select
+from edgelm.kernels.simd import load_f32, load_i64, store
 
 _F32, _F64 = np.float32, np.float64
-_STEP = 64  # logits looked at together
-_STRETCH = 1024  # of which the weights are summed in float32
-_ALL = -3e38  # below every logit but -inf
-_MOST = 4096  # candidates taken from a heap; to sort many more NumPy is faster
-_BY_LOGIT, _BY_DISTANCE, _BY_ID = range(3)
-# Arrays of the candidates, n words each: ids, logits, weights; and of the heap: keys, ids, logits.
-_WEIGHT, _KEY, _HEAP_ID, _HEAP_LOGIT = 2, 3, 4, 5
+_MIROSTAT_BEST = 100  # logits that mirostat 1 judges a distribution by
 
 
 @njit
-def largest(x, n):
-    """(the largest of n logits, the sum of none but finite ones times 0: NaN if one is NaN or infinite)."""
-    lowest = splat_f32(_F32(_LOWEST))
-    high, odd, wrong = lowest, splat_f32(_F32(0)), splat_f32(_F32(0))
-    whole = n - n % 16
-    for at in range(x, x + 4 * whole, 64):
-        value = load_f32x16(at)
-        above = max_f32(lowest, value)  # gives the second if one is NaN
-        high = max_f32(above, high)
-        odd = add_f32(odd, sub_f32(above, above))  # NaN with NaN or +inf
-        wrong = add_f32(wrong, sub_f32(value, value))  # with -inf too
-    best, out, bad = lanes_max_f32(high), sum_f32(wrong), sum_f32(odd)
-    for at in range(x + 4 * whole, x + 4 * n, 4):
-        value = load_f32(at)
-        if not value < _F32(math.inf):
-            bad = _F32(math.nan)
-        out += value - value
-        best = max(best, value)
-    return best, bad, out
+def changed(x, n, op, scratch):
+    """Biases or penalises n logits, in `scratch`, where those at address x are copied first: where they are now."""
+    if x != scratch:
+        copy(x, scratch, n)
+    change(scratch, op)
+    return scratch
 
 
 @njit
-def moments(x, n, best):
-    """Sums over n logits of w = exp(logit - best), and of w * (logit - best)."""
-    lowest, shift = splat_f32(_F32(_LOWEST)), splat_f32(_F32(best))
-    zeroth, first = 0.0, 0.0
-    whole = n - n % 16
-    for begin in range(0, whole, _STRETCH):
-        weights, moment = splat_f32(_F32(0)), splat_f32(_F32(0))
-        for i in range(begin, min(begin + _STRETCH, whole), 16):
-            d = sub_f32(max_f32(lowest, load_f32x16(x + 4 * i)), shift)
-            w = exp_f32(d)
-            weights, moment = add_f32(weights, w), fma(w, d, moment)
-        zeroth, first = zeroth + _F64(sum_f32(weights)), first + _F64(sum_f32(moment))
-    for i in range(whole, n):
-        d = _F64(load_f32(x + 4 * i)) - best
-        if d > -1e3:
-            zeroth, first = zeroth + math.exp(d), first + math.exp(d) * d
-    return zeroth, first
-
-
-@njit
-def deviation(x, n, best, finite):
-    """Standard deviation of n logits, those that are -inf left out."""
-    if not finite:
-        total, square, count = 0.0, 0.0, 0
-        for i in range(n):
-            d = _F64(load_f32(x + 4 * i)) - best
-            if d > -math.inf:
-                total, square, count = total + d, square + d * d, count + 1
-        return math.sqrt(max(square / count - (total / count) ** 2, 0.0))
-    mean = best
-    square = 0.0
-    for _ in range(2):
-        total, square, shift = 0.0, 0.0, splat_f32(_F32(mean))
-        whole = n - n % 16
-        for begin in range(0, whole, _STRETCH):
-            sums, squares = splat_f32(_F32(0)), splat_f32(_F32(0))
-            for i in range(begin, min(begin + _STRETCH, whole), 16):
-                d = sub_f32(load_f32x16(x + 4 * i), shift)
-                sums, squares = add_f32(sums, d), fma(d, d, squares)
-            total, square = total + _F64(sum_f32(sums)), square + _F64(sum_f32(squares))
-        for i in range(whole, n):
-            d = _F64(load_f32(x + 4 * i) - _F32(mean))
-            total, square = total + d, square + d * d
-        mean = _F64(_F32(mean)) + total / n
-    return math.sqrt(square / n)
-
-
-@njit
-def spread(wide, n, count):
-    """Standard deviation of the logits of the candidates."""
-    mean, square = 0.0, 0.0
-    for i in range(count):
-        mean += load_f64(wide + 8 * (n + i)) / count
-    for i in range(count):
-        square += (load_f64(wide + 8 * (n + i)) - mean) ** 2
-    return math.sqrt(square / count)
-
-
-@njit
-def gather(x, n, low, wide):
-    """Makes the logits at address x that are at least `low` the candidates, by id: how many there are."""
-    low, count = _F32(low), 0
-    for begin in range(0, n, _STEP):
-        at, end = x + 4 * begin, min(begin + _STEP, n)
-        if end - begin == _STEP:
-            high = max_f32(load_f32x16(at), load_f32x16(at + 64))
-            if lanes_max_f32(max_f32(high, max_f32(load_f32x16(at + 128), load_f32x16(at + 192)))) < low:
-                continue
-        for i in range(begin, end):
-            value = load_f32(x + 4 * i)
-            if value >= low:
-                store(wide + 8 * count, np.int64(i))
-                store(wide + 8 * (n + count), _F64(value))
-                count += 1
-    return count
-
-
-@njit
-def weigh(wide, n, count, best):
-    """exp(logit - best) of the candidates; their sum, and that of them times (logit - best)."""
-    zeroth, first = 0.0, 0.0
-    for i in range(count):
-        d = load_f64(wide + 8 * (n + i)) - best
-        w = math.exp(d)
-        store(wide + 8 * (_WEIGHT * n + i), w)
-        zeroth, first = zeroth + w, first + w * d
-    return zeroth, first
-
-
-@njit
-def sift(wide, n, at, count, key, token, logit):
-    """Puts an item in its place at or below `at` in the heap: the largest key on top, of equals the lowest token."""
-    keys, tokens, logits = wide + 8 * _KEY * n, wide + 8 * _HEAP_ID * n, wide + 8 * _HEAP_LOGIT * n
-    while 2 * at + 1 < count:
-        child = 2 * at + 1
-        value = load_f64(keys + 8 * child)
-        if child + 1 < count:
-            other = load_f64(keys + 8 * child + 8)
-            if other > value or (
-                other == value and load_i64(tokens + 8 * child + 8) < load_i64(tokens + 8 * child)
-            ):
-                child, value = child + 1, other
-        if key > value or (key == value and token < load_i64(tokens + 8 * child)):
-            break
-        store(keys + 8 * at, value)
-        store(tokens + 8 * at, load_i64(tokens + 8 * child))
-        store(logits + 8 * at, load_f64(logits + 8 * child))
-        at = child
-    store(keys + 8 * at, key)
-    store(tokens + 8 * at, token)
-    store(logits + 8 * at, logit)
-
-
-@njit
-def take(wide, n, count, order, center, best, least, target):
-    """Leaves the first candidates in some order: at least `least`, until the sum of their weights reaches `target`.
-
-    Returns how many; -1 if it gives up because they are too many.
-    """
-    keys, tokens, logits = wide + 8 * _KEY * n, wide + 8 * _HEAP_ID * n, wide + 8 * _HEAP_LOGIT * n
-    for i in range(count):
-        token, logit = load_i64(wide + 8 * i), load_f64(wide + 8 * (n + i))
-        key = logit if order == _BY_LOGIT else -abs(logit - center) if order == _BY_DISTANCE else -_F64(token)
-        store(keys + 8 * i, key)
-        store(tokens + 8 * i, token)
-        store(logits + 8 * i, logit)
-    for i in range(count // 2 - 1, -1, -1):
-        sift(wide, n, i, count, load_f64(keys + 8 * i), load_i64(tokens + 8 * i), load_f64(logits + 8 * i))
-    total, taken = 0.0, 0
-    while taken < count and (taken < least or total < target):
-        if taken == _MOST:
-            return -1
-        logit = load_f64(logits)
-        store(wide + 8 * taken, load_i64(tokens))
-        store(wide + 8 * (n + taken), logit)
-        total += math.exp(logit - best)
-        taken += 1
-        last = count - taken
-        if last > 0:
-            end = 8 * last
-            sift(wide, n, 0, last, load_f64(keys + end), load_i64(tokens + end), load_f64(logits + end))
-    return taken
-
-
-@njit
-def first(x, n, wide, count, order, center, best, least, target):
-    """As `take`, of the candidates or, if count < 0, of all logits at address x."""
-    if count < 0:
-        reach = 8.0
-        while True:
-            low = max((center if order == _BY_DISTANCE else best) - reach, _ALL) if reach < 100 else _ALL
-            count = gather(x, n, low, wide)
-            inside, total = 0, 0.0
-            for i in range(count):
-                logit = load_f64(wide + 8 * (n + i))
-                if order == _BY_LOGIT or abs(logit - center) <= reach:
-                    inside, total = inside + 1, total + math.exp(logit - best)
-            if low <= _ALL or (inside >= least and total >= target):
-                break
-            if inside >= _MOST:
-                return -1
-            reach *= 2 if reach < 30 else 100
-    return take(wide, n, count, order, center, best, least, target)
-
-
-@njit
-def reaching(wide, n, count, bound):
-    """How many candidates have at least the logit `bound`."""
-    found = 0
-    for i in range(count):
-        found += 1 if load_f64(wide + 8 * (n + i)) >= bound else 0
-    return found
-
-
-@njit
-def above(wide, n, count, bound):
-    """Leaves the candidates whose logit is at least `bound`, in their order: how many there are."""
-    kept = 0
-    for i in range(count):
-        logit = load_f64(wide + 8 * (n + i))
-        if logit >= bound:
-            store(wide + 8 * kept, load_i64(wide + 8 * i))
-            store(wide + 8 * (n + kept), logit)
-            kept += 1
-    return kept
+def temperature(op, code, size, total, moment):
+    """The one that a step names, or within its span the one that the entropy of `size` candidates asks for."""
+    t, span, exponent = load_f64(op + OP_A), load_f64(op + OP_A + 8), load_f64(op + OP_A + 16)
+    if code == TEMPERATURE:
+        return t
+    if size < 2:
+        return 1.0
+    entropy = math.log(total) - moment / total
+    share = min(1.0, max(0.0, entropy / math.log(size)))
+    low = max(0.0, t - span)
+    return low + (t + span - low) * share**exponent
 
 
 @njit
@@ -310,20 +122,58 @@ def mirostat_length(state, found, mu, n):
 
 
 @njit
+def selected(wide, n, state, count):
+    """Makes those that `select` has found the candidates: how many there are."""
+    for i in range(count):
+        store(wide + 8 * i, load_i64(state + IDS + 8 * i))
+        store(wide + 8 * (n + i), load_f64(state + LOGITS + 8 * i))
+    return count
+
+
+@njit
+def bound(x, n, wide, count, best, finite, code, a, total):
+    """The least logit that min-p, mirostat 2 or top-n-sigma leave."""
+    if code == MIN_P:
+        return best + math.log(min(a, 1.0))
+    if code == MIROSTAT_2:
+        return best + math.log(total) - a * math.log(2.0)
+    return best - a * (deviation(x, n, best, finite) if count < 0 else spread(wide, n, count))
+
+
+@njit
+def excluded(wide, n, count, least, min_keep):
+    """How many of the best candidates xtc takes out: all with the weight `least` but the last of them."""
+    n_out = -1
+    for i in range(count):
+        w = load_f64(wide + 8 * (WEIGHT * n + i))
+        n_out += 1 if w >= least and w > 0 else 0
+    return n_out if n_out > 0 and count - n_out >= min_keep else 0
+
+
+@njit
+def drop(wide, n, count, n_out):
+    """Leaves all but the first `n_out` candidates: how many these are."""
+    for i in range(count - n_out):
+        store(wide + 8 * i, load_i64(wide + 8 * (i + n_out)))
+        store(wide + 8 * (n + i), load_f64(wide + 8 * (n + i + n_out)))
+    return count - n_out
+
+
+@njit
 def draw(x, n, wide, count, best, uniform, state):
     """Writes the candidate, or of all logits at x the one, at which the sum of weights passes `uniform` of them all."""
-    weights, begin, end = wide + 8 * _WEIGHT * n, 0, count
+    weights, begin, end = wide + 8 * WEIGHT * n, 0, count
     total, last, below = 0.0, 0, 0.0
     if count < 0:  # first which stretch it is in
-        for i in range(0, n, _STRETCH):
-            w, _ = moments(x + 4 * i, min(_STRETCH, n - i), best)
+        for i in range(0, n, STRETCH):
+            w, _ = moments(x + 4 * i, min(STRETCH, n - i), best)
             total += w
-            store(weights + 8 * (i // _STRETCH), w)
+            store(weights + 8 * (i // STRETCH), w)
         i = 0
-        while (i + 1) * _STRETCH < n and below + load_f64(weights + 8 * i) <= uniform * total:
+        while (i + 1) * STRETCH < n and below + load_f64(weights + 8 * i) <= uniform * total:
             below += load_f64(weights + 8 * i)
             i += 1
-        begin, end = i * _STRETCH, min((i + 1) * _STRETCH, n)
+        begin, end = i * STRETCH, min((i + 1) * STRETCH, n)
     else:
         total, _ = weigh(wide, n, count, best)
     weight = 0.0
@@ -343,95 +193,65 @@ def choose(x, n, state, wide):
 
     wide: address of six arrays of n words.
     """
-    scratch, min_keep, count, ranked = load_i64(state + SCRATCH), load_i64(state + MIN_KEEP), -1, False
-    best, finite, known = 0.0, True, False
+    scratch, n_ops, min_keep = load_i64(state + SCRATCH), load_i64(state + N_OPS), load_i64(state + MIN_KEEP)
+    count, ranked = WHOLE, False  # candidates; whether the best comes first
+    best, finite, known = 0.0, True, False  # of their logits
     store(state + RESULT, np.int64(-1))
-    for i in range(load_i64(state + N_OPS) + 1):
+    for i in range(n_ops + 1):
         op = state + OPS + i * OP
-        code = load_i64(op + OP_CODE) if i < load_i64(state + N_OPS) else -1
-        a, b, c = load_f64(op + OP_A), load_f64(op + OP_A + 8), load_f64(op + OP_A + 16)
+        code = load_i64(op + OP_CODE) if i < n_ops else -1  # after the last step: the best of what is left
+        a = load_f64(op + OP_A)
         if code in (ADD, PENALISE):
-            if x != scratch:
-                copy(x, scratch, n)
-                x = scratch
-            change(x, op)
-            known = False
+            x, known = changed(x, n, op, scratch), False
             continue
         if not known:
-            value, bad, out = largest(x, n)
-            best, finite, known = _F64(value), out == _F32(0), True
-            if bad != _F32(0) or value <= _F32(_LOWEST):
+            best, finite, known = largest(x, n)
+            if not known:
                 return
-        size = count if count >= 0 else n
-        if count > 0:
-            best = load_f64(wide + 8 * n)
-            for j in range(count if not ranked else 0):
-                best = max(best, load_f64(wide + 8 * (n + j)))
+        best = best_of(wide, n, count, ranked, best)
         total, moment = 0.0, 0.0
         if code in (TOP_P, DYNAMIC, MIROSTAT_2, TYPICAL, XTC):
             total, moment = moments(x, n, best) if count < 0 else weigh(wide, n, count, best)
-        order, center, least, target, n_out = -1, 0.0, 1, -1.0, 0  # of what is taken: nothing yet
-        if code == TEMPERATURE or (code == DYNAMIC and size > 1):
-            if code == DYNAMIC:
-                entropy = math.log(total) - moment / total
-                share = min(1.0, max(0.0, entropy / math.log(size)))
-                low = max(0.0, a - b)
-                a = low + (a + b - low) * share**c
-            if a <= 0:
-                order = _BY_LOGIT
-            elif a != 1:
-                best = heat(x, n, wide, count, a, best, scratch)
+        order, center, least, target, n_out = NONE, 0.0, 1, -1.0, 0  # of what is taken: nothing yet
+        if code in (TEMPERATURE, DYNAMIC):
+            t = temperature(op, code, n if count < 0 else count, total, moment)
+            if t <= 0:
+                order = BY_LOGIT
+            elif t != 1:
+                best = heat(x, n, wide, count, t, best, scratch)
                 x = scratch if count < 0 else x
         elif code in (TOP_K, MIROSTAT_1):
             k = np.int64(a)
             if code == MIROSTAT_1:
-                k = mirostat_length(state, select(x, n, state, 100), a, n)
-            if count < 0 and k <= CAPACITY:
-                count, ranked = select(x, n, state, k), True
-                for j in range(count):
-                    store(wide + 8 * j, load_i64(state + IDS + 8 * j))
-                    store(wide + 8 * (n + j), load_f64(state + LOGITS + 8 * j))
-            elif ranked:
+                k = mirostat_length(state, select(x, n, state, _MIROSTAT_BEST), a, n)
+            if ranked:
                 count = min(count, k)
+            elif count < 0 and k <= CAPACITY:
+                count, ranked = selected(wide, n, state, select(x, n, state, k)), True
             else:
-                order, least = _BY_LOGIT, k
+                order, least = BY_LOGIT, k
         elif code == TOP_P:
-            order, least, target = _BY_LOGIT, max(min_keep, 1), (a - _SLACK) * total
+            order, least, target = BY_LOGIT, max(min_keep, 1), (a - _SLACK) * total
         elif code == TYPICAL:
-            order, center = _BY_DISTANCE, best + moment / total  # the mean logit is as surprising as is expected
+            order, center = BY_DISTANCE, best + moment / total  # the mean logit is as surprising as is expected
             least, target = max(min_keep, 1), (a + _SLACK) * total
         elif code in (MIN_P, TOP_N_SIGMA, MIROSTAT_2):
             least = min_keep if code == MIN_P else 1
-            if code == MIN_P:
-                bound = best + math.log(min(a, 1.0))
-            elif code == MIROSTAT_2:
-                bound = best + math.log(total) - a * math.log(2.0)
-            else:
-                bound = best - a * (deviation(x, n, best, finite) if count < 0 else spread(wide, n, count))
-            kept = gather(x, n, bound, wide) if count < 0 else reaching(wide, n, count, bound)
+            low = bound(x, n, wide, count, best, finite, code, a, total)
+            kept = gather(x, n, low, wide) if count < 0 else reaching(wide, n, count, low)
             if kept < least:  # then by number
-                order = _BY_LOGIT
+                order = BY_LOGIT
             else:
-                count = kept if count < 0 else above(wide, n, count, bound)
-        elif code == XTC and b > 0 and count > 1:
-            n_out = -1
-            for j in range(count):
-                w = load_f64(wide + 8 * (_WEIGHT * n + j))
-                n_out += 1 if w >= (a - _SLACK) * total and w > 0 else 0
-            if n_out > 0 and count - n_out >= min_keep:
-                order, least = _BY_LOGIT, count
-            else:
-                n_out = 0
-        while order >= 0:
-            count, ranked = first(x, n, wide, count, order, center, best, least, target), order == _BY_LOGIT
-            if count < 0:
+                count = kept if count < 0 else above(wide, n, count, low)
+        elif code == XTC and load_f64(op + OP_A + 8) > 0 and count > 1:
+            n_out = excluded(wide, n, count, (a - _SLACK) * total, min_keep)
+            order, least = BY_LOGIT if n_out else NONE, count
+        if order != NONE:
+            count, ranked = first(x, n, wide, count, order, center, best, least, target), order == BY_LOGIT
+            if count == TOO_MANY:
                 return
-            order, least, target = _BY_ID if order == _BY_DISTANCE else -1, count, -1.0
-        if n_out > 0:
-            count -= n_out
-            for j in range(count):
-                store(wide + 8 * j, load_i64(wide + 8 * (j + n_out)))
-                store(wide + 8 * (n + j), load_f64(wide + 8 * (n + j + n_out)))
+        if n_out:
+            count = drop(wide, n, count, n_out)
     store(state + COUNT, np.int64(count))
     draw(x, n, wide, count, best, load_f64(state + UNIFORM), state)
 
