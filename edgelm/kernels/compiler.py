@@ -3,7 +3,7 @@
 A kernel is a module-level function ``def name(op, env, begin, end)`` over int64; `address` compiles it when it is first
 asked for. Numba's own disk cache would do, but it takes 0.5 s to come up, never notices an edit in a file that a kernel
 inlines from, and keeps the bitcode of every part. So a kernel is linked with all that it calls into one object file of
-a few kilobytes that needs nothing but the C library, and llvmlite alone loads it in a later process: Numba is only
+a few kilobytes that needs nothing but the C library, and `elf`, or llvmlite, loads it in a later process: Numba is only
 imported to compile. Hence kernels cannot raise, allocate, or touch Python.
 
 Objects lie in the user's cache under what may change them: the versions of Python, Numba and llvmlite, the processor,
@@ -28,6 +28,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
+
+from edgelm.kernels import elf, processor
 
 if TYPE_CHECKING:
     import subprocess
@@ -287,37 +289,26 @@ def _write(path: Path, code: bytes) -> None:
 
 
 @functools.cache
-def _llvm() -> Any:
-    import llvmlite.binding as llvm
-
-    with contextlib.suppress(RuntimeError):  # newer versions do it themselves and refuse
-        llvm.initialize()
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    return llvm
-
-
-@functools.cache
 def _processor() -> str:
-    """Name of a folder for what code is generated for: what Numba decides by."""
-    llvm = _llvm()
-    name = os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
-    features = os.environ.get("NUMBA_CPU_FEATURES") or llvm.get_host_cpu_features().flatten()
-    return f"{name}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+    """Name of a folder for code of this processor."""
+    return processor.folder(cache_dir())
 
 
 @functools.cache
 def _engine() -> Any:
-    """What all code of this process is loaded into. Never freed: threads may be in it to the very end."""
-    llvm = _llvm()
+    """What LLVM loads code into. Never freed: threads may be in it to the very end."""
+    llvm = processor.llvm()
     machine = llvm.Target.from_triple(llvm.get_process_triple()).create_target_machine()
     return llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
 
 
 def _load(code: bytes, symbol: str) -> int:
     """Address of `symbol` in an object file, whose only public name it is."""
+    if elf.USABLE:
+        with contextlib.suppress(elf.Unknown, OSError):  # then LLVM may know more
+            return elf.load(code, symbol)
     engine = _engine()
-    engine.add_object_file(_llvm().ObjectFileRef.from_data(code))
+    engine.add_object_file(processor.llvm().ObjectFileRef.from_data(code))
     engine.finalize_object()
     return int(engine.get_function_address(symbol))
 
@@ -327,7 +318,7 @@ def forget_llvm() -> None:
     import ctypes
     import mmap
 
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or "llvmlite.binding" not in sys.modules:
         return
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
@@ -391,7 +382,7 @@ def _prove_bare(module: Any, symbol: str) -> None:
     """Nothing may be left that only a process with Numba and Python has."""
     for item in (*module.functions, *module.global_variables):
         if item.is_declaration and not item.name.startswith("llvm."):
-            known = _llvm().address_of_symbol(item.name)
+            known = processor.llvm().address_of_symbol(item.name)
             if known is None or item.name.startswith(("numba_", "NRT_", "Py", "_Py", ".numba")):
                 raise TypeError(
                     f"kernel {symbol} needs {item.name}, which is not there: kernels neither raise, nor allocate, nor "

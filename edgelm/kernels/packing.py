@@ -49,6 +49,7 @@ class Arg(IntEnum):
     N_COLS = 3
     TARGET = 4  # address of the packed groups
     STRIDE = 5  # bytes from one group to the next
+    STOP = 6  # address of a word: while it is zero, groups are packed; 0: all of them
 
 
 Lend = Callable[[np.ndarray], AbstractContextManager[np.ndarray]]
@@ -214,7 +215,7 @@ def pack_behind(
     packing = Packing(memory, tensors, forms, n_threads, None, lend, LARGE_PIECE)
     packing.forget = forget
     packing.start()
-    weakref.finalize(packing, _stop, packing._failures, packing._threads)  # at exit, before memory goes
+    weakref.finalize(packing, _stop, packing._failures, packing._stop, packing._threads)  # at exit, before memory goes
     return [form.within(memory.bytes) for form in forms], packing
 
 
@@ -246,6 +247,7 @@ class Packing:
         ]
         self.n_threads = n_threads or os.cpu_count() or 1
         self.forget: Callable[[], None] = lambda: None
+        self._stop = np.zeros(1, np.int64)
         self._begin()
 
     def _begin(self) -> None:
@@ -303,7 +305,7 @@ class Packing:
     def pack_rows(self, index: int, rows: Iterable[int]) -> None:
         """Packs some rows of a weight, with the groups that they are in. For who has `paused` it."""
         for group in {row // ROWS for row in rows}:
-            _pack_piece(self._target, [(self.tensors[index], self.forms[index])], group, group + 1, self._lend)
+            _pack_piece(self._target, [(self.tensors[index], self.forms[index])], group, group + 1, self._lend, 0)
 
     def finish(self) -> None:
         """Packs what is left; raises what any of the threads could not do."""
@@ -325,8 +327,10 @@ class Packing:
                         return
                     at, self._next = self._next, self._next + 1
                     self._under_way.add(at)
-                n_bytes = _pack_piece(self._target, *self._pieces[at], self._lend)
+                n_bytes = _pack_piece(self._target, *self._pieces[at], self._lend, self._stop.ctypes.data)
                 with self._lock:
+                    if self._failures:
+                        return  # the piece may not be whole
                     self._under_way.remove(at)
                     self._done += n_bytes
                     if self._progress is not None:
@@ -335,8 +339,9 @@ class Packing:
             self._failures.append(failure)
 
 
-def _stop(failures: list[BaseException], threads: list[threading.Thread]) -> None:
+def _stop(failures: list[BaseException], stop: np.ndarray, threads: list[threading.Thread]) -> None:
     failures.append(Stopped())
+    stop[0] = 1
     for thread in threads:
         if thread is not threading.current_thread():  # whose end may be what frees the packing
             thread.join()
@@ -392,15 +397,18 @@ def _kernel(tensor: QTensor, form: Packed) -> str:
     return f"packing_kernels:pack_{name.lower()}"
 
 
-def row_pack(tensor: QTensor, form: Packed, data: np.ndarray, place: int, stride: int) -> list[int]:
-    """A row of the op table that packs rows of a weight, `data`, as groups at `place`, `stride` bytes apart."""
+def row_pack(tensor: QTensor, form: Packed, data: np.ndarray, place: int, stride: int, stop: int = 0) -> list[int]:
+    """A row of the op table that packs rows of a weight, `data`, as groups at `place`, `stride` bytes apart.
+
+    stop: see `Arg.STOP`.
+    """
     row = [0] * Row.SIZE
     row[Row.KERNEL], row[Row.UNITS], row[Row.GRAIN] = compiler.address(_kernel(tensor, form)), -(-len(data) // ROWS), 1
-    row[Row.ARGS : Row.ARGS + len(Arg)] = data.ctypes.data, data.strides[0], len(data), form.n_cols, place, stride
+    row[Row.ARGS : Row.ARGS + len(Arg)] = data.ctypes.data, data.strides[0], len(data), form.n_cols, place, stride, stop
     return row
 
 
-def _pack_piece(target: Target, weights: list[Weight], first: int, last: int, lend: Lend) -> int:
+def _pack_piece(target: Target, weights: list[Weight], first: int, last: int, lend: Lend, stop: int) -> int:
     """Packs groups `first` to `last`, not included, of weights whose groups alternate; how many bytes these are."""
     base, stride = weights[0][1].address, weights[0][1].stride
     room = target.room(base + first * stride, (last - first) * stride)
@@ -411,7 +419,7 @@ def _pack_piece(target: Target, weights: list[Weight], first: int, last: int, le
             if data.strides[-1] != 1:
                 data = np.ascontiguousarray(data)
             place = room.ctypes.data + form.address - base
-            row = np.array(row_pack(tensor, form, data, place, stride), np.int64)
+            row = np.array(row_pack(tensor, form, data, place, stride, stop), np.int64)
             _Native(int(row[Row.KERNEL]))(row.ctypes.data, 0, 0, last - first)
     target.done(base + first * stride, room)
     return len(room)

@@ -13,8 +13,16 @@ from edgelm.kernels.int16_tiles import int16_pack_code
 from edgelm.kernels.packing import Arg
 from edgelm.kernels.simd import load_i16, load_i32, load_i64, prefetch, store
 from edgelm.kernels.tiles import pack_code
+from edgelm.kernels.walk import atomic_get
 
-_SOURCE, _ROW_BYTES, _N_ROWS, _N_COLS, _TARGET, _STRIDE = (WORD * (Row.ARGS + arg) for arg in Arg)
+_SOURCE, _ROW_BYTES, _N_ROWS, _N_COLS, _TARGET, _STRIDE, _STOP = (WORD * (Row.ARGS + arg) for arg in Arg)
+
+
+@njit
+def stopped(op):
+    """Whether nobody wants the rest: asked at each group, so that a process does not wait for it at its end."""
+    word = load_i64(op + _STOP)
+    return word != 0 and atomic_get(word) != 0
 
 
 @njit
@@ -26,6 +34,8 @@ def groups(code, block, op, begin, end):
     source, row_bytes, n_rows = load_i64(op + _SOURCE), load_i64(op + _ROW_BYTES), load_i64(op + _N_ROWS)
     n_cols, target, stride = load_i64(op + _N_COLS), load_i64(op + _TARGET), load_i64(op + _STRIDE)
     for group in range(begin, end):
+        if stopped(op):
+            return
         rows = min(16, n_rows - group * 16)
         first = source + group * 16 * row_bytes
         for line in range(first, first + rows * row_bytes, 64):
@@ -39,6 +49,8 @@ def floats(n_bytes, op, begin, end):
     source, row_bytes, n_rows = load_i64(op + _SOURCE), load_i64(op + _ROW_BYTES), load_i64(op + _N_ROWS)
     n_cols, target, stride = load_i64(op + _N_COLS), load_i64(op + _TARGET), load_i64(op + _STRIDE)
     for group in range(begin, end):
+        if stopped(op):
+            return
         rows = min(16, n_rows - group * 16)
         for start in range(0, n_cols, 64):
             for lane in range(rows):

@@ -59,6 +59,18 @@ def test_second_process_loads_without_numba(package: Path) -> None:
     assert run(package) == "0 3 6 9 0 0 False"
 
 
+@pytest.mark.parametrize("usable", [True, False])
+def test_llvm_is_only_loaded_where_it_is_needed(package: Path, usable: bool) -> None:
+    run(package)
+    code = RUN.format(folder=str(package)).replace("addresses = ", f"compiler.elf.USABLE &= {usable}; addresses = ", 1)
+    code += "print('llvmlite.binding' in sys.modules, compiler.elf.USABLE)"
+    settings = {**os.environ, "NUMBA_CACHE_DIR": str(package / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=settings, timeout=HANGS)
+    result, llvm = done.stdout.splitlines()
+    assert result == "0 3 6 9 0 0 False"
+    assert llvm == ("False True" if usable and compiler.elf.USABLE else "True False")
+
+
 def test_damaged_code_is_compiled_again(package: Path) -> None:
     run(package)
     (file,) = (package / "cache").rglob("*.o")
