@@ -31,9 +31,10 @@ from edgelm.flags import (
     generation_settings,
     of_a_model,
     one_of,
+    standard_input,
     with_flags,
 )
-from edgelm.terminal import bars, choices, note, print_json, printable, readable, say, statistics, summary
+from edgelm.terminal import bars, choices, note, print_json, printable, readable, say, statistics, summary, told
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -75,8 +76,7 @@ class Commands(click.Group):
                 ctx.exit(141)
             if ctx.params.get("debug"):
                 raise
-            reason = " ".join(str(error).split()) or "there is not enough memory"
-            click.echo(f"edgelm: {printable(reason)}", err=True)
+            click.echo(f"edgelm: {printable(told(error) or 'there is not enough memory')}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
             if ctx.params.get("debug"):
@@ -85,14 +85,17 @@ class Commands(click.Group):
             ctx.exit(130)
 
 
-def the_text(text: str | None, prompt: str | None, file: str | None) -> str:
-    """The text of the argument, of -p or of -f, else that of standard input."""
+def the_text(text: str | None, prompt: str | None, file: str | None, whole: bool = True) -> str:
+    """The text of the argument, of -p or of -f, else that of standard input.
+
+    whole: with the newline that ends a file or standard input.
+    """
     found = one_of("texts", {"the argument": text, "-p": prompt, "-f": file})
-    if found is not None:
-        return found
-    if sys.stdin.isatty():
-        note("edgelm: reads the text from the terminal; Ctrl-D ends it")
-    return sys.stdin.read()
+    if found is None:
+        if sys.stdin.isatty():
+            note("edgelm: reads the text from the terminal; Ctrl-D ends it")
+        found = file = standard_input()
+    return found if whole or file is None else found.removesuffix("\n")
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -136,7 +139,8 @@ def chat(
     from edgelm.repl import Repl
 
     prompt = one_of("texts", {"the argument": text, "-p": prompt})
-    system = one_of("system prompts", {"-sys": system, "-sysf": system_prompt_file})
+    from_file = None if system_prompt_file is None else system_prompt_file.removesuffix("\n")
+    system = one_of("system prompts", {"-sys": system, "-sysf": from_file})
     settings = generation_settings(flags)
     loaded = choice.load(flags)
     Repl(loaded, system=system, settings=settings, quiet=choice.quiet).run(first=prompt, single_turn=single_turn)
@@ -167,10 +171,13 @@ def run(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Complete TEXT (or that of -p, -f, standard input), streaming the completion to standard output."""
+    """Complete TEXT (or that of -p, -f, standard input), streaming the completion to standard output.
+
+    The newline at the end of a file is not part of the text.
+    """
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs goes with --json, which prints them")
-    prompt = the_text(text, prompt, prompt_file)
+    prompt = the_text(text, prompt, prompt_file, whole=False)
     settings = generation_settings(flags) | ({} if logprobs is None else {"logprobs": logprobs})
     loaded = choice.load(flags)
     tokens = loaded.tokenize(prompt, parse_special=not no_special)
@@ -232,7 +239,7 @@ def embed(
     """Print the embedding of each text: one line of numbers, or with --json OpenAI's list object."""
     lines = list(texts)
     if text_file is not None or not lines:
-        source = sys.stdin.read() if text_file is None else text_file
+        source = standard_input() if text_file is None else text_file
         lines += [line.rstrip("\r") for line in source.split("\n") if line.strip()]
     if normalize not in (-1, 2):
         raise UsageError(f"--embd-normalize {normalize}: only 2 (length one) and -1 (as they are) are known")

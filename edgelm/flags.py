@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from edgelm.errors import UsageError
+from edgelm.errors import FormatError, UsageError
 from edgelm.sampling_parameters import Sampling
 from edgelm.terminal import bars
 
@@ -33,6 +34,16 @@ LOAD_SETTINGS = (
 CACHE_TYPES = ("f16", "f32", "q8_0", "q4_0")  # `kv_types.KV_TYPES`, which --help has no time to import
 
 
+def standard_input() -> str:
+    """All of standard input. FormatError if it is no text in UTF-8."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="strict")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise FormatError(f"standard input: no text in UTF-8: {error.reason} at byte {error.start}") from None
+
+
 class TextFile(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """A file of text in UTF-8, - for standard input; the value is the text."""
 
@@ -42,7 +53,7 @@ class TextFile(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         from edgelm.disk import read_text
 
         if value == "-":
-            return sys.stdin.read()
+            return standard_input()
         try:
             return read_text(Path(value))
         except (OSError, ValueError) as error:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from edgelm import conversation
 from edgelm.conversation import Message
 from edgelm.errors import EdgelmError, UsageError
-from edgelm.terminal import Bars, note, readable, say, statistics
+from edgelm.terminal import Bars, note, readable, say, statistics, told
 
 if TYPE_CHECKING:
     from edgelm.model import Model
@@ -83,7 +83,7 @@ class Repl:
                     raise UsageError(f"/{word} is not a command; /? lists them")
                 command(self, rest.strip())
             except (EdgelmError, OSError) as error:
-                note(f"edgelm: {error}")
+                note(f"edgelm: {told(error)}")
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise

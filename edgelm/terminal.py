@@ -27,6 +27,13 @@ def note(text: str) -> None:
     print(printable(text), file=sys.stderr, flush=True)
 
 
+def told(error: BaseException) -> str:
+    """What an error says, in one line; of an error of the system the file and the reason, without its number."""
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join([*([str(error.filename)] if error.filename is not None else []), error.strerror])
+    return " ".join(str(error).split())
+
+
 def say(text: str) -> None:
     """A piece of an answer on standard output: as it is, but a terminal gets nothing that it would obey."""
     print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)

@@ -15,7 +15,7 @@ from hostile.cases import CASES
 from tiny import tiny
 
 from edgelm.cli import main
-from edgelm.terminal import json_text, printable, readable
+from edgelm.terminal import json_text, printable, readable, told
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +211,34 @@ def test_a_file_that_is_no_text_is_told_in_one_line(model: Path, command: tuple[
     assert isinstance(result.exception, SystemExit) and result.exit_code == 2, result.output
     assert "latin.txt: no text in UTF-8: invalid start byte at byte 2" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1 and result.stdout == ""
+
+
+@pytest.mark.parametrize("rest", [("run",), ("run", "-f", "-"), ("tokenize",), ("embed",), ("eval", "-f", "-")])
+def test_standard_input_that_is_no_text_is_told_in_one_line(model: Path, rest: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(main, [rest[0], str(model), *rest[1:]], input="Grüße".encode("latin-1"))
+    assert isinstance(result.exception, SystemExit) and result.exit_code == 2, result.output
+    assert result.stderr == "edgelm: standard input: no text in UTF-8: invalid start byte at byte 2\n"
+    assert result.stdout == ""
+
+
+def test_the_newline_that_ends_a_file_is_not_part_of_a_prompt(model: Path, tmp_path: Path) -> None:
+    def n_tokens(*rest: object, stdin: str | None = None) -> int:
+        record = json.loads(edgelm("run", model, *rest, "-n", 0, "--json", stdin=stdin).stdout)
+        return int(record["prompt_tokens"])
+
+    (tmp_path / "text.txt").write_text("hello\n", encoding="utf-8")
+    plain = n_tokens("-p", "hello")
+    assert plain == n_tokens("-f", tmp_path / "text.txt") == n_tokens(stdin="hello\n") == n_tokens(stdin="hello")
+    assert plain < n_tokens("-p", "hello\n") == n_tokens(stdin="hello\n\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(FileNotFoundError(2, "No such file or directory", "a b"), "a b: No such file or directory"),
+     (OSError(28, "No space left on device"), "No space left on device"), (OSError("two\nlines"), "two lines")],
+)  # fmt: skip
+def test_an_error_of_the_system_is_told_without_its_number(error: OSError, line: str) -> None:
+    assert told(error) == line
 
 
 def test_files_of_text_and_standard_input_say_the_same(model: Path, tmp_path: Path) -> None:
