@@ -59,14 +59,24 @@ def cache_dir() -> Path:
 
         base = Path(platformdirs.user_cache_dir("edgelm", appauthor=False)) / "kernels"
     tag, machine = sys.implementation.cache_tag, platform.machine()
-    folder = base / f"{tag}-{sys.platform}-{machine}-{_versions()}-v{VERSION}"
+    name = f"{tag}-{sys.platform}-{machine}-{_versions()}-v{VERSION}"
     with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            return folder
+        (base / name).mkdir(parents=True, exist_ok=True)
+        if os.access(base / name, os.W_OK | os.X_OK):
+            return base / name
+    import atexit
+    import shutil
     import tempfile
+    import warnings
 
-    return Path(tempfile.mkdtemp(prefix="edgelm-kernels-"))
+    warnings.warn(
+        f"{base} cannot be written to: what is compiled is lost at the end; NUMBA_CACHE_DIR names another folder",
+        stacklevel=2,
+    )
+    folder = Path(tempfile.mkdtemp(prefix="edgelm-kernels-"), name)
+    folder.mkdir()
+    atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
+    return folder
 
 
 def _versions() -> str:
@@ -283,9 +293,14 @@ def _write(path: Path, code: bytes) -> None:
         if not path.parent.is_dir():
             path.parent.mkdir()
             prune(cache_dir().parent)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(code + hashlib.sha256(code).digest())
-        os.replace(file.name, path)
+        file = tempfile.NamedTemporaryFile(dir=path.parent, delete=False)  # noqa: SIM115
+        try:
+            with file:
+                file.write(code + hashlib.sha256(code).digest())
+            os.replace(file.name, path)
+        except OSError:  # a full disk
+            os.unlink(file.name)
+            raise
 
 
 @functools.cache
