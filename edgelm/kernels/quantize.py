@@ -15,9 +15,11 @@ from edgelm.kernels.abi import WORD, Env, Row
 from edgelm.kernels.emit import (
     F32,
     I8,
+    I16,
     I32,
     I64,
     F32x16,
+    I8x64,
     I32x16,
     call,
     emit_fma,
@@ -29,6 +31,7 @@ from edgelm.kernels.emit import (
 )
 from edgelm.kernels.functions import call_function, statement
 from edgelm.kernels.int16_tiles import int16_record_code
+from edgelm.kernels.isa import Form
 from edgelm.kernels.records import (
     BLOCK,
     FLAG,
@@ -47,7 +50,7 @@ __all__ = ["activation_bytes", "quantize", "quantize_row"]
 Value = ir.Value
 TINY = 2.0**-126  # the smallest normal float32
 AT_ONCE = 4  # blocks: what is one number for half a block fills lanes then
-I8x16 = ir.VectorType(I8, 16)
+I8x16, I16x32, I32x4, I64x8 = (ir.VectorType(*type_) for type_ in ((I8, 16), (I16, 32), (I32, 4), (I64, 8)))
 _WORKSPACE = WORD * Env.WORKSPACE
 _X, _X_STRIDE, _N_COLS, _Q, _Q_STRIDE, _LIMIT = (WORD * (Row.ARGS + i) for i in range(6))
 
@@ -117,33 +120,64 @@ def _write_blocks(
     context: Any, b: ir.IRBuilder, halves: list[Value], scales: Value, inverses: list[Value], target: Value
 ) -> None:
     """Writes 64 bytes of a record for each two of `halves`, of 16 float32. inverses: one for each half."""
-    isa, integers, quants = isas.select(context), _integers(scales), []
-    whole = isa.whole_scales
-    for x, inverse in zip(halves, inverses, strict=True):
-        rounded = b.fadd(b.fmul(x, spread(b, inverse, F32x16)), repeat(F32x16, MAGIC))  # to nearest even
-        quants.append(b.sub(b.bitcast(rounded, I32x16), b.bitcast(repeat(F32x16, MAGIC), I32x16)))
-    for i in range(0, len(halves), 2):
-        bytes_ = [b.trunc(half, I8x16) for half in quants[i : i + 2]]
-        store_at(b, _shuffle(b, *bytes_, _order(whole)), b.add(target, I64(RECORD * (i // 2))), 32)
-    sums = _reduce(b, quants, b.add)
+    isa, integers = isas.select(context), _integers(scales)
+    products = [b.fmul(x, spread(b, inverse, F32x16)) for x, inverse in zip(halves, inverses, strict=True)]
+    write = _write_whole if isa.whole_scales else _write_floats
+    sums, total, third, fourth = write(b, isa, products, scales, target)
     offsets = b.sub(repeat(integers, isa.first), b.mul(sums, repeat(integers, 128)))
-    total = b.bitcast(b.fadd(*_low_and_high(b, b.fmul(scales, b.sitofp(sums, scales.type)))), _halved(integers))
-    if whole:
-        factors = b.fptosi(scales, integers)
-        low, high = _low_and_high(b, factors)
-        third = b.or_(low, b.shl(high, repeat(low.type, 16)))
-        fourth = b.add(*_low_and_high(b, b.mul(b.mul(factors, sums), repeat(integers, -8))))
-    else:
-        third, fourth = _low_and_high(b, b.bitcast(b.fmul(scales, repeat(scales.type, -MAGIC)), integers))
     low, high = _low_and_high(b, offsets)
     fields = [
-        b.bitcast(scales, integers), _in_turn(b, total, third), _in_turn(b, fourth, low),
+        b.bitcast(scales, integers), _in_turn(b, b.bitcast(total, low.type), third), _in_turn(b, fourth, low),
         _in_turn(b, high, repeat(high.type, 0)),
     ]  # two fields of each block, as they lie from SCALE_LOW on
     for i in range(0, len(halves), 2):
         lanes = [i, i + 1, len(halves) + i, len(halves) + i + 1]
         line = _shuffle(b, _shuffle(b, *fields[:2], lanes), _shuffle(b, *fields[2:], lanes), list(range(8)))
         store_at(b, line, b.add(target, I64(RECORD * (i // 2) + SCALE_LOW)), 32)
+
+
+Fields = tuple[Value, Value, Value, Value]  # sums of q of each half; of each block, what is at 40, 44 and 48
+
+
+def _write_floats(b: ir.IRBuilder, isa: Any, products: list[Value], scales: Value, target: Value) -> Fields:
+    """Writes the q of blocks, products rounded to nearest even, for scales that are any numbers."""
+    magic, quants = repeat(F32x16, MAGIC), []
+    for x in products:
+        quants.append(b.sub(b.bitcast(b.fadd(x, magic), I32x16), b.bitcast(magic, I32x16)))
+    for i in range(0, len(quants), 2):
+        bytes_ = [b.trunc(half, I8x16) for half in quants[i : i + 2]]
+        store_at(b, _shuffle(b, *bytes_, _order(False)), b.add(target, I64(RECORD * (i // 2))), 32)
+    sums = _reduce(b, quants, b.add)
+    total = b.fadd(*_low_and_high(b, b.fmul(scales, b.sitofp(sums, scales.type))))
+    third, fourth = _low_and_high(b, b.bitcast(b.fmul(scales, repeat(scales.type, -MAGIC)), _integers(scales)))
+    return sums, total, third, fourth
+
+
+def _write_whole(b: ir.IRBuilder, isa: Any, products: list[Value], scales: Value, target: Value) -> Fields:
+    """The same for whole scales, with what AVX-512 has for it.
+
+    Packing two blocks puts four q of each half of either side by side, so a product with ones adds up one half's.
+    """
+    n, fours, shorts = len(products), [], ir.VectorType(I16, len(products))
+    to_nearest_even = ir.Constant(I32x16, None), ir.Constant(I16, -1), I32(4)  # of all lanes, as the processor is set
+    wholes = [call(b, "llvm.x86.avx512.mask.cvtps2dq.512", I32x16, x, *to_nearest_even) for x in products]
+    words = [call(b, "llvm.x86.avx512.packssdw.512", I16x32, *wholes[i : i + 2]) for i in range(0, n, 2)]
+    for i in range(0, len(words), 2):
+        quants = call(b, "llvm.x86.avx512.packsswb.512", I8x64, words[i], words[min(i + 1, len(words) - 1)])
+        fours.append(isa.step(b, repeat(I32x16, 0), repeat(I8x64, 1), quants, Form.LOW, 1))
+        for block in range(i, min(i + 2, len(words))):
+            own = _pick(b, b.bitcast(quants, I64x8), list(range(block % 2, 8, 2)))
+            store_at(b, own, b.add(target, I64(RECORD * block)), 32)
+    sums = fours[0] if len(fours) == 1 else _shuffle(b, *fours, list(range(32)))  # in lanes of four: of two blocks
+    while sums.type.count > max(n, 4):
+        even, odd = ([i for i in range(sums.type.count) if i // 4 % 2 == part] for part in range(2))
+        sums = b.add(_pick(b, sums, even), _pick(b, sums, odd))
+    sums = _pick(b, sums, list(range(n)))
+    factors, short_sums = b.fptosi(scales, shorts), b.trunc(sums, shorts)
+    both = (_pick(b, x, [i % n for i in range(8)]) for x in (factors, short_sums))
+    total = _pick(b, call(b, "llvm.x86.sse2.pmadd.wd", I32x4, *both), list(range(n // 2)))
+    zero = b.mul(total, repeat(total.type, -8))
+    return sums, b.sitofp(total, _halved(scales.type)), b.bitcast(factors, total.type), zero
 
 
 def _order(whole: bool) -> list[int]:
