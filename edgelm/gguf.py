@@ -19,12 +19,12 @@ import stat
 import struct
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,22 @@ _SCALARS = {
 _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 
+class _Map(mmap.mmap):
+    """A mapped file that can be read from as well: by another name the file may be another one soon."""
+
+    descriptor: int
+
+    @classmethod
+    def of(cls, file: IO[bytes]) -> _Map:
+        mapped = cls(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped.descriptor = os.dup(file.fileno())
+        return mapped
+
+    def __del__(self) -> None:
+        with suppress(AttributeError, OSError):
+            os.close(self.descriptor)
+
+
 @dataclass(frozen=True)
 class GGUF:
     """A model file as it lies on disk.
@@ -76,7 +92,7 @@ class GGUF:
     metadata: Mapping[str, Any]
     tensors: Mapping[str, QTensor]
     n_bytes: int
-    _maps: tuple[mmap.mmap, ...] = field(repr=False, default=())
+    _maps: tuple[_Map, ...] = field(repr=False, default=())
 
     def forget(self) -> None:
         """Gives the memory of everything that was read back to the system; what is used again is read again."""
@@ -89,17 +105,27 @@ class GGUF:
 
         They are those of the mapped file where its pages can be given back, elsewhere read into a buffer.
         """
-        starts = [rows.ctypes.data - first for first in self._addresses]
-        part = next((i for i, start in enumerate(starts) if 0 <= start < len(self._maps[i])), None)
-        if part is None:  # a weight that was never in a file
+        place = self._place(rows)
+        if place is None:  # a weight that was never in a file
             yield rows
         elif GIVES_BACK:
             yield rows
-            _forget(self._maps[part], starts[part], starts[part] + rows.nbytes)
+            _forget(self._maps[place[0]], place[1], place[1] + rows.nbytes)
         else:
-            with self.paths[part].open("rb") as file:
-                file.seek(starts[part])
+            with self.paths[place[0]].open("rb") as file:
+                file.seek(place[1])
                 yield np.fromfile(file, np.uint8, rows.nbytes).reshape(rows.shape)
+
+    def find(self, rows: NDArray[np.uint8]) -> tuple[int, int] | None:
+        """Descriptor of the file that a part of a weight lies in, and where, for who reads it without mapping it; None
+        for a weight that was never in a file."""
+        place = self._place(rows)
+        return None if place is None else (self._maps[place[0]].descriptor, place[1])
+
+    def _place(self, rows: NDArray[np.uint8]) -> tuple[int, int] | None:
+        """Which of the files, and where in it."""
+        starts = [rows.ctypes.data - first for first in self._addresses]
+        return next(((i, start) for i, start in enumerate(starts) if 0 <= start < len(self._maps[i])), None)
 
     @cached_property
     def _addresses(self) -> tuple[int, ...]:
@@ -176,7 +202,7 @@ def _split(part: GGUF, key: str, default: int) -> int:
     return number
 
 
-def _map(path: Path) -> mmap.mmap:
+def _map(path: Path) -> _Map:
     try:
         # A pipe would block and a device never ends, so look before opening.
         if not stat.S_ISREG(path.stat().st_mode):
@@ -184,7 +210,7 @@ def _map(path: Path) -> mmap.mmap:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < 24:
                 raise FormatError(f"{path}: {os.fstat(file.fileno()).st_size} bytes are too few for a GGUF file")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return _Map.of(file)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path, a file emptied this very moment
         reason = error.strerror if isinstance(error, OSError) else error
         raise SourceError(f"{path}: cannot be opened: {reason}") from error

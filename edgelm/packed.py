@@ -273,6 +273,6 @@ def load(
             )
         return packed_file.map(packed_file.write(path, n_threads, progress)), path
     if streamed.can_stream(packed_file.forms):
-        return packing.pack_behind(tensors, n_threads, file.lend, pairs, file.forget)
+        return packing.pack_behind(tensors, n_threads, file.lend, pairs, file.find)
     report = None if progress is None else lambda done, total: progress("packing weights", done, total)
     return packing.pack_all(tensors, n_threads, report, file.lend, pairs), None

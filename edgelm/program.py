@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from .arch import Config
 from .cache import Batch, KVCache, Sequence, paged
-from .errors import ContextFull, UsageError
+from .errors import ContextFull, SourceError, UsageError
 from .formats import QTensor
 from .graph import Matrix, Node, Recorder, gates, in_order, matrices
-from .kernels.abi import ENVS, Env, Row
+from .kernels.abi import ENVS, Env
 from .rope import RopeTable
 from .threads import default_threads
 from .weights import Weights
@@ -37,7 +37,6 @@ N_TOKENS, N_OUTPUTS, TABLES, LENGTHS, LOGITS = (
     int(field) for field in (Env.N_TOKENS, Env.N_OUTPUTS, Env.TABLES, Env.LENGTHS, Env.LOGITS)
 )
 OF_OUTPUTS = int(Env.SIZE)  # where the environment begins whose tokens are those that want an output
-PARTS = 8  # of a run without packed weights
 
 
 class Program:
@@ -276,12 +275,11 @@ class Program:
                 if places[embed["table"]] in left:
                     packing.pack_rows(places[embed["table"]], rows.tolist())
             weights = list(zip(packing.tensors, packed.values(), strict=True))
-            table, _buffers = streamed(plan.table, weights, left)
-            ends = np.flatnonzero(table[:, Row.BARRIER]) + 1
+            table, _buffers, failed = streamed(plan.table, weights, left, packing.find)
             with Executor(packing.n_threads) as executor:
-                for part in np.split(table, ends[len(ends) // PARTS :: len(ends) // PARTS + 1]):
-                    executor.run(part, len(part), self._env_address)
-                    packing.forget()  # so that the file's pages never are in memory all at once
+                executor.run(table, len(table), self._env_address)
+            if failed[0]:
+                raise SourceError("the model's file cannot be read any more; was it changed, or its disk taken away?")
         return True
 
     def _into_memory(self, tensors: list[QTensor], pairs: list[tuple[int, int]]) -> tuple[list[Any], Any]:

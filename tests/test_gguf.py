@@ -446,3 +446,24 @@ def test_what_was_read_can_be_forgotten(tmp_path: Path) -> None:
     file.forget()
     assert resident_kib() < 1024
     assert file.tensors["w"].dequantize()[-1] == values[-1]
+
+
+def test_weights_can_be_found_in_their_file(tmp_path: Path) -> None:
+    """Also when the file has another name by now, or none; descriptors are closed with the mapping."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(llama())
+    open_before = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
+    file = gguf.read(path)
+    if os.name == "posix":
+        path.rename(tmp_path / "other.gguf")
+        path.write_bytes(b"something else")
+    for tensor in file.tensors.values():
+        found = file.find(tensor.data[1:])
+        assert found is not None
+        with os.fdopen(os.dup(found[0]), "rb") as same:
+            same.seek(found[1])
+            assert same.read(tensor.data[1:].nbytes) == tensor.data[1:].tobytes()
+    assert file.find(np.zeros((2, 2), np.uint8)) is None
+    del file, tensor
+    if open_before:
+        assert set(os.listdir("/proc/self/fd")) == open_before

@@ -18,6 +18,7 @@ from blocks import random_blocks
 
 import edgelm
 from edgelm import gguf
+from edgelm.errors import SourceError
 from edgelm.formats import QTensor, by_name
 from edgelm.kernels import packing, streamed
 from edgelm.kernels.blocks import BLOCKS
@@ -177,6 +178,30 @@ def test_what_is_packed_when_a_run_comes_is_used(
             np.testing.assert_array_equal(loaded.logits(TOKENS), expected)
             loaded.wait()
             np.testing.assert_array_equal(loaded.logits(TOKENS), expected)
+
+
+def test_a_first_run_reads_the_file_or_its_pages(
+    model: Path, not_begun: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where C's `pread` is known it is used, and what it gives is what mapped pages hold."""
+    found = []
+    for address in (streamed.read_address(), 0):
+        monkeypatch.setattr(streamed, "read_address", lambda address=address: address)
+        with edgelm.load(model) as loaded:
+            found.append(loaded.logits(TOKENS))
+            assert not loaded.runner._resources.packing.finished
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.skipif(not streamed.read_address(), reason="the file is mapped")
+def test_a_file_that_cannot_be_read_any_more(model: Path, not_begun: None, tmp_path: Path) -> None:
+    """It has become shorter, or its descriptor is none: an error, and no logits of something else."""
+    with (tmp_path / "empty").open("w+b") as empty:
+        for descriptor in (empty.fileno(), 9999):
+            with edgelm.load(model) as loaded:
+                loaded.runner._resources.packing.find = lambda rows, descriptor=descriptor: (descriptor, 0)
+                with pytest.raises(SourceError, match="cannot be read any more"):
+                    loaded.logits(TOKENS)
 
 
 def test_what_fails_behind_the_caller_is_raised_by_the_second_run(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,16 +43,20 @@ LARGE_PIECE = 16 << 20  # the same where the interpreter is busy: after each pie
 class Arg(IntEnum):
     """Arguments of a kernel that packs, from `Row.ARGS` on."""
 
-    SOURCE = 0  # address of the first row in the file
+    SOURCE = 0  # address of the first row; where it lies in the file, if it is to be read
     ROW_BYTES = 1  # from row to row
     N_ROWS = 2
     N_COLS = 3
     TARGET = 4  # address of the packed groups
     STRIDE = 5  # bytes from one group to the next
-    STOP = 6  # address of a word: while it is zero, groups are packed; 0: all of them
+    STOP = 6  # address of a word: while it is zero, groups are packed; set if rows cannot be read; 0: none
+    READ = 7  # address of C's function `pread`, or 0: rows are in memory
+    FILE = 8  # the descriptor of their file
+    BUFFER = 9  # address of room for the file's bytes of all these groups
 
 
 Lend = Callable[[np.ndarray], AbstractContextManager[np.ndarray]]
+Find = Callable[[np.ndarray], tuple[int, int] | None]
 Pairs = Sequence[tuple[int, int]]
 _Native = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 
@@ -204,16 +208,16 @@ def pack_all(
 
 
 def pack_behind(
-    tensors: Sequence[QTensor], n_threads: int | None, lend: Lend, pairs: Pairs, forget: Callable[[], None]
+    tensors: Sequence[QTensor], n_threads: int | None, lend: Lend, pairs: Pairs, find: Find
 ) -> tuple[list[Packed], Packing]:
     """As `pack_all`, but the weights are only there when the packing, which goes on behind the caller, is finished.
 
-    forget: gives back the memory of what was read without being lent.
+    find: see `GGUF.find`.
     """
     forms, n_bytes = arrange(tensors, pairs)
     memory = Memory(n_bytes)
     packing = Packing(memory, tensors, forms, n_threads, None, lend, LARGE_PIECE)
-    packing.forget = forget
+    packing.find = find
     packing.start()
     weakref.finalize(packing, _stop, packing._failures, packing._stop, packing._threads)  # at exit, before memory goes
     return [form.within(memory.bytes) for form in forms], packing
@@ -246,7 +250,7 @@ class Packing:
             for first in range(0, form.n_groups, step)
         ]
         self.n_threads = n_threads or os.cpu_count() or 1
-        self.forget: Callable[[], None] = lambda: None
+        self.find: Find = lambda rows: None
         self._stop = np.zeros(1, np.int64)
         self._begin()
 
@@ -397,14 +401,15 @@ def _kernel(tensor: QTensor, form: Packed) -> str:
     return f"packing_kernels:pack_{name.lower()}"
 
 
-def row_pack(tensor: QTensor, form: Packed, data: np.ndarray, place: int, stride: int, stop: int = 0) -> list[int]:
+def row_pack(tensor: QTensor, form: Packed, data: np.ndarray, place: int, stride: int, stop: int) -> list[int]:
     """A row of the op table that packs rows of a weight, `data`, as groups at `place`, `stride` bytes apart.
 
     stop: see `Arg.STOP`.
     """
     row = [0] * Row.SIZE
     row[Row.KERNEL], row[Row.UNITS], row[Row.GRAIN] = compiler.address(_kernel(tensor, form)), -(-len(data) // ROWS), 1
-    row[Row.ARGS : Row.ARGS + len(Arg)] = data.ctypes.data, data.strides[0], len(data), form.n_cols, place, stride, stop
+    args = data.ctypes.data, data.strides[0], len(data), form.n_cols, place, stride, stop
+    row[Row.ARGS : Row.ARGS + len(args)] = args
     return row
 
 

@@ -5,17 +5,23 @@ A unit is a group of 16 rows. Arguments: see `packing.Arg`.
 
 from __future__ import annotations
 
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 from edgelm.kernels.abi import WORD, Row
+from edgelm.kernels.emit import I64
 from edgelm.kernels.functions import call_function
 from edgelm.kernels.int16_tiles import int16_pack_code
 from edgelm.kernels.packing import Arg
 from edgelm.kernels.simd import load_i16, load_i32, load_i64, prefetch, store
 from edgelm.kernels.tiles import pack_code
-from edgelm.kernels.walk import atomic_get
+from edgelm.kernels.walk import atomic_get, atomic_set
 
-_SOURCE, _ROW_BYTES, _N_ROWS, _N_COLS, _TARGET, _STRIDE, _STOP = (WORD * (Row.ARGS + arg) for arg in Arg)
+_SOURCE, _ROW_BYTES, _N_ROWS, _N_COLS, _TARGET, _STRIDE, _STOP, _READ, _FILE, _BUFFER = (
+    WORD * (Row.ARGS + arg) for arg in Arg
+)
+TRIES = 16  # to read: a signal may come in between
 
 
 @njit
@@ -25,36 +31,65 @@ def stopped(op):
     return word != 0 and atomic_get(word) != 0
 
 
+@intrinsic
+def pread(typingctx, function, file, target, n_bytes, offset):
+    """C's function of this name, by its address."""
+    def codegen(context, b, sig, args):
+        type_ = ir.FunctionType(I64, [I64] * 4)
+        return b.call(b.inttoptr(args[0], type_.as_pointer()), args[1:])
+    return types.int64(*[types.int64] * 5), codegen
+
+
+@njit
+def rows_of(op, group, n_bytes):
+    """Address of the rows of a group: in memory, or in the buffer, where they are read from the file.
+
+    Packing reads 16 rows side by side, which memory gives slowly, so they are asked for first, in the file's order.
+    """
+    start, read = group * 16 * load_i64(op + _ROW_BYTES), load_i64(op + _READ)
+    if read == 0:
+        first = load_i64(op + _SOURCE) + start
+        for line in range(first, first + n_bytes, 64):
+            prefetch(line)
+        return first
+    file, offset, target = load_i64(op + _FILE), load_i64(op + _SOURCE) + start, load_i64(op + _BUFFER) + start
+    done = tries = 0
+    while done < n_bytes:
+        n = pread(read, file, target + done, n_bytes - done, offset + done)
+        tries = tries + 1 if n < 0 else 0
+        if n == 0 or tries == TRIES:  # the file has become shorter, or its disk is gone
+            atomic_set(load_i64(op + _STOP), 1)
+            return target
+        done += max(n, 0)
+    return target
+
+
 @njit
 def groups(code, block, op, begin, end):
-    """Groups `begin` to `end` of an operation. The code counts columns in blocks of `block`.
-
-    It reads 16 rows side by side, which memory gives slowly, so they are asked for first, in the order of the file.
-    """
-    source, row_bytes, n_rows = load_i64(op + _SOURCE), load_i64(op + _ROW_BYTES), load_i64(op + _N_ROWS)
-    n_cols, target, stride = load_i64(op + _N_COLS), load_i64(op + _TARGET), load_i64(op + _STRIDE)
+    """Groups `begin` to `end` of an operation. The code counts columns in blocks of `block`."""
+    row_bytes, n_rows, n_cols = load_i64(op + _ROW_BYTES), load_i64(op + _N_ROWS), load_i64(op + _N_COLS)
+    target, stride = load_i64(op + _TARGET), load_i64(op + _STRIDE)
     for group in range(begin, end):
         if stopped(op):
             return
         rows = min(16, n_rows - group * 16)
-        first = source + group * 16 * row_bytes
-        for line in range(first, first + rows * row_bytes, 64):
-            prefetch(line)
+        first = rows_of(op, group, rows * row_bytes)
         call_function(code, first, row_bytes, rows, n_cols // block, target + group * stride)
 
 
 @njit
 def floats(n_bytes, op, begin, end):
     """The same for a matrix of numbers of `n_bytes` bytes: 16 rows side by side, column after column."""
-    source, row_bytes, n_rows = load_i64(op + _SOURCE), load_i64(op + _ROW_BYTES), load_i64(op + _N_ROWS)
-    n_cols, target, stride = load_i64(op + _N_COLS), load_i64(op + _TARGET), load_i64(op + _STRIDE)
+    row_bytes, n_rows, n_cols = load_i64(op + _ROW_BYTES), load_i64(op + _N_ROWS), load_i64(op + _N_COLS)
+    target, stride = load_i64(op + _TARGET), load_i64(op + _STRIDE)
     for group in range(begin, end):
         if stopped(op):
             return
         rows = min(16, n_rows - group * 16)
+        first = rows_of(op, group, rows * row_bytes)
         for start in range(0, n_cols, 64):
             for lane in range(rows):
-                row = source + (group * 16 + lane) * row_bytes
+                row = first + lane * row_bytes
                 column = target + group * stride + lane * n_bytes
                 for i in range(start, min(start + 64, n_cols)):
                     if n_bytes == 2:

@@ -13,29 +13,32 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.formats import QTensor
 from edgelm.kernels.abi import Row
 from edgelm.kernels.blocks import ROWS
+from edgelm.kernels.executor import read_address
 from edgelm.kernels.linear import Arg
-from edgelm.kernels.packing import HUGE, Packed, Weight, row_pack, unit, zeroed
+from edgelm.kernels.packing import HUGE, Find, Packed, Weight, row_pack, unit, zeroed
 from edgelm.kernels.packing import Arg as Pack
 
-BUFFER = HUGE  # bytes: two of them stay in the caches of two cores
+BUFFER = HUGE  # bytes: two of them, and as much of the file, stay in the caches of two cores
 
 
 def streamed(
-    table: NDArray[np.int64], weights: Sequence[Weight], left: Mapping[int, int]
-) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    table: NDArray[np.int64], weights: Sequence[Weight], left: Mapping[int, int], find: Find
+) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.int64]]:
     """A table that computes the same as `table` while those of `weights`, by index, are packed only up to the group
-    that `left` says; and the buffers that it needs.
+    that `left` says; the buffers that it needs; and a word that is not zero afterwards if weights could not be read.
 
-    While a piece is multiplied the next one is packed: neither waits for the other.
+    While a piece is multiplied the next one is packed: neither waits for the other. find: see `GGUF.find`.
     """
     by_address = {form.address: (tensor, form) for tensor, form in weights}
     missing = {weights[i][1].address: first for i, first in left.items()}
     most = max(form.group_bytes for _, form in weights)
     size = max(4, BUFFER // most // 4 * 4) * most  # whole units of two groups, of one matrix or of two
-    memory = zeroed(2 * size)
-    buffers = memory.ctypes.data, memory.ctypes.data + size
+    most_read = max(size // form.group_bytes * ROWS * tensor.data.strides[0] for tensor, form in weights)
+    memory, failed = zeroed(2 * size + most_read), np.zeros(1, np.int64)
+    buffers, room = (memory.ctypes.data, memory.ctypes.data + size), memory.ctypes.data + 2 * size
     pieces, rows = list[list[list[int]]](), list[list[int]]()
     piece_of: dict[int, int] = {}  # by the place of a row in `rows`
     for row in table.tolist():
@@ -47,8 +50,10 @@ def streamed(
             rows[-1][Row.BARRIER] = 1
         found = [by_address[address] for address in read]
         form, stride = found[0][1], len(found) * found[0][1].group_bytes
-        packs = [row_pack(tensor, form, tensor.data, 0, stride) for tensor, form in found]
         step = size // stride // 2 * 2
+        packs = [_pack(tensor, form, stride, failed.ctypes.data, find) for tensor, form in found]
+        for k, pack in enumerate(packs):
+            pack[Row.ARGS + Pack.BUFFER] = room + k * step * ROWS * found[0][0].data.strides[0]
         there = min(missing.get(address, form.n_groups) for address in read) // 2 * 2
         if there:
             rows.append(_product(row, form, 0, there, [form.address for _, form in found], form.stride))
@@ -65,7 +70,7 @@ def streamed(
         if i in piece_of:
             result += pieces[piece_of[i] + 1] if piece_of[i] + 1 < len(pieces) else []
         result.append(row)
-    return np.array(result, np.int64), memory
+    return np.array(result, np.int64), memory, failed
 
 
 def can_stream(forms: Iterable[Packed]) -> bool:
@@ -74,6 +79,20 @@ def can_stream(forms: Iterable[Packed]) -> bool:
         (form.transcoded_from is None or form.format == "INT12") and form.n_cols % unit(form.format)[0] == 0
         for form in forms
     )
+
+
+def _pack(tensor: QTensor, form: Packed, stride: int, failed: int, find: Find) -> list[int]:
+    """The row that packs all of a weight.
+
+    Where that is faster its bytes are read into the cache: pages of a mapped file are mapped one by one, and taken away
+    again one by one (docs/LOG.md).
+    """
+    row = row_pack(tensor, form, tensor.data, 0, stride, failed)
+    place, read = find(tensor.data), read_address()
+    if place is not None and read and tensor.data.flags.c_contiguous:
+        row[Row.ARGS + Pack.READ] = read
+        row[Row.ARGS + Pack.FILE], row[Row.ARGS + Pack.SOURCE] = place
+    return row
 
 
 def _part(pack: list[int], first: int, n: int, place: int) -> list[int]:
