@@ -12,7 +12,8 @@ import io
 import os
 import sys
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,24 +66,40 @@ class Commands(click.Group):
         command: click.Command = getattr(home, f"{name}_command")
         return command
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        with errors_in_a_line(ctx):  # --help and --version print here
+            return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
+        with errors_in_a_line(ctx), warnings.catch_warnings():
+            warnings.showwarning = lambda message, *where, **more: note(f"edgelm: {message}")
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # a full disk is told now
+            return result
+
+
+@contextmanager
+def errors_in_a_line(ctx: click.Context) -> Iterator[None]:
+    """Turns errors raised on purpose, and the system's, into a line on standard error and an exit code."""
+    try:
+        yield
+    except (EdgelmError, OSError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError):
+            silence_stdout()
+            ctx.exit(141)
         try:
-            with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *where, **more: note(f"edgelm: {message}")
-                return super().invoke(ctx)
-        except (EdgelmError, OSError, MemoryError) as error:
-            if isinstance(error, BrokenPipeError):
-                silence_stdout()
-                ctx.exit(141)
-            if ctx.params.get("debug"):
-                raise
-            click.echo(f"edgelm: {printable(told(error) or 'there is not enough memory')}", err=True)
-            ctx.exit(2)
-        except KeyboardInterrupt:
-            if ctx.params.get("debug"):
-                raise
-            click.echo("", err=True)
-            ctx.exit(130)
+            sys.stdout.flush()
+        except OSError:  # it was not to be written, and the interpreter would try again at its end
+            silence_stdout()
+        if ctx.params.get("debug"):
+            raise
+        click.echo(f"edgelm: {printable(told(error) or 'there is not enough memory')}", err=True)
+        ctx.exit(2)
+    except KeyboardInterrupt:
+        if ctx.params.get("debug"):
+            raise
+        click.echo("", err=True)
+        ctx.exit(130)
 
 
 def the_text(text: str | None, prompt: str | None, file: str | None, whole: bool = True) -> str:
@@ -472,6 +489,6 @@ def pack(choice: Choice, out: Path | None, remove: bool, offline: bool) -> None:
 
 
 def silence_stdout() -> None:
-    """After a closed pipe: nothing more may be written, not even by the interpreter at its end."""
+    """After a closed pipe or a full disk: nothing more may be written, not even by the interpreter at its end."""
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

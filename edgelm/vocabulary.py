@@ -82,6 +82,10 @@ _FIM_TEXTS = {
     "fim_rep": _words("<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>"),
     "fim_sep": _words("<|file_sep|>"),
 }
+_SPECIAL_KEYS = {  # names, and how GGUF spells them
+    "bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "eot": "eot", "eom": "eom",
+    **{name: name for name in _FIM_TEXTS},
+}  # fmt: skip
 _FIM_ENDS = ("fim_pad", "fim_rep", "fim_sep")
 _OLD_FIM_KEYS = {"fim_pre": "prefix", "fim_suf": "suffix", "fim_mid": "middle"}
 # Tokens of the harmony format: part of the answer's text, never control.
@@ -189,37 +193,14 @@ def read(metadata: Mapping[str, Any]) -> Vocabulary:
     """
     reader = _Reader(metadata)
     model = reader.text("tokenizer.ggml.model")
-    family = _FAMILIES.get(model)
-    if family is None:
-        if model in _KNOWN_ELSEWHERE:
-            raise UnsupportedError(f"tokenizer model {model!r} is not supported; supported: {', '.join(_FAMILIES)}")
-        raise UnsupportedError(f"unknown tokenizer model {model!r}; supported: {', '.join(_FAMILIES)}")
+    family = _family(model)
     pre_name = _pre_name(reader, model)
     pre = PRE_TOKENIZERS[pre_name] if pre_name else PreTokenizer(())
-
     pieces, ids = _pieces(reader)
-    n = len(pieces)
-    kinds = _kinds(reader, n)
-    scores = _scores(reader, model, n)
-    special = {
-        key: reader.id(name, getattr(family, key, None), n)
-        for key, name in (
-            ("bos", "bos"),
-            ("eos", "eos"),
-            ("unk", "unknown"),
-            ("sep", "seperator"),  # GGUF's spelling
-            ("pad", "padding"),
-            ("eot", "eot"),
-            ("eom", "eom"),
-            *((fim, fim) for fim in _FIM_TEXTS),
-        )
-    }
-    for key, old in _OLD_FIM_KEYS.items():
-        if special[key] is None:
-            special[key] = reader.id(old, None, n)
+    kinds = _kinds(reader, len(pieces))
+    special = _special(reader, family, len(pieces))
     eog = end_of_generation(pieces, ids, kinds, special)
     strip_left, strip_right = _strippers(reader, pre_name, ids, kinds)
-
     lowercase = reader.flag("normalizer.lowercase", True)
     return Vocabulary(
         model=model,
@@ -227,7 +208,7 @@ def read(metadata: Mapping[str, Any]) -> Vocabulary:
         pre=pre,
         pieces=pieces,
         kinds=kinds,
-        scores=scores,
+        scores=_scores(reader, model, len(pieces)),
         merges=reader.strings("merges") if model in ("gpt2", "gemma4", "whitespace") else [],
         charsmap=_charsmap(reader) if model == "t5" else b"",
         bos_id=special["bos"],
@@ -247,6 +228,24 @@ def read(metadata: Mapping[str, Any]) -> Vocabulary:
         strip_left=strip_left,
         ids=ids,
     )
+
+
+def _family(model: str) -> _Family:
+    if model in _FAMILIES:
+        return _FAMILIES[model]
+    supported = f"supported: {', '.join(_FAMILIES)}"
+    if model in _KNOWN_ELSEWHERE:
+        raise UnsupportedError(f"tokenizer model {model!r} is not supported; {supported}")
+    raise UnsupportedError(f"unknown tokenizer model {model!r}; {supported}")
+
+
+def _special(reader: _Reader, family: _Family, n: int) -> dict[str, int | None]:
+    """Ids of the tokens that GGUF has keys for, by short names: of the text's beginning and end, of its holes."""
+    special = {name: reader.id(key, getattr(family, name, None), n) for name, key in _SPECIAL_KEYS.items()}
+    for name, old in _OLD_FIM_KEYS.items():
+        if special[name] is None:
+            special[name] = reader.id(old, None, n)
+    return special
 
 
 def _pre_name(reader: _Reader, model: str) -> str:

@@ -327,6 +327,17 @@ def test_a_closed_pipe_is_no_error(model: Path) -> None:
     assert "Traceback" not in done.stderr and done.returncode in (2, 141)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"], ["pull", "--list"]])
+def test_a_full_disk_is_told_in_a_line(arguments: list[str], unbuffered: str) -> None:
+    command = [sys.executable, "-P", "-m", "edgelm", *arguments]
+    with open("/dev/full", "w") as full:
+        settings = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=settings)
+    assert (done.stderr, done.returncode) == ("edgelm: No space left on device\n", 2)
+
+
 def test_readable_names_and_sizes() -> None:
     facts = {"n_bytes": 2048, "types": {"Q4_0": 3}, "rows": [{"a": 1, "b": "x"}], "ratio": 1.23456789, "no_types": {},
              "ends": ["0 <a>", "2 <b>"]}  # fmt: skip
