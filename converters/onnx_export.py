@@ -9,6 +9,7 @@ In the folder: model.onnx and model.onnx.data, genai_config.json, the tokenizer'
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 from edgelm import gguf
 from edgelm.arch import Config
 from edgelm.disk import Progress, need_disk, nothing
-from edgelm.errors import UsageError
+from edgelm.errors import UnsupportedError, UsageError
 from edgelm.formats import QTensor
 from edgelm.models import model_of
 from edgelm.weights import Weights
@@ -43,6 +44,13 @@ if TYPE_CHECKING:
 # What ONNX tools call their types: ours, and whether every matrix has it, as theirs do, or a mix decides.
 TYPES = {"int4": ("q4_0", True), "int8": ("q8_0", True), "fp16": ("f16", False), "fp32": ("f32", False)}
 DIALECTS: dict[str, type[Standard]] = {"ort": OnnxRuntime, "standard": Standard}
+
+
+def need_packages(measured: bool) -> None:
+    """Raises UnsupportedError if what writes ONNX is not installed, or what runs it, where the loss is measured."""
+    for name in ("onnx", "onnxruntime") if measured else ("onnx",):
+        if importlib.util.find_spec(name) is None:
+            raise UnsupportedError(f"writing ONNX needs the package {name}: pip install edgelm[onnx]")
 
 
 def export(

@@ -93,8 +93,9 @@ def prepare(
     if options.html is not None:
         need_place(options.html)
     if options.format == "onnx":
-        from .onnx_export import named
+        from .onnx_export import named, need_packages
 
+        need_packages(measured=(options.evaluate or options.calibrate) is not None)
         recipe = named(recipe)
     original = checkpoints.read(resolve(source, options.offline, progress))
     most = original.config.max_position or options.n_ctx

@@ -93,7 +93,7 @@ def errors_in_a_line(ctx: click.Context) -> Iterator[None]:
             silence_stdout()
         if ctx.params.get("debug"):
             raise
-        click.echo(f"edgelm: {printable(told(error) or 'there is not enough memory')}", err=True)
+        click.echo(f"edgelm: {printable(told(error))}", err=True)
         ctx.exit(2)
     except KeyboardInterrupt:
         if ctx.params.get("debug"):

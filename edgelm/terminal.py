@@ -6,6 +6,7 @@ terminal, bars are left out and notes stay.
 
 from __future__ import annotations
 
+import errno
 import math
 import sys
 import threading
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 BYTES = {"n_bytes", "weights", "kv_cache", "workspace", "total"}  # facts that `readable` shows with a unit
+NO_MEMORY = "there is not enough memory; a smaller context window (-c) needs less"
 PATIENCE_S = 0.3  # a stage that is over sooner than this shows no bar
 
 
@@ -29,6 +31,8 @@ def note(text: str) -> None:
 
 def told(error: BaseException) -> str:
     """What an error says, in one line; of an error of the system the file and the reason, without its number."""
+    if getattr(error, "errno", None) == errno.ENOMEM or (isinstance(error, MemoryError) and not error.args):
+        return NO_MEMORY
     if isinstance(error, OSError) and error.strerror:
         return ": ".join([*([str(error.filename)] if error.filename is not None else []), error.strerror])
     return " ".join(str(error).split())

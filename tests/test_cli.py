@@ -15,7 +15,7 @@ from hostile.cases import CASES
 from tiny import tiny
 
 from edgelm.cli import main
-from edgelm.terminal import json_text, printable, readable, told
+from edgelm.terminal import NO_MEMORY, json_text, printable, readable, told
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,8 @@ def test_the_newline_that_ends_a_file_is_not_part_of_a_prompt(model: Path, tmp_p
 @pytest.mark.parametrize(
     ("error", "line"),
     [(FileNotFoundError(2, "No such file or directory", "a b"), "a b: No such file or directory"),
-     (OSError(28, "No space left on device"), "No space left on device"), (OSError("two\nlines"), "two lines")],
+     (OSError(28, "No space left on device"), "No space left on device"),
+     (OSError(12, "Cannot allocate memory"), NO_MEMORY), (OSError("two\nlines"), "two lines")],
 )  # fmt: skip
 def test_an_error_of_the_system_is_told_without_its_number(error: OSError, line: str) -> None:
     assert told(error) == line
@@ -286,7 +287,7 @@ def test_memory_that_is_not_enough_is_told_in_one_line(model: Path, monkeypatch:
 
     monkeypatch.setattr("edgelm.model.load", allocate)
     result = edgelm("run", model, "hello", "-n", 1)
-    assert (result.exit_code, result.stderr) == (2, "edgelm: there is not enough memory\n")
+    assert (result.exit_code, result.stderr) == (2, f"edgelm: {NO_MEMORY}\n")
 
 
 def test_debug_shows_the_traceback() -> None:

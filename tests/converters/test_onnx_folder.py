@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,15 @@ def test_own_files_of_a_folder_are_kept(tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "modules.json", "1_Pooling/config.json"):
         assert (case.folder / name).read_bytes() == (tmp_path / "bert-cls" / name).read_bytes()
     assert not (case.folder / "genai_config.json").exists()
+
+
+@pytest.mark.parametrize(("package", "flags"), [("onnx", ()), ("onnxruntime", ("--eval", __file__))])
+def test_a_package_that_is_missing(package: str, flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told before anything is read, in one line."""
+    monkeypatch.setitem(sys.modules, package, None)
+    done = CliRunner().invoke(main, ["convert", "nowhere", "out", "--format", "onnx", *flags])
+    assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1
+    assert f"needs the package {package}: pip install edgelm[onnx]" in done.stderr
 
 
 def test_the_command(tmp_path: Path) -> None:
