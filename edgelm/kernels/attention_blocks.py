@@ -266,10 +266,10 @@ def merge(e, width, state, merged, block, sums):
     m, total = e.load_f32(block), e.load_f32(block + 4)
     with e.when(m.is_not(MINUS_INFINITY)):  # it saw something of it
         old = e.load_f32(state + TOTAL_MAX)
-        new = e.max(m, old)
-        a = e.apply(emit_exp2_negative, e.vector(old - new))
-        b = e.apply(emit_exp2_negative, e.vector(m - new))
-        e.store(state + TOTAL_MAX, new)
+        grows, one = m > old, e.vector(1.0)
+        smaller = e.apply(emit_exp2_negative, e.vector(e.select(grows, old, m) - e.select(grows, m, old)))
+        a, b = e.select(grows, smaller, one), e.select(grows, one, smaller)
+        e.store(state + TOTAL_MAX, e.select(grows, m, old))
         so_far = e.vector(e.load_f32(state + TOTAL_SUM))
         e.store(state + TOTAL_SUM, e.lane(e.fma(e.vector(total), b, so_far * a)))
         with e.loop(0, 4 * width, 64) as i:
