@@ -97,19 +97,19 @@ def packed_bytes(tensor: QTensor) -> int:
     if len(tensor.shape) < 2:
         return 4 * n_cols
     try:
-        from .kernels import packing
+        from .kernels import weight_layout
     except ImportError:
         return tensor.n_bytes
-    return packing.packed_bytes(packing._format_for(tensor), n_rows, n_cols)
+    return weight_layout.packed_bytes(weight_layout.format_for(tensor), n_rows, n_cols)
 
 
 def transcoded(tensors: Iterable[QTensor]) -> dict[str, int]:
     """How many matrices are of a type that has no kernels, by "type as type that is used instead"."""
     try:
-        from .kernels import packing
+        from .kernels import weight_layout
     except ImportError:
         return {}
-    names = [(t.format.name, packing._format_for(t)) for t in tensors if len(t.shape) > 1]
+    names = [(t.format.name, weight_layout.format_for(t)) for t in tensors if len(t.shape) > 1]
     return dict(Counter(f"{theirs} as {ours}" for theirs, ours in names if theirs != ours))
 
 

@@ -37,7 +37,8 @@ from .models import model_of
 from .weights import Weights
 
 if TYPE_CHECKING:
-    from .kernels.packing import Packed, Packing, Pairs
+    from .kernels.packing import Packing
+    from .kernels.weight_layout import Packed, Pairs
 
 SUFFIX = ".packed"
 SPARE_MEMORY = 128 << 20  # bytes that are left for everything else
@@ -50,14 +51,14 @@ _SAMPLE, _EVERY = 64, 1 << 20  # bytes of a weight that stand for so many
 class PackedFile:
     """The file that the packed weights of a model would be.
 
-    forms, n_bytes: where each of `tensors` lies in it, and bytes of all of them; pairs: as for `packing.arrange`.
+    forms, n_bytes: where each of `tensors` lies in it, and bytes of all of them; pairs: as for `weight_layout.arrange`.
     """
 
     def __init__(self, file: GGUF, tensors: Sequence[QTensor], pairs: Pairs = ()) -> None:
-        from .kernels import packing
+        from .kernels import weight_layout
 
         self.file, self.tensors = file, tensors
-        self.forms, self.n_bytes = packing.arrange(tensors, pairs)
+        self.forms, self.n_bytes = weight_layout.arrange(tensors, pairs)
 
     @classmethod
     def of(cls, file: GGUF) -> PackedFile:
@@ -139,7 +140,8 @@ class PackedFile:
             need_disk(path.parent, DATA + self.n_bytes, "name another place")
             with replacing(path, sync=True) as file:
                 file.truncate(DATA + self.n_bytes)
-                packing.Packing(_Writer(file), self.tensors, self.forms, n_threads, report, self.file.lend).run()
+                lend, find = self.file.lend, self.file.find
+                packing.Packing(_Writer(file), self.tensors, self.forms, n_threads, report, lend, find).run()
                 file.seek(0)
                 file.write(self._head)
         except OSError as error:
@@ -182,7 +184,7 @@ class PackedFile:
     @cached_property
     def _order(self) -> bytes:
         """Digest of everything that decides which byte is where."""
-        from .kernels.packing import LAYOUT
+        from .kernels.weight_layout import LAYOUT
 
         forms = [
             (f.format, f.transcoded_from, f.n_rows, f.n_cols, f.address, f.stride, f.n_bytes) for f in self.forms
@@ -248,7 +250,7 @@ def load(
             of a file.
         n_more: bytes that will be needed besides.
         progress: called as progress("packing weights", done, total).
-        pairs: as for `packing.arrange`.
+        pairs: as for `weight_layout.arrange`.
 
     Raises:
         FormatError: the file at a path that was given cannot be used.

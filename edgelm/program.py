@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .arch import Config
 from .cache import Batch, KVCache, Sequence, paged
-from .errors import ContextFull, SourceError, UsageError
+from .errors import ContextFull, UsageError
 from .formats import QTensor
 from .graph import Matrix, Node, Recorder, gates, in_order, matrices
 from .kernels.abi import ENVS, Env
@@ -263,6 +263,7 @@ class Program:
     def _walk_unpacked(self, plan: Plan) -> bool:
         """The same without the weights that are not packed, on all threads that pack; False if all are packed."""
         from .kernels.executor import Executor
+        from .kernels.packing import unreadable
         from .kernels.streamed import streamed
 
         packing, packed = self._resources.packing, self._resources.packed
@@ -279,7 +280,7 @@ class Program:
             with Executor(packing.n_threads) as executor:
                 executor.run(table, len(table), self._env_address)
             if failed[0]:
-                raise SourceError("the model's file cannot be read any more; was it changed, or its disk taken away?")
+                raise unreadable()
         return True
 
     def _into_memory(self, tensors: list[QTensor], pairs: list[tuple[int, int]]) -> tuple[list[Any], Any]:
@@ -301,7 +302,7 @@ class Program:
         found = self._plans.get(kv_type)
         if found is not None:
             return found
-        from .kernels.packing import zeroed
+        from .kernels.weight_layout import zeroed
         from .lowering import plan
         from .pages import GroupLayout
 

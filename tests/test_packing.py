@@ -20,7 +20,7 @@ import edgelm
 from edgelm import gguf
 from edgelm.errors import SourceError
 from edgelm.formats import QTensor, by_name
-from edgelm.kernels import packing, streamed
+from edgelm.kernels import packing, streamed, weight_layout
 from edgelm.kernels.blocks import BLOCKS
 
 TOKENS = [1, 2, 3, 5, 8, 13, 21]
@@ -37,7 +37,7 @@ def model(tmp_path: Path, cache: Path) -> Path:
     return tiny.tiny("llama-gqa", fmt="Q4_0", folder=tmp_path, intermediate_size=128)
 
 
-# sha256 of `packing.LAYOUT` packed weights: what differs is not what older files hold, so the number has to be raised.
+# sha256 of packed weights of this number: what differs is not what older files hold, so the number has to be raised.
 LAYOUT = 4
 PACKED = {
     "Q8_0 as Q8_0": "3c84b8b14d15cd2b",
@@ -66,8 +66,8 @@ PACKED = {
 def test_the_layout_has_the_number_that_files_know_it_by(name: str) -> None:
     [form] = packing.pack_all([weight(name, 21, 512)])
     digest = hashlib.sha256(form.keep[: form.n_bytes]).hexdigest()[:16]
-    assert packing.LAYOUT == LAYOUT
-    assert digest == PACKED[f"{name} as {form.format}"], "raise packing.LAYOUT, and write both down here"
+    assert weight_layout.LAYOUT == LAYOUT
+    assert digest == PACKED[f"{name} as {form.format}"], "raise weight_layout.LAYOUT, and write both down here"
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "F16", "F32", "TQ2_0"])
@@ -185,23 +185,27 @@ def test_a_first_run_reads_the_file_or_its_pages(
 ) -> None:
     """Where C's `pread` is known it is used, and what it gives is what mapped pages hold."""
     found = []
-    for address in (streamed.read_address(), 0):
-        monkeypatch.setattr(streamed, "read_address", lambda address=address: address)
+    for address in (packing.read_address(), 0):
+        monkeypatch.setattr(packing, "read_address", lambda address=address: address)
         with edgelm.load(model) as loaded:
             found.append(loaded.logits(TOKENS))
             assert not loaded.runner._resources.packing.finished
     np.testing.assert_array_equal(*found)
 
 
-@pytest.mark.skipif(not streamed.read_address(), reason="the file is mapped")
-def test_a_file_that_cannot_be_read_any_more(model: Path, not_begun: None, tmp_path: Path) -> None:
+@pytest.mark.skipif(not packing.read_address(), reason="the file is mapped")
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_file_that_cannot_be_read_any_more(
+    behind: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It has become shorter, or its descriptor is none: an error, and no logits of something else."""
+    if not behind:
+        monkeypatch.setattr(packing.Packing, "start", lambda self: None)
     with (tmp_path / "empty").open("w+b") as empty:
         for descriptor in (empty.fileno(), 9999):
-            with edgelm.load(model) as loaded:
-                loaded.runner._resources.packing.find = lambda rows, descriptor=descriptor: (descriptor, 0)
-                with pytest.raises(SourceError, match="cannot be read any more"):
-                    loaded.logits(TOKENS)
+            monkeypatch.setattr(gguf.GGUF, "find", lambda self, rows, descriptor=descriptor: (descriptor, 0))
+            with edgelm.load(model) as loaded, pytest.raises(SourceError, match="cannot be read any more"):
+                loaded.wait() if behind else loaded.logits(TOKENS)
 
 
 def test_what_fails_behind_the_caller_is_raised_by_the_second_run(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

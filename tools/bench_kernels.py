@@ -24,7 +24,7 @@ from edgelm.kernels import compiler, linear
 from edgelm.kernels.abi import Env
 from edgelm.kernels.blocks import BLOCKS
 from edgelm.kernels.executor import Executor
-from edgelm.kernels.packing import FLOATS, Packed, packed_bytes, zeroed
+from edgelm.kernels.weight_layout import FLOATS, Packed, packed_bytes, zeroed
 
 LINE = 64
 

@@ -31,7 +31,7 @@ from edgelm.kernels.emit import (
     widen_f16,
 )
 from edgelm.kernels.functions import Code, address_of, code_address, function_address, tile_fields
-from edgelm.kernels.packing import FLOATS
+from edgelm.kernels.weight_layout import FLOATS
 
 Value = ir.Value
 COLUMNS = 512  # that a tile goes over at a time

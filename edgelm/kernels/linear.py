@@ -13,8 +13,9 @@ import numpy as np
 from edgelm.errors import UnsupportedError
 from edgelm.kernels import compiler, int16
 from edgelm.kernels.abi import Env, Row
-from edgelm.kernels.packing import Packed, alike, is_float, pack, pack_all
+from edgelm.kernels.packing import pack, pack_all
 from edgelm.kernels.records import LIMIT, MAX_TOKENS, activation_bytes
+from edgelm.kernels.weight_layout import Packed, alike, is_float
 
 __all__ = [
     "Packed", "activation_bytes", "can_gate", "is_float", "linear_kernel", "pack", "pack_all", "record_bytes",

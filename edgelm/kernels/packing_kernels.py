@@ -1,6 +1,6 @@
 """Packing: one kernel for each format, from one body.
 
-A unit is a group of 16 rows. Arguments: see `packing.Arg`.
+A unit is a group of 16 rows. Arguments: see `weight_layout.Arg`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from edgelm.kernels.abi import WORD, Row
 from edgelm.kernels.emit import I64
 from edgelm.kernels.functions import call_function
 from edgelm.kernels.int16_tiles import int16_pack_code
-from edgelm.kernels.packing import Arg
 from edgelm.kernels.simd import load_i16, load_i32, load_i64, prefetch, store
 from edgelm.kernels.tiles import pack_code
 from edgelm.kernels.walk import atomic_get, atomic_set
+from edgelm.kernels.weight_layout import Arg
 
-_SOURCE, _ROW_BYTES, _N_ROWS, _N_COLS, _TARGET, _STRIDE, _STOP, _READ, _FILE, _BUFFER = (
+_SOURCE, _ROW_BYTES, _N_ROWS, _N_COLS, _TARGET, _STRIDE, _STOP, _READ, _FILE, _BUFFER, _ROOM = (
     WORD * (Row.ARGS + arg) for arg in Arg
 )
 TRIES = 16  # to read: a signal may come in between
@@ -52,7 +52,8 @@ def rows_of(op, group, n_bytes):
         for line in range(first, first + n_bytes, 64):
             prefetch(line)
         return first
-    file, offset, target = load_i64(op + _FILE), load_i64(op + _SOURCE) + start, load_i64(op + _BUFFER) + start
+    file, offset = load_i64(op + _FILE), load_i64(op + _SOURCE) + start
+    target = load_i64(op + _BUFFER) + group * load_i64(op + _ROOM)
     done = tries = 0
     while done < n_bytes:
         n = pread(read, file, target + done, n_bytes - done, offset + done)

@@ -13,13 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.formats import QTensor
 from edgelm.kernels.abi import Row
 from edgelm.kernels.blocks import ROWS
-from edgelm.kernels.executor import read_address
 from edgelm.kernels.linear import Arg
-from edgelm.kernels.packing import HUGE, Find, Packed, Weight, row_pack, unit, zeroed
-from edgelm.kernels.packing import Arg as Pack
+from edgelm.kernels.packing import Find, Weight, row_pack
+from edgelm.kernels.weight_layout import HUGE, Packed, unit, zeroed
+from edgelm.kernels.weight_layout import Arg as Pack
 
 BUFFER = HUGE  # bytes: two of them, and as much of the file, stay in the caches of two cores
 
@@ -51,9 +50,10 @@ def streamed(
         found = [by_address[address] for address in read]
         form, stride = found[0][1], len(found) * found[0][1].group_bytes
         step = size // stride // 2 * 2
-        packs = [_pack(tensor, form, stride, failed.ctypes.data, find) for tensor, form in found]
+        packs = [row_pack(tensor, form, tensor.data, 0, stride, failed, find) for tensor, form in found]
         for k, pack in enumerate(packs):
-            pack[Row.ARGS + Pack.BUFFER] = room + k * step * ROWS * found[0][0].data.strides[0]
+            pack[Row.ARGS + Pack.ROOM] = ROWS * pack[Row.ARGS + Pack.ROW_BYTES]
+            pack[Row.ARGS + Pack.BUFFER] = room + k * step * pack[Row.ARGS + Pack.ROOM]
         there = min(missing.get(address, form.n_groups) for address in read) // 2 * 2
         if there:
             rows.append(_product(row, form, 0, there, [form.address for _, form in found], form.stride))
@@ -79,20 +79,6 @@ def can_stream(forms: Iterable[Packed]) -> bool:
         (form.transcoded_from is None or form.format == "INT12") and form.n_cols % unit(form.format)[0] == 0
         for form in forms
     )
-
-
-def _pack(tensor: QTensor, form: Packed, stride: int, failed: int, find: Find) -> list[int]:
-    """The row that packs all of a weight.
-
-    Where that is faster its bytes are read into the cache: pages of a mapped file are mapped one by one, and taken away
-    again one by one (docs/LOG.md).
-    """
-    row = row_pack(tensor, form, tensor.data, 0, stride, failed)
-    place, read = find(tensor.data), read_address()
-    if place is not None and read and tensor.data.flags.c_contiguous:
-        row[Row.ARGS + Pack.READ] = read
-        row[Row.ARGS + Pack.FILE], row[Row.ARGS + Pack.SOURCE] = place
-    return row
 
 
 def _part(pack: list[int], first: int, n: int, place: int) -> list[int]:

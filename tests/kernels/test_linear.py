@@ -13,8 +13,8 @@ from edgelm.formats import FORMATS, QTensor, by_name
 from edgelm.kernels import isas, linear
 from edgelm.kernels.abi import Env
 from edgelm.kernels.blocks import BLOCKS
-from edgelm.kernels.packing import packed_bytes
 from edgelm.kernels.records import LIMIT
+from edgelm.kernels.weight_layout import packed_bytes
 
 NATIVE = [*(name for name in BLOCKS if name != "INT8"), "F32"]
 HALVES = ("F16", "BF16")  # of `test_float_linear`
