@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from edgelm.errors import UsageError
 from edgelm.kernels import compiler
 from edgelm.kernels.abi import Row
 
@@ -111,9 +112,10 @@ class Executor:
         self._slots: list[np.ndarray] = []  # the same for these
 
     def run(self, table: np.ndarray, n_rows: int, env_address: int, n_threads: int | None = None) -> None:
-        """Runs the first `n_rows` rows of `table`, int64 (rows, Row.SIZE), with the environment, int64 (Env.SIZE,).
+        """Runs the first `n_rows` rows of `table`, int64 (rows, Row.SIZE), with environments, int64 (ENVS, Env.SIZE).
 
-        The table must not change afterwards. No row may have 2**24 units or more.
+        The table must not change afterwards. No row may have 2**24 units or more. Raises UsageError if the system does
+        not start the threads; a later call tries again.
         """
         n = self.n_threads if n_threads is None else max(1, min(n_threads, self.n_threads))
         with self._lock:
@@ -172,7 +174,18 @@ class _Crew:
             self.set(field, value)
         self._parked = [self._words[i : i + 1].data for i in range(WORKERS // 8, len(self._words), WORKER // 8)]
         self._locks = [threading.Lock() for _ in range(n_workers)]
-        self._threads = []
+        self._threads: list[threading.Thread] = []
+        try:
+            self._start()
+        except BaseException as error:  # those that were started must not stay
+            self.stop()
+            if isinstance(error, RuntimeError):
+                raise UsageError(
+                    f"the system starts {len(self._threads)} more threads, not {n_workers}; use fewer (--threads)"
+                ) from error
+            raise
+
+    def _start(self) -> None:
         for worker, lock in enumerate(self._locks):
             lock.acquire()
             arguments = (_walk("serve"), self._memory, worker, lock)

@@ -228,6 +228,26 @@ def test_exit_with_live_workers_is_clean() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space are Linux's")
+def test_threads_that_cannot_all_be_started_do_not_stay() -> None:
+    done = _child(
+        "import resource\n"
+        "from edgelm.errors import UsageError\n"
+        "e = Executor(4); r = Recorder(random.Random(1)); r.run(e); e.close()\n"
+        "threading.stack_size(1 << 30)\n"  # room for one such stack, and half of another one
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "limits = resource.getrlimit(resource.RLIMIT_AS)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 29), limits[1]))\n"
+        "try: r.run(e)\n"
+        "except UsageError as error: print(error)\n"
+        "assert not [t for t in threading.enumerate() if t.name.startswith('edgelm')]\n"
+        "resource.setrlimit(resource.RLIMIT_AS, limits); threading.stack_size(0)\n"
+        "r.run(e); print('end')\n"
+    )
+    told = "the system starts 1 more threads, not 3; use fewer (--threads)\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, told + "end\n", "")
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_forked_child_starts_its_own_workers() -> None:
     done = _child(
