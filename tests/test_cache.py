@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 from dataclasses import dataclass
 
 import hypothesis.strategies as st
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from in_threads import in_threads
 
 from edgelm.cache import PAGE, Batch, CacheFull, GroupLayout, KVCache, Sequence
 from edgelm.errors import UsageError
@@ -317,31 +317,22 @@ def test_misuse():
 def test_threads():
     """Sequences of several threads, with collected ones in between, leave nothing behind."""
     cache = KVCache(GROUPS)
-    failures: list[BaseException] = []
 
     def work(seed: int) -> None:
-        try:
-            rng = np.random.default_rng(seed)
-            for i in range(40):
-                sequence, data = cache.new_sequence(), rows(cache, int(rng.integers(1, 150)), rng)
-                append(sequence, data)
-                branch = sequence.fork()
-                append(branch, rows(cache, 9, rng))
-                for layer, (k, _) in data.items():
-                    first = needed(cache, sequence, next(g for g, x in enumerate(GROUPS) if layer in x.layers))
-                    np.testing.assert_array_equal(sequence.read(layer, len(k))[0][first:], k[first:])
-                if i % 2:
-                    sequence.release()
-                    branch.release()
-        except BaseException as error:
-            failures.append(error)
+        rng = np.random.default_rng(seed)
+        for i in range(40):
+            sequence, data = cache.new_sequence(), rows(cache, int(rng.integers(1, 150)), rng)
+            append(sequence, data)
+            branch = sequence.fork()
+            append(branch, rows(cache, 9, rng))
+            for layer, (k, _) in data.items():
+                first = needed(cache, sequence, next(g for g, x in enumerate(GROUPS) if layer in x.layers))
+                np.testing.assert_array_equal(sequence.read(layer, len(k))[0][first:], k[first:])
+            if i % 2:
+                sequence.release()
+                branch.release()
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    in_threads(work, 4)
     gc.collect()
     assert cache.n_pages == 0
 

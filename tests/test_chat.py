@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import threading
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
@@ -14,6 +13,7 @@ import jinja2
 import numpy as np
 import pytest
 import tiny_vocabulary
+from in_threads import in_threads
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from references import llama_cpp_models
@@ -421,16 +421,10 @@ def test_long_conversations_are_rendered() -> None:
 
 def test_one_template_in_many_threads() -> None:
     shared = template(BUILTIN["chatml"])
-    results: list[bool] = []
 
     def work(number: int) -> None:
-        messages = [{"role": "user", "content": str(number)}]
-        results.extend(str(number) in shared.render(messages) for _ in range(50))
+        messages = [{"role": "user", "content": f"the number {number}"}]
+        for _ in range(50):
+            assert f"the number {number}" in shared.render(messages)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 200
-    assert all(results)
+    in_threads(work, 4)

@@ -8,7 +8,6 @@ import random
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import onnx
 import pytest
 import tiny
 import tiny_onnx
+from in_threads import in_threads
 
 import edgelm
 from converters import onnx_export, pipeline, tokenizer_files
@@ -119,17 +119,7 @@ def test_forks_do_not_disturb_each_other(model: Model) -> None:
 
 def test_sessions_in_threads(model: Model) -> None:
     expected = [ids(model.stream_generate([i, 5, 6], max_tokens=20, **GREEDY)) for i in range(4)]
-    answers: list[list[int]] = [[] for _ in range(4)]
-
-    def run(i: int) -> None:
-        answers[i] = ids(model.stream_generate([i, 5, 6], max_tokens=20, **GREEDY))
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert answers == expected
+    assert in_threads(lambda i: ids(model.stream_generate([i, 5, 6], max_tokens=20, **GREEDY)), 4) == expected
 
 
 def test_arrays_grow(root: Path) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from in_threads import in_threads
 from numpy.typing import NDArray
 from tiny import ALL, VARIANTS, tiny
 
@@ -188,20 +188,14 @@ def test_several_threads_may_call(make: Make) -> None:
     program = make("llama-gqa", "Q4_0", n_threads=2)
     texts = [text(program, 30, seed=i) for i in range(4)]
     expected = [run(program, t) for t in texts]
-    same: list[bool] = []
 
     def work(i: int) -> None:
         for _ in range(5):
             sequence = program.new_cache().new_sequence()
             parts = [run(program, texts[i][a:b], sequence) for a, b in chunks(30, [11, 1])]
-            same.append(np.array_equal(np.concatenate(parts), expected[i]))
+            np.testing.assert_array_equal(np.concatenate(parts), expected[i])
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert same == [True] * 20
+    in_threads(work, 4)
 
 
 def test_results_are_the_callers(make: Make) -> None:

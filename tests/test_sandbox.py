@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-import threading
 import time
 
 import pytest
+from in_threads import in_threads
 
 from edgelm import sandbox
 from edgelm.chat import ChatTemplate
@@ -286,20 +286,11 @@ def test_the_limits_in_use() -> None:
 
 
 def test_other_threads_are_stopped_too() -> None:
-    said: list[str] = []
-
-    def work() -> None:
-        try:
+    def work(_: int) -> None:
+        with pytest.raises(TemplateError):
             render(EXPLOSIONS["loops"])
-        except TemplateError as error:
-            said.append(str(error))
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(said) == 3
+    in_threads(work, 3)
 
 
 # ------------------------------------------------------------------------------------------------------------ compiling

@@ -16,39 +16,12 @@ from pathlib import Path
 import numpy as np
 from gguf import quants
 
-TARGET = Path(__file__).parent.parent / "edgelm" / "formats" / "grids.py"
-HEADER = '''"""The codebooks of the IQ formats: facts of ggml, written by tools/make_grids.py. Do not edit.
-
-Each is a set of points with coordinates from a few `levels`. A point is a number whose digits, first coordinate least
-significant, index the levels; the codebook holds, ascending, the numbers whose bit is set (lowest bit of a byte first).
-"""
-
-from __future__ import annotations
-
-import base64
-from functools import cache
-
-import numpy as np
-from numpy.typing import NDArray
-
-
-@cache
-def grid(name: str) -> NDArray[np.float32]:
-    """The codebook of a format: float32 (points, coordinates), read-only."""
-    levels, n_coordinates, bits = _GRIDS[name]
-    numbers = np.flatnonzero(np.unpackbits(np.frombuffer(base64.b85decode(bits), np.uint8), bitorder="little"))
-    digits = numbers[:, None] // len(levels) ** np.arange(n_coordinates) % len(levels)
-    points: NDArray[np.float32] = np.array(levels, np.float32)[digits]
-    points.flags.writeable = False
-    return points
-
-
-_GRIDS: dict[str, tuple[tuple[int, ...], int, str]] = {
-'''
+TARGET = Path(__file__).parent.parent / "edgelm" / "formats" / "grids.py"  # its last statement is written again
 
 
 def main() -> None:
-    text = HEADER
+    head, table, _ = TARGET.read_text().partition("_GRIDS: dict[str, tuple[tuple[int, ...], int, str]] = {\n")
+    text = head + table
     for quant in (quants.IQ2_XXS, quants.IQ2_XS, quants.IQ2_S, quants.IQ3_XXS, quants.IQ3_S, quants.IQ1_S):
         quant.init_grid()
         levels = tuple(int(level) for level in quant.grid_map)

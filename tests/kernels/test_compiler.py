@@ -7,11 +7,11 @@ import os
 import platform
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from in_threads import in_threads
 
 from edgelm.kernels import compiler
 from edgelm.kernels.simd import load_i64, store
@@ -121,12 +121,7 @@ def test_code_follows_its_source(tmp_path: Path) -> None:
 
 
 def test_addresses_are_stable_and_callable() -> None:
-    found: list[int] = []
-    threads = [threading.Thread(target=lambda: found.append(compiler.address(double))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    found = in_threads(lambda _: compiler.address(double), 4)
     assert len(set(found)) == 1
     x, y = np.arange(4), np.zeros(4, np.int64)
     ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(found[0])(x.ctypes.data, y.ctypes.data, 0, 4)

@@ -8,12 +8,12 @@ import os
 import random
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from in_threads import in_threads
 from numba import njit
 
 from edgelm.kernels import compiler
@@ -160,42 +160,19 @@ def test_idle_workers_cost_nothing() -> None:
 
 
 def test_several_executors_at_once() -> None:
-    failures: list[BaseException] = []
-
     def work(seed: int) -> None:
         rng = random.Random(seed)
-        try:
-            with Executor(3) as executor:
-                for _ in range(10):
-                    Recorder(rng).run(executor)
-        except BaseException as error:
-            failures.append(error)
+        with Executor(3) as executor:
+            for _ in range(10):
+                Recorder(rng).run(executor)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    in_threads(work, 4)
 
 
 def test_one_executor_from_many_threads() -> None:
     """Runs are one after the other, so a recorder of its own for each thread must find its table done."""
-    failures: list[BaseException] = []
     with Executor(2) as executor:
-
-        def work(seed: int) -> None:
-            try:
-                Recorder(random.Random(seed)).run(executor)
-            except BaseException as error:
-                failures.append(error)
-
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not failures
+        in_threads(lambda seed: Recorder(random.Random(seed)).run(executor), 8)
 
 
 def test_closed_executor_starts_again() -> None:
@@ -217,7 +194,7 @@ def test_wrong_tables_are_refused() -> None:
 
 def _child(body: str) -> subprocess.CompletedProcess[str]:
     code = (
-        "import random, sys, os, signal, threading, time; sys.path[:0] = ['tests/kernels', '.']\n"
+        "import random, sys, os, signal, threading, time; sys.path[:0] = ['tests', 'tests/kernels', '.']\n"
         "from test_executor import Recorder, Executor\n" + body
     )
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from answers import GREEDY, PROMPT, read, says
+from in_threads import in_threads
 
 from edgelm.cache import Batch
 from edgelm.errors import UsageError
@@ -83,16 +84,10 @@ def test_one_session_in_two_threads_is_refused(model: Model, monkeypatch: pytest
 def test_sessions_in_several_threads(model: Model) -> None:
     prompts = [PROMPT, "the fox", "once upon a time there was a small model", "hello"]
     expected = [model.generate(p, max_tokens=20, **GREEDY) for p in prompts]
-    found: list[str] = [""] * len(prompts)
 
     def work(i: int) -> None:
         session = model.session()
         for _ in range(3):
-            found[i] = read(session.stream(prompts[i], max_tokens=20, **GREEDY))[0]
+            assert read(session.stream(prompts[i], max_tokens=20, **GREEDY))[0] == expected[i]
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == expected
+    in_threads(work, len(prompts))
