@@ -14,13 +14,15 @@ import argparse
 import re
 import time
 from collections import defaultdict
+from contextlib import closing
 
 import numpy as np
 
 from edgelm import gguf
 from edgelm.arch import Config
-from edgelm.cache import Batch
-from edgelm.kernels.abi import Row
+from edgelm.cache import Batch, Sequence
+from edgelm.kernels.abi import Env, Row
+from edgelm.lowering import Plan
 from edgelm.models import model_of
 from edgelm.program import Program
 from edgelm.weights import Weights
@@ -35,65 +37,81 @@ def main() -> None:
     parser.add_argument("-r", "--repeat", type=int, default=20)
     parser.add_argument("--rows", action="store_true", help="each row, not sums over layers")
     args = parser.parse_args()
+    with closing(load(args.model, args.depth + args.tokens + 8, args.threads, max(256, args.tokens))) as program:
+        sequence = program.new_cache().new_sequence()  # which rows that are run by themselves read and write, too
+        call = seconds_of_calls(program, sequence, args.depth, args.tokens, args.repeat)
+        plan = program._plans["f16"]
+        rows, whole = seconds_of_rows(program, plan, args.repeat)
+        total = print_rows(plan, rows, args.rows)
+        barriers = int(plan.table[:, Row.BARRIER].sum())
+        print(f"{'sum of rows':40s} {len(rows):4d} rows, {barriers} barriers: {total * 1e3:.3f} ms")
+        print(f"{'run':40s} {whole * 1e3:.3f} ms; {program.n_bytes / whole / 1e9:.1f} GB/s if every weight were read")
+        rate = args.tokens / call
+        print(f"{'call':40s} {call * 1e3:.3f} ms, {rate:.1f} tokens/s; Python {(call - whole) * 1e6:.0f} us")
 
-    file = gguf.read(args.model)
+
+def load(model: str, n_ctx: int, n_threads: int | None, max_tokens: int) -> Program:
+    """The program of a model's file; says how long that took."""
+    file = gguf.read(model)
     config = Config.from_gguf(file.metadata)
-    n_ctx = min(config.context_length, args.depth + args.tokens + 8)
     start = time.perf_counter()
     program = Program(
-        model_of(config), config, Weights.from_gguf(config, file.tensors), n_ctx=n_ctx,
-        n_threads=args.threads, max_tokens=max(256, args.tokens),
+        model_of(config), config, Weights.from_gguf(config, file.tensors), n_ctx=min(config.context_length, n_ctx),
+        n_threads=n_threads, max_tokens=max_tokens,
     )
     print(f"loaded in {time.perf_counter() - start:.2f} s, {program.n_bytes / 1e6:.1f} MB of weights")
+    return program
+
+
+def seconds_of_calls(program: Program, sequence: Sequence, depth: int, n_tokens: int, repeat: int) -> float:
+    """The best of calls with `n_tokens` tokens behind `depth` others. Its environment stays that of the last one."""
     rng = np.random.default_rng(0)
-    sequence = program.new_cache().new_sequence()
-    if args.depth:
-        program.forward(Batch.of([(sequence, rng.integers(0, config.vocab_size, args.depth), "none")]))
-    tokens = rng.integers(0, config.vocab_size, args.tokens)
-    program.forward(Batch.of([(sequence, tokens, "last")]))  # the environment now is that of this call
-    logits = np.zeros((1, config.vocab_size), np.float32)
-    program._words[11] = logits.ctypes.data
+    vocab_size = program.config.vocab_size
+    if depth:
+        program.forward(Batch.of([(sequence, rng.integers(0, vocab_size, depth), "none")]))
+    tokens = rng.integers(0, vocab_size, n_tokens)
     calls = []
-    for _ in range(args.repeat):
-        sequence.truncate(args.depth)
+    for _ in range(repeat + 1):  # the first one warms
+        sequence.truncate(depth)
         start = time.perf_counter()
         program.forward(Batch.of([(sequence, tokens, "last")]))
         calls.append(time.perf_counter() - start)
-    program._words[11] = logits.ctypes.data
+    return min(calls[1:])
 
-    plan = program._plans["f16"]
-    executor, env, n_threads = program._executor, program._env_address, program.n_threads
-    empty = np.zeros((1, Row.SIZE), np.int64)
-    rows = [plan.table[i : i + 1].copy() for i in range(len(plan.table))]
 
-    def timed(table: np.ndarray, n_rows: int) -> float:
+def seconds_of_rows(program: Program, plan: Plan, repeat: int) -> tuple[np.ndarray, float]:
+    """The best of each row of a plan alone, (rows,), and of all of them as one run."""
+    logits = np.zeros((1, program.config.vocab_size), np.float32)  # where the last call's were, nothing may be now
+    program._words[Env.LOGITS] = logits.ctypes.data
+
+    def seconds(table: np.ndarray) -> float:
         start = time.perf_counter()
-        executor.run(table, n_rows, env, n_threads)
+        program._executor.run(table, len(table), program._env_address, program.n_threads)
         return time.perf_counter() - start
 
-    overhead = np.min([timed(empty, 1) for _ in range(500)])
-    single = np.min([[timed(row, 1) for row in rows] for _ in range(args.repeat)], axis=0) - overhead
-    whole = np.min([timed(plan.table, len(plan.table)) for _ in range(args.repeat)])
+    empty = np.zeros((1, Row.SIZE), np.int64)
+    rows = [plan.table[i : i + 1].copy() for i in range(len(plan.table))]
+    overhead = np.min([seconds(empty) for _ in range(500)])
+    single = np.min([[seconds(row) for row in rows] for _ in range(repeat)], axis=0) - overhead
+    return single, float(np.min([seconds(plan.table) for _ in range(repeat)]))
 
-    groups: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
-    for i, (step, seconds) in enumerate(zip(plan.steps, single, strict=True)):
+
+def print_rows(plan: Plan, rows: np.ndarray, each: bool) -> float:
+    """Prints the time of rows, summed over layers unless `each`; gives that of all."""
+    groups: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])  # rows, seconds, bytes of weights
+    for i, (step, seconds) in enumerate(zip(plan.steps, rows, strict=True)):
         names = " ".join(re.sub(r"blk\.\d+\.|\.weight", "", name) for name in step.weights[0].split())
         label = f"{step.name} {names}".strip()
-        group = groups[f"{i:4} {label}" if args.rows else label]
+        group = groups[f"{i:4} {label}" if each else label]
         group[0] += 1
         group[1] += max(0.0, seconds)
         group[2] += step.weights[1]
     total = sum(seconds for _, seconds, _ in groups.values())
-    for label, (count, seconds, n_bytes) in sorted(groups.items(), key=lambda item: 0 if args.rows else -item[1][1]):
+    for label, (count, seconds, n_bytes) in sorted(groups.items(), key=lambda item: 0 if each else -item[1][1]):
         rate = f"{n_bytes / seconds / 1e9:8.1f} GB/s" if n_bytes and seconds else ""
-        each, share = seconds / count * 1e6, seconds / total
-        print(f"{label:40s} {count:4.0f} x {each:9.2f} us = {seconds * 1e3:8.3f} ms {share:6.1%} {rate}")
-    barriers = int(plan.table[:, Row.BARRIER].sum())
-    print(f"{'sum of rows':40s} {len(rows):4d} rows, {barriers} barriers: {total * 1e3:.3f} ms")
-    print(f"{'run':40s} {whole * 1e3:.3f} ms; {program.n_bytes / whole / 1e9:.1f} GB/s if every weight were read")
-    best = min(calls)
-    print(f"{'call':40s} {best * 1e3:.3f} ms, {args.tokens / best:.1f} tokens/s; Python {(best - whole) * 1e6:.0f} us")
-    program.close()
+        mean, share = seconds / count * 1e6, seconds / total
+        print(f"{label:40s} {count:4.0f} x {mean:9.2f} us = {seconds * 1e3:8.3f} ms {share:6.1%} {rate}")
+    return total
 
 
 if __name__ == "__main__":
