@@ -1,7 +1,8 @@
 """A model as a program: its function recorded once, then run for every batch as one walk over an op table.
 
-`Program` packs the weights, holds the op table, the workspace and the threads, and turns a batch into an environment.
-How a graph becomes a table is `edgelm.lowering`'s matter, how a row computes that of `edgelm.kernels`.
+`Program` packs the weights, holds the op table and the threads, and cuts batches into runs. How a graph becomes a table
+is `edgelm.lowering`'s matter, what a run tells its kernels that of `edgelm.environment`, how a row computes that of
+`edgelm.kernels`.
 """
 
 from __future__ import annotations
@@ -16,27 +17,22 @@ from numpy.typing import NDArray
 
 from .arch import Config
 from .cache import Batch, KVCache, Sequence, paged
+from .environment import Environment, Part
 from .errors import ContextFull, UsageError
 from .formats import QTensor
 from .graph import Matrix, Node, Recorder, gates, in_order, matrices
-from .kernels.abi import ENVS, Env
+from .kernels.abi import Env
 from .rope import RopeTable
 from .threads import default_threads
 from .weights import Weights
 
 if TYPE_CHECKING:
-    from .lowering import Plan
+    from .lowering import Plan, Resources
 
 Progress = Callable[[str, int, int], None]
 Pack = Callable[[list[QTensor], list[tuple[int, int]]], tuple[list[Any], Any]]
-Part = tuple[int, int]  # tokens [begin, end) of a batch
 
 TOKENS_AT_ONCE = 512  # if nothing else is said: as many as a unit of work takes, for each of two threads (docs/LOG.md)
-# Plain integers: an enumeration's members are slow to index with.
-N_TOKENS, N_OUTPUTS, TABLES, LENGTHS, LOGITS = (
-    int(field) for field in (Env.N_TOKENS, Env.N_OUTPUTS, Env.TABLES, Env.LENGTHS, Env.LOGITS)
-)
-OF_OUTPUTS = int(Env.SIZE)  # where the environment begins whose tokens are those that want an output
 
 
 class Program:
@@ -74,7 +70,6 @@ class Program:
         progress: Progress | None = None,
     ) -> None:
         from .kernels.executor import Executor, yield_address
-        from .lowering import Resources
 
         self.config, self.head = config, head
         self.n_ctx = n_ctx or config.context_length
@@ -86,41 +81,26 @@ class Program:
         self._whole = any(node.kind == "attention" and not node.args["causal"] for node in self._nodes)
         self.max_tokens = max(max_tokens, self.n_ctx) if self._whole else min(max_tokens, self.n_ctx)
         self._n_cols = self._nodes[-1].n_cols
-
-        if shared is not None:
-            shared.wait()
-        there = {} if shared is None else shared._resources.packed
-        packed, packing = _pack(self._nodes, there, pack or self._into_memory)
-        if shared is not None and packing is not None:
-            packing.finish()
-        self._resources: Resources = Resources(config, packed, self.n_ctx, packing)
-        self.n_bytes = sum(p.n_bytes for p in packed.values())
-        self.transcoded = {
-            matrix.tensor.name: (p.transcoded_from, p.format) for matrix, p in packed.items() if p.transcoded_from
-        }
-
-        self._lock, self._first_run = threading.Lock(), True
-        self._groups = config.cache_groups()
-        self._plans: dict[str, Plan] = {}
+        self._resources = self._packed(shared, pack or self._into_memory)
         self._factors = weights.factors()
-        self._rope_tables: list[RopeTable] = []
-        self._rope_views: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
-        self._n_positions = 0  # that the RoPE tables have
-
-        self._env = np.zeros((ENVS, Env.SIZE), np.int64)
-        self._env_address = self._env.ctypes.data
-        self._words = self._env.reshape(-1).data
-        self._tokens, self._outputs = (np.zeros(self.max_tokens, np.int32) for _ in range(2))
-        self._positions, self._rows = (np.zeros((ENVS, self.max_tokens), np.int32) for _ in range(2))
-        self._env[:, Env.TOKENS], self._env[:, Env.OUTPUTS] = self._tokens.ctypes.data, self._outputs.ctypes.data
-        for environment, positions, rows in zip(self._env, self._positions, self._rows, strict=True):
-            environment[Env.POSITIONS], environment[Env.ROWS] = positions.ctypes.data, rows.ctypes.data
-        self._env[:, Env.N_THREADS] = max(self.n_threads, self.n_threads_batch)
-        self._env[:, Env.YIELD] = yield_address()
-        self._workspace = np.zeros(0, np.uint8)
-        self._room_for_sequences(8)
+        self._groups = config.cache_groups()
+        self._lock, self._first_run = threading.Lock(), True
+        n = max(self.n_threads, self.n_threads_batch)
+        self._environment = Environment(self.max_tokens, len(self._groups), n, yield_address())
+        self._plans: dict[str, Plan] = {}
         self._plan(kv_type)
-        self._executor = Executor(max(self.n_threads, self.n_threads_batch))
+        self._executor = Executor(n)
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all packed weights."""
+        return sum(packed.n_bytes for packed in self._resources.packed.values())
+
+    @property
+    def transcoded(self) -> dict[str, tuple[str, str]]:
+        """(from, to): formats of weights, by name, that no kernel reads as they are."""
+        weights = self._resources.packed.items()
+        return {matrix.tensor.name: (p.transcoded_from, p.format) for matrix, p in weights if p.transcoded_from}
 
     def new_cache(self, kv_type: str = "f16", max_bytes: int | None = None) -> KVCache:
         """A cache for sequences of this model."""
@@ -149,7 +129,7 @@ class Program:
                     raise UsageError("a sequence has changed since this batch of its tokens was made")
                 first += n
                 sequence.reserve(n)
-            self._point_to(sequences)
+            self._environment.point_to(sequences)
             results = np.empty((len(batch.outputs), self._n_cols), np.float32)
             if len(tokens) <= self.max_tokens:
                 self._run(plan, batch, (0, len(tokens)), results)
@@ -184,9 +164,9 @@ class Program:
             raise UsageError(f"a token is outside the vocabulary of {self.config.vocab_size}")
         if longest > self._limit:
             raise ContextFull(longest, self._limit)
-        if longest > self._n_positions:
+        if longest > self._environment.n_positions:
             with self._lock:
-                self._grow_ropes(longest)
+                self._environment.reach(longest, self.n_ctx)
 
     def _kv_type(self, sequences: tuple[Sequence, ...]) -> str:
         cache = sequences[0].cache
@@ -197,16 +177,6 @@ class Program:
         if cache.groups is not self._groups and cache.groups != self._groups:
             raise UsageError("the cache of a sequence was made for another model; use this model's new_cache()")
         return cache.kv_type
-
-    def _point_to(self, sequences: tuple[Sequence, ...]) -> None:
-        """Fills in where the pages of each sequence are, and how many tokens it had."""
-        if len(sequences) > len(self._lengths):
-            self._room_for_sequences(2 * len(sequences))
-        n_groups = len(self._groups)
-        for i, sequence in enumerate(sequences):
-            self._lengths[i] = sequence.length
-            for g in range(n_groups):
-                self._tables[i, g] = sequence.table(g).ctypes.data
 
     def _parts(self, counts: list[int]) -> list[Part]:
         """Cuts a batch into runs of at most max_tokens; between sequences only, where all tokens see each other."""
@@ -223,30 +193,14 @@ class Program:
 
     def _run(self, plan: Plan, batch: Batch, part: Part, results: NDArray[np.float32]) -> None:
         """Computes some tokens of a batch and writes what they give to `results`."""
-        begin, end = part
-        n_tokens, n_outputs = end - begin, len(results)
-        words = self._words
-        words[N_TOKENS], words[N_OUTPUTS] = n_tokens, n_outputs
-        self._tokens[:n_tokens] = batch.tokens[begin:end]
-        positions, rows = self._positions[0, :n_tokens], self._rows[0, :n_tokens]
-        positions[:], rows[:] = batch.positions[begin:end], batch.rows[begin:end]
-        words[OF_OUTPUTS + N_TOKENS] = n_outputs
-        if n_outputs:
-            at, outputs = np.searchsorted(batch.outputs, begin) if begin else 0, self._outputs[:n_outputs]
-            np.subtract(batch.outputs[at : at + n_outputs], begin, out=outputs)
-            self._positions[1, :n_outputs], self._rows[1, :n_outputs] = positions[outputs], rows[outputs]
-            words[LOGITS] = results.ctypes.data
-        if n_tokens == len(batch.sequences):
-            self._lengths[:n_tokens] += 1
-        else:
-            self._lengths[: len(batch.sequences)] += np.bincount(rows, minlength=len(batch.sequences)).astype(np.int32)
-        n_threads = self.n_threads if n_tokens == 1 else self.n_threads_batch
+        self._environment.take(batch, part, results)
+        n_threads, n_outputs = self.n_threads if part[1] - part[0] == 1 else self.n_threads_batch, len(results)
         self._walk(plan, n_threads)
         if plan.hidden is not None:
             results[:] = self._view(plan.hidden, n_outputs)
         elif plan.cap is not None and n_outputs:
             env = np.zeros(Env.SIZE, np.int64)
-            env[Env.WORKSPACE], env[N_OUTPUTS] = results.ctypes.data, n_outputs * plan.cap_pieces
+            env[Env.WORKSPACE], env[Env.N_OUTPUTS] = results.ctypes.data, n_outputs * plan.cap_pieces
             self._executor.run(plan.cap, 1, env.ctypes.data, n_threads)
 
     def _walk(self, plan: Plan, n_threads: int) -> None:
@@ -258,7 +212,7 @@ class Program:
                 if self._walk_unpacked(plan):
                     return
             packing.finish()
-        self._executor.run(table, len(table), self._env_address, n_threads)
+        self._executor.run(table, len(table), self._environment.address, n_threads)
 
     def _walk_unpacked(self, plan: Plan) -> bool:
         """The same without the weights that are not packed, on all threads that pack; False if all are packed."""
@@ -270,15 +224,15 @@ class Program:
         with packing.paused() as left:
             if not left:
                 return False
-            places, n = {matrix: i for i, matrix in enumerate(packed)}, int(self._words[N_TOKENS])
+            places, environment = {matrix: i for i, matrix in enumerate(packed)}, self._environment
             for embed in (node.args for node in self._nodes if node.kind == "embed"):
-                rows = self._tokens[:n] if embed["by"] == "tokens" else self._positions[0, :n] + embed["offset"]
+                rows = environment.tokens if embed["by"] == "tokens" else environment.positions + embed["offset"]
                 if places[embed["table"]] in left:
                     packing.pack_rows(places[embed["table"]], rows.tolist())
             weights = list(zip(packing.tensors, packed.values(), strict=True))
             table, _buffers, failed = streamed(plan.table, weights, left, packing.find)
             with Executor(packing.n_threads) as executor:
-                executor.run(table, len(table), self._env_address)
+                executor.run(table, len(table), environment.address)
             if failed[0]:
                 raise unreadable()
         return True
@@ -292,7 +246,7 @@ class Program:
     def _view(self, place: tuple[int, int], n_rows: int) -> NDArray[np.float32]:
         """Rows of a value in the workspace."""
         offset, stride = place
-        rows = self._workspace[offset : offset + n_rows * stride].view(np.float32)
+        rows = self._environment.workspace[offset : offset + n_rows * stride].view(np.float32)
         return rows.reshape(n_rows, stride // 4)[:, : self._n_cols]
 
     # --- what a call needs, made once ---
@@ -308,33 +262,26 @@ class Program:
 
         layouts = tuple(GroupLayout(group, kv_type) for group in self._groups)
         made = plan(self._nodes, self._resources, layouts, self.max_tokens, self._progress)
-        if made.workspace_bytes > len(self._workspace):
-            self._workspace = zeroed(made.workspace_bytes)
-            self._env[:, Env.WORKSPACE] = self._workspace.ctypes.data
-        for rope in self._resources.ropes[len(self._rope_tables) :]:
-            self._rope_tables.append(RopeTable(rope, self._factors, self.n_ctx))
-            self._n_positions = 0
-        self._env[:, Env.N_GROUPS] = len(self._groups)
-        self._grow_ropes(min(256, self.n_ctx))
+        environment = self._environment
+        if made.workspace_bytes > len(environment.workspace):
+            environment.work_in(zeroed(made.workspace_bytes))
+        for rope in self._resources.ropes[environment.n_ropes :]:
+            environment.add_rope(RopeTable(rope, self._factors, self.n_ctx))
+        environment.reach(min(256, self.n_ctx), self.n_ctx)
         self._plans[kv_type] = made
         return made
 
-    def _grow_ropes(self, n_positions: int) -> None:
-        """Makes cosines and sines for at least so many positions."""
-        if n_positions <= self._n_positions:
-            return
-        n = min(max(n_positions, 2 * self._n_positions), self.n_ctx)
-        views = [table.tables(n) for table in self._rope_tables]
-        self._cos = np.array([cos.ctypes.data for cos, _ in views], np.int64)
-        self._sin = np.array([sin.ctypes.data for _, sin in views], np.int64)
-        self._env[:, Env.COS], self._env[:, Env.SIN] = self._cos.ctypes.data, self._sin.ctypes.data
-        self._rope_views, self._n_positions = views, n
+    def _packed(self, shared: Program | None, pack: Pack) -> Resources:
+        """Every weight matrix in the order of bytes that its kernel reads: those of `shared`, and what it has not."""
+        from .lowering import Resources
 
-    def _room_for_sequences(self, n: int) -> None:
-        self._lengths = np.zeros(n, np.int32)
-        self._tables = np.zeros((n, len(self._groups)), np.int64)
-        self._env[:, Env.LENGTHS], self._env[:, Env.TABLES] = self._lengths.ctypes.data, self._tables.ctypes.data
-
+        if shared is not None:
+            shared.wait()
+        there = {} if shared is None else shared._resources.packed
+        packed, packing = _pack(self._nodes, there, pack)
+        if shared is not None and packing is not None:
+            packing.finish()
+        return Resources(self.config, packed, self.n_ctx, packing)
 
 def _pack(nodes: list[Node], there: Mapping[Matrix, Any], pack: Pack) -> tuple[dict[Matrix, Any], Any]:
     """Every weight matrix of a graph in the order of bytes that its kernel reads, and the packing of those that were

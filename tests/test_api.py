@@ -357,6 +357,6 @@ def test_memory_of_a_real_model(name: str, request: pytest.FixtureRequest) -> No
         need = memory.estimate(model.config, model.weights, 1024, "f16")
         runner: Any = model.runner
         assert need.weights == pytest.approx(runner.n_bytes, rel=0.002)  # and norms
-        assert need.workspace == pytest.approx(len(runner._workspace), rel=0.15)
+        assert need.workspace == pytest.approx(len(runner._environment.workspace), rel=0.15)
         for key in ("weights", "kv_cache", "workspace", "total"):
             assert model.info()["memory"][key] == getattr(need, key)

@@ -144,6 +144,16 @@ def test_other_sequences_change_no_bit(make: Make, name: str) -> None:
         assert np.array_equal(some, np.concatenate([expected[3][-1:], expected[4], expected[2][-1:]]))
 
 
+def test_a_run_of_as_many_tokens_as_there_are_sequences(make: Make) -> None:
+    """Two tokens that see each other, in a run of their own, beside a text that has no room in it."""
+    program = make("bert-mean", "Q4_0", head="hidden")
+    texts = [text(program, n, seed=n) for n in (2, program.n_ctx)]
+    expected = [run(program, t) for t in texts]
+    cache = program.new_cache()
+    together = program.forward(Batch.of([(cache.new_sequence(), t, "all") for t in texts]))
+    assert np.array_equal(together, np.concatenate(expected))
+
+
 @pytest.mark.parametrize("name", ["llama-gqa", "gemma3"])
 def test_batched_decoding_changes_no_bit(make: Make, name: str) -> None:
     """Sequences of different lengths that grow by a token each, all in one batch: as if each were alone."""

@@ -82,11 +82,11 @@ def seconds_of_calls(program: Program, sequence: Sequence, depth: int, n_tokens:
 def seconds_of_rows(program: Program, plan: Plan, repeat: int) -> tuple[np.ndarray, float]:
     """The best of each row of a plan alone, (rows,), and of all of them as one run."""
     logits = np.zeros((1, program.config.vocab_size), np.float32)  # where the last call's were, nothing may be now
-    program._words[Env.LOGITS] = logits.ctypes.data
+    program._environment._words[Env.LOGITS] = logits.ctypes.data
 
     def seconds(table: np.ndarray) -> float:
         start = time.perf_counter()
-        program._executor.run(table, len(table), program._env_address, program.n_threads)
+        program._executor.run(table, len(table), program._environment.address, program.n_threads)
         return time.perf_counter() - start
 
     empty = np.zeros((1, Row.SIZE), np.int64)
