@@ -108,31 +108,31 @@ _IMPORTS = re.compile(r"\n[ \t]*from[ \t]+(edgelm[\w.]*|\.+[\w.]*)[ \t]+import[ 
 
 
 @functools.cache
-def _read_source(file: Path) -> tuple[bytes, tuple[Path, ...]]:
-    """Hash of a source file, and the files of edgelm that it imports from."""
+def _read_source(file: str) -> tuple[bytes, tuple[str, ...]]:
+    """Hash of a source file, and the files of edgelm that it imports from. Paths are strings, as there are hundreds."""
     try:
-        data = file.read_bytes()
+        with open(file, "rb") as source:
+            data = source.read()
     except OSError:
         return b"", ()
-    found: dict[Path, None] = {}
+    found: dict[str, None] = {}
     for start, names in _IMPORTS.findall("\n" + data.decode(errors="replace")):
-        if start.startswith("."):
-            folder = file.parents[len(start) - len(start.lstrip(".")) - 1]
-        else:
-            folder = ROOT.parent
-        place = folder.joinpath(*filter(None, start.split(".")))
-        candidates = [place.with_suffix(".py")]
-        if not candidates[0].is_file():  # a package: names may be modules of it
-            names = re.sub(r"#.*", "", names)
-            candidates = [place / "__init__.py", *(place / f"{name}.py" for name in re.findall(r"\w+", names))]
-        found.update(dict.fromkeys(path for path in candidates if path.name != "compiler.py" and path.is_file()))
-    return hashlib.sha256(data).digest(), tuple(found)
+        folder, dots = str(ROOT.parent), len(start) - len(start.lstrip("."))
+        for up in range(dots):
+            folder = os.path.dirname(folder if up else file)
+        place = os.path.join(folder, *filter(None, start.split(".")))
+        candidates = [f"{place}.py"]
+        if not os.path.isfile(candidates[0]):  # a package: names may be modules of it
+            modules = re.findall(r"\w+", re.sub(r"#.*", "", names))
+            candidates = [os.path.join(place, f"{name}.py") for name in ("__init__", *modules)]
+        found.update(dict.fromkeys(path for path in candidates if os.path.isfile(path)))
+    return hashlib.sha256(data).digest(), tuple(path for path in found if os.path.basename(path) != "compiler.py")
 
 
 @functools.cache
-def _source_hash(file: Path) -> str:
+def _source_hash(file: str) -> str:
     """Hash of a source file and of all it imports from edgelm, directly or not; of this file, `VERSION` stands in."""
-    seen: dict[Path, bytes] = {}
+    seen: dict[str, bytes] = {}
     todo = [file]
     while todo:
         path = todo.pop()
@@ -141,7 +141,7 @@ def _source_hash(file: Path) -> str:
             todo.extend(imports)
     digest = hashlib.sha256()
     for path in sorted(seen):
-        digest.update(path.name.encode() + seen[path])
+        digest.update(os.path.basename(path).encode() + seen[path])
     return digest.hexdigest()[:16]
 
 
@@ -237,7 +237,7 @@ def _path_of(kernel: Kernel | str) -> tuple[str, Path]:
         file = _file_of(module)
     else:
         assert isinstance(kernel, FunctionType)
-        module, name, file = kernel.__module__, kernel.__qualname__, Path(kernel.__code__.co_filename)
+        module, name, file = kernel.__module__, kernel.__qualname__, kernel.__code__.co_filename
     symbol = f"{module}.{name}.{_source_hash(file)}"
     return symbol, cache_dir() / _processor() / f"{symbol}.o"
 
@@ -263,12 +263,12 @@ def _function(kernel: Kernel | str) -> FunctionType:
     return function
 
 
-def _file_of(module: str) -> Path:
+def _file_of(module: str) -> str:
     """Where a module's source is, without importing it."""
     if module.startswith("edgelm.kernels."):
-        return Path(__file__).with_name(module.rpartition(".")[2] + ".py")
+        return os.path.join(os.path.dirname(__file__), module.rpartition(".")[2] + ".py")
     spec = importlib.util.find_spec(module)
-    return Path(spec.origin if spec and spec.origin else "")
+    return spec.origin if spec and spec.origin else ""
 
 
 def _read(path: Path) -> bytes | None:
