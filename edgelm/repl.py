@@ -115,10 +115,10 @@ class Repl:
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
-        except EdgelmError as error:
+        except (EdgelmError, MemoryError) as error:
             if not self.interactive:
                 raise
-            note(f"edgelm: {error}")
+            note(f"edgelm: {told(error)}")
             return None
         finally:
             waiting.close()
@@ -315,7 +315,12 @@ class Repl:
             self.messages = before
             raise UsageError("there is nothing to take back")
         self.messages = self.messages[:-1]
-        note(f"taken back; {sum(m['role'] == 'user' for m in self.messages)} messages are left")
+        note(f"taken back; {self.n_asked()} left")
+
+    def n_asked(self) -> str:
+        """How many messages are the user's, in words."""
+        n = sum(message["role"] == "user" for message in self.messages)
+        return "1 message" if n == 1 else f"{n} messages"
 
     def save(self, name: str) -> None:
         """/save NAME: keep the conversation and its parameters."""
@@ -324,7 +329,7 @@ class Repl:
     def load(self, name: str) -> None:
         """/load NAME: go on with a conversation that was saved."""
         self.messages, self.settings = conversation.load(name)
-        note(f"{sum(m['role'] == 'user' for m in self.messages)} messages loaded")
+        note(f"{self.n_asked()} loaded")
 
     def read(self, pattern: str) -> None:
         """/read FILE: put a file's text before the next message. Patterns such as *.py work."""

@@ -7,7 +7,9 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import tiny
@@ -16,7 +18,7 @@ from edgelm import conversation, load
 from edgelm.errors import UsageError
 from edgelm.model import Model
 from edgelm.repl import COMMANDS, Leave, Repl
-from edgelm.terminal import Bars, say
+from edgelm.terminal import NO_MEMORY, Bars, say
 
 PROMPT_BEGINS, PROMPT_ENDS = "\x1b[?2004h", "\x1b[?2004l"  # bracketed paste, on and off
 SETTINGS = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True}
@@ -121,7 +123,7 @@ def test_a_terminal_gets_nothing_that_it_would_obey(
     assert shown.out == "as \x1b[2J it is\\x1b]52;c;aGk=\\x07"
 
 
-def test_undo_and_regen(repl: Repl) -> None:
+def test_undo_and_regen(repl: Repl, capsys: pytest.CaptureFixture[str]) -> None:
     repl.handle("one")
     answer = repl.messages[-1]["content"]
     repl.handle("/regen")
@@ -129,8 +131,9 @@ def test_undo_and_regen(repl: Repl) -> None:
     repl.handle("two")
     repl.handle("/undo")
     assert [m["content"] for m in repl.messages] == ["one", answer]
+    assert capsys.readouterr().err == "taken back; 1 message left\n"
     repl.handle("/undo")
-    assert repl.messages == []
+    assert repl.messages == [] and capsys.readouterr().err == "taken back; 0 messages left\n"
 
 
 def test_clear_keeps_the_system_prompt(repl: Repl) -> None:
@@ -200,6 +203,25 @@ def test_a_conversation_that_does_not_fit_is_told(repl: Repl, capsys: pytest.Cap
     repl.interactive = True
     repl.handle("word " * 300)
     assert "context window" in capsys.readouterr().err and repl.messages == []
+
+
+def test_memory_that_is_not_enough_ends_an_answer_and_not_the_conversation(
+    repl: Repl, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chat(*_: object, **more: object) -> Iterator[Any]:
+        raise MemoryError
+        yield
+
+    repl.interactive = True
+    repl.handle("one")
+    before = list(repl.messages)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(repl.session, "chat", chat)
+        repl.handle("two")
+    assert capsys.readouterr().err == f"edgelm: {NO_MEMORY}\n" and repl.messages == before
+    repl.handle("two")
+    assert len(repl.messages) == 4
 
 
 def test_show_context_stats_and_help(repl: Repl, capsys: pytest.CaptureFixture[str]) -> None:
