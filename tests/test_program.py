@@ -146,7 +146,8 @@ def test_other_sequences_change_no_bit(make: Make, name: str) -> None:
 
 def test_a_run_of_as_many_tokens_as_there_are_sequences(make: Make) -> None:
     """Two tokens that see each other, in a run of their own, beside a text that has no room in it."""
-    program = make("bert-mean", "Q4_0", head="hidden")
+    program = make("bert-mean", "Q4_0", head="hidden", max_tokens=1)  # as many as the context has
+    assert program.max_tokens == program.n_ctx
     texts = [text(program, n, seed=n) for n in (2, program.n_ctx)]
     expected = [run(program, t) for t in texts]
     cache = program.new_cache()
