@@ -11,7 +11,7 @@ import pytest
 from edgelm.kernels import compiler, elf, processor
 
 pytestmark = pytest.mark.skipif(not elf.USABLE, reason="objects are loaded by LLVM here")
-SOME = ["walk:run", "packing_kernels:pack_q4_k", "linear_kernels:linear_q4_0", "sampling_kernels:choose"]
+SOME = ["walk:run", "packing_kernels:pack_q4_k", "linear_kernels:linear_q4_0", "sampling_wide_kernels:choose"]
 NAME = re.compile(r"edgelm\.kernels\.(\w+)\.(\w+)\.([0-9a-f]{16})\.o")
 
 
