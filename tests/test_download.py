@@ -57,4 +57,4 @@ def test_a_lock_waits_for_its_holder(tmp_path: Path) -> None:
         process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
         with pytest.raises(subprocess.TimeoutExpired):
             process.communicate(timeout=1.5)
-    assert process.communicate(timeout=30)[0] == "in\n"
+    assert process.communicate(timeout=600)[0] == "in\n"

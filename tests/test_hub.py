@@ -157,7 +157,7 @@ def test_sources_that_cannot_be_meant(source: str, no_network: None, cache: Path
 def test_two_processes_fetch_once(package: Server) -> None:
     program = f"from edgelm import hub; print(hub.resolve({SOURCE!r}))"
     processes = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    outputs = {p.communicate(timeout=60)[0] for p in processes}
+    outputs = {p.communicate(timeout=600)[0] for p in processes}
     assert all(p.returncode == 0 for p in processes) and len(outputs) == 1
     assert len(package.asked("/files/some_model-1.0-py3-none-any.whl")) == 1
 

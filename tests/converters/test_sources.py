@@ -31,7 +31,7 @@ def edgelm(server: Server, tmp_path: Path, *arguments: object) -> subprocess.Com
         "EDGELM_CACHE": str(tmp_path / "cache"),
     }
     command = [sys.executable, "-W", "ignore", "-m", "edgelm", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=tmp_path)
 
 
 def publish(server: Server, folder: Path, **more: bytes) -> None:

@@ -248,7 +248,7 @@ def test_interrupts_leave_the_executor_usable() -> None:
         "e = Executor(3); rng = random.Random(7); caught = 0\n"
         "Recorder(rng).run(e)\n"
         "def tease():\n"
-        "    for _ in range(60): time.sleep(0.003); os.kill(os.getpid(), signal.SIGINT)\n"
+        "    while caught < 25: time.sleep(0.003); os.kill(os.getpid(), signal.SIGINT)\n"
         "t = threading.Thread(target=tease); t.start()\n"
         "r = Recorder(random.Random(5))\n"
         "while t.is_alive():\n"
@@ -257,6 +257,6 @@ def test_interrupts_leave_the_executor_usable() -> None:
         "    except KeyboardInterrupt:\n"
         "        caught += 1\n"
         "for _ in range(20): Recorder(rng).run(e)\n"
-        "assert caught > 20, caught; print('end')\n"
+        "print('end')\n"
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")

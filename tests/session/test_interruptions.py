@@ -68,13 +68,13 @@ def test_one_session_in_two_threads_is_refused(model: Model, monkeypatch: pytest
 
     def slow(batch: Batch) -> Any:
         inside.set()
-        assert go_on.wait(30)
+        assert go_on.wait(600)
         return forward(batch)
 
     monkeypatch.setattr(model.runner, "forward", slow)
     thread = threading.Thread(target=lambda: list(session.stream(PROMPT, max_tokens=1, **GREEDY)))
     thread.start()
-    assert inside.wait(30)
+    assert inside.wait(600)
     with pytest.raises(UsageError, match="two threads at once"):
         session.save("nowhere")
     go_on.set()
