@@ -78,6 +78,7 @@ WIDE = [
     {"samplers": "mkp", "top_k": 10, "min_p": 0.01}, {"samplers": "kpxk", "xtc_probability": 0.5, "top_k": 20},
     {"samplers": "ykpmx", "typical_p": 0.9, "xtc_probability": 0.5, "xtc_threshold": 0.01},
     {"samplers": "myst", "typical_p": 0.6, "top_n_sigma": 1, "min_p": 0.001},
+    {"samplers": "t", "temperature": 0.5, "dynatemp_range": 1.5, "dynatemp_exponent": 3},
 ]  # fmt: skip
 
 
