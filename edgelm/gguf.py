@@ -19,7 +19,7 @@ import stat
 import struct
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -65,7 +65,7 @@ _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 class _Map(mmap.mmap):
     """A mapped file that can be read from as well: by another name the file may be another one soon."""
 
-    descriptor: int
+    descriptor = -1
 
     @classmethod
     def of(cls, file: IO[bytes]) -> _Map:
@@ -74,7 +74,7 @@ class _Map(mmap.mmap):
         return mapped
 
     def __del__(self) -> None:
-        with suppress(AttributeError, OSError):
+        if self.descriptor >= 0:
             os.close(self.descriptor)
 
 
