@@ -17,14 +17,13 @@ import os
 import re
 import stat
 import struct
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +31,7 @@ from numpy.typing import NDArray
 from .errors import FormatError, SourceError, UnsupportedError
 from .formats import FORMATS, QTensor
 from .gguf_strings import some_strings
+from .mapped_file import GIVES_BACK, MappedFile
 
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 16
@@ -41,8 +41,6 @@ MAX_NAME_BYTES = 64
 MAX_STRING_BYTES = 1 << 26
 MAX_ARRAY_BYTES = 1 << 28
 MAX_DIMS = 4
-GIVES_BACK = sys.platform.startswith("linux")  # mapped pages at once; others keep them until memory is short
-_WINDOW = 2 << 20  # bytes; Linux maps no more around a page that is read, since 6.18 all of a large folio
 _ONE_BY_ONE = 256  # strings, before more of them are read at once again
 
 _U32, _BOOL, _STRING, _ARRAY, _U64 = 4, 7, 8, 9, 10
@@ -62,22 +60,6 @@ _SCALARS = {
 _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 
-class _Map(mmap.mmap):
-    """A mapped file that can be read from as well: by another name the file may be another one soon."""
-
-    descriptor = -1
-
-    @classmethod
-    def of(cls, file: IO[bytes]) -> _Map:
-        mapped = cls(file.fileno(), 0, access=mmap.ACCESS_READ)
-        mapped.descriptor = os.dup(file.fileno())
-        return mapped
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-
-
 @dataclass(frozen=True)
 class GGUF:
     """A model file as it lies on disk.
@@ -92,12 +74,12 @@ class GGUF:
     metadata: Mapping[str, Any]
     tensors: Mapping[str, QTensor]
     n_bytes: int
-    _maps: tuple[_Map, ...] = field(repr=False, default=())
+    _maps: tuple[MappedFile, ...] = field(repr=False, default=())
 
     def forget(self) -> None:
         """Gives the memory of everything that was read back to the system; what is used again is read again."""
         for data in self._maps:
-            _forget(data, 0, len(data))
+            data.forget(0, len(data))
 
     @contextmanager
     def lend(self, rows: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
@@ -110,7 +92,7 @@ class GGUF:
             yield rows
         elif GIVES_BACK:
             yield rows
-            _forget(self._maps[place[0]], place[1], place[1] + rows.nbytes)
+            self._maps[place[0]].forget(place[1], place[1] + rows.nbytes)
         else:
             with self.paths[place[0]].open("rb") as file:
                 file.seek(place[1])
@@ -131,14 +113,6 @@ class GGUF:
     def _addresses(self) -> tuple[int, ...]:
         """Of the first byte of each file."""
         return tuple(np.frombuffer(data, np.uint8).ctypes.data for data in self._maps)
-
-
-def _forget(data: mmap.mmap, start: int, stop: int) -> None:
-    """Gives back the pages around bytes `start` to `stop` of a mapped file. Others may be reading there: they will be
-    read again. The system maps pages in windows, so the whole window goes."""
-    if hasattr(mmap, "MADV_DONTNEED"):
-        start -= start % _WINDOW
-        data.madvise(mmap.MADV_DONTNEED, start, min(-(-stop // _WINDOW) * _WINDOW, len(data)) - start)
 
 
 def read(path: str | os.PathLike[str]) -> GGUF:
@@ -202,7 +176,7 @@ def _split(part: GGUF, key: str, default: int) -> int:
     return number
 
 
-def _map(path: Path) -> _Map:
+def _map(path: Path) -> MappedFile:
     try:
         # A pipe would block and a device never ends, so look before opening.
         if not stat.S_ISREG(path.stat().st_mode):
@@ -210,7 +184,7 @@ def _map(path: Path) -> _Map:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < 24:
                 raise FormatError(f"{path}: {os.fstat(file.fileno()).st_size} bytes are too few for a GGUF file")
-            return _Map.of(file)
+            return MappedFile.of(file)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path, a file emptied this very moment
         reason = error.strerror if isinstance(error, OSError) else error
         raise SourceError(f"{path}: cannot be opened: {reason}") from error
@@ -240,7 +214,7 @@ def _read_part(path: Path) -> GGUF:
     infos = [_tensor_info(header) for _ in range(n_tensors)]
     start = -(-header.offset // alignment) * alignment
     tensors = _tensors(header, infos, start, alignment)
-    _forget(data, 0, start)  # what was read is in `metadata` now
+    data.forget(0, start)  # what was read is in `metadata` now
     return GGUF((path,), version, MappingProxyType(metadata), MappingProxyType(tensors), len(data), (data,))
 
 

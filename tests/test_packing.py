@@ -17,7 +17,7 @@ import tiny
 from blocks import random_blocks
 
 import edgelm
-from edgelm import gguf
+from edgelm import gguf, mapped_file
 from edgelm.errors import SourceError
 from edgelm.formats import QTensor, by_name
 from edgelm.kernels import packing, streamed, weight_layout
@@ -109,7 +109,7 @@ def test_pieces_of_a_file_are_lent_and_forgotten(
     [form] = packing.pack_all([file.tensors["w"]], n_threads=2, progress=watch, lend=file.lend)
     [expected] = packing.pack_all([tensor])
     assert form.n_bytes > 24 << 20 and np.array_equal(form.keep, expected.keep)
-    assert most <= 2 * 2 * gguf._WINDOW >> 10
+    assert most <= 2 * 2 * mapped_file.WINDOW >> 10
     assert mapped_kib(tmp_path / "m.gguf") == 0, "no page that was mapped beside what was read is left"
 
 

@@ -20,7 +20,6 @@ import importlib
 import importlib.util
 import os
 import platform
-import re
 import sys
 import threading
 import time
@@ -29,7 +28,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-from edgelm.kernels import elf, processor
+from edgelm.kernels import elf, processor, sources
 
 if TYPE_CHECKING:
     import subprocess
@@ -38,7 +37,6 @@ Kernel = Callable[[int, int, int, int], None]
 VERSION = 1  # to be raised when `_compile` makes other code of the same source
 MOST_PROCESSES = 8  # that compile at the same time
 KEEP_DAYS = 30  # compiled code that was not used for so long is removed
-ROOT = Path(__file__).parents[1]
 
 _lock = threading.RLock()
 _loaded: dict[Kernel | str, int] = {}
@@ -101,48 +99,6 @@ def prepare() -> None:
     """Gives Numba's own cache, for functions called from Python, a folder of ours. Comes before Numba is imported."""
     if "NUMBA_CACHE_DIR" not in os.environ and "numba" not in sys.modules:
         os.environ["NUMBA_CACHE_DIR"] = str(cache_dir())
-
-
-# At the beginning of a line; not with "^", which is looked for at each character.
-_IMPORTS = re.compile(r"\n[ \t]*from[ \t]+(edgelm[\w.]*|\.+[\w.]*)[ \t]+import[ \t]+(\([^)]*\)|[^\n]*)")
-
-
-@functools.cache
-def _read_source(file: str) -> tuple[bytes, tuple[str, ...]]:
-    """Hash of a source file, and the files of edgelm that it imports from. Paths are strings, as there are hundreds."""
-    try:
-        with open(file, "rb") as source:
-            data = source.read()
-    except OSError:
-        return b"", ()
-    found: dict[str, None] = {}
-    for start, names in _IMPORTS.findall("\n" + data.decode(errors="replace")):
-        folder, dots = str(ROOT.parent), len(start) - len(start.lstrip("."))
-        for up in range(dots):
-            folder = os.path.dirname(folder if up else file)
-        place = os.path.join(folder, *filter(None, start.split(".")))
-        candidates = [f"{place}.py"]
-        if not os.path.isfile(candidates[0]):  # a package: names may be modules of it
-            modules = re.findall(r"\w+", re.sub(r"#.*", "", names))
-            candidates = [os.path.join(place, f"{name}.py") for name in ("__init__", *modules)]
-        found.update(dict.fromkeys(path for path in candidates if os.path.isfile(path)))
-    return hashlib.sha256(data).digest(), tuple(path for path in found if os.path.basename(path) != "compiler.py")
-
-
-@functools.cache
-def _source_hash(file: str) -> str:
-    """Hash of a source file and of all it imports from edgelm, directly or not; of this file, `VERSION` stands in."""
-    seen: dict[str, bytes] = {}
-    todo = [file]
-    while todo:
-        path = todo.pop()
-        if path not in seen:
-            seen[path], imports = _read_source(path)
-            todo.extend(imports)
-    digest = hashlib.sha256()
-    for path in sorted(seen):
-        digest.update(os.path.basename(path).encode() + seen[path])
-    return digest.hexdigest()[:16]
 
 
 # --- addresses ---------------------------------------------------------------------------------------------------
@@ -238,7 +194,7 @@ def _path_of(kernel: Kernel | str) -> tuple[str, Path]:
     else:
         assert isinstance(kernel, FunctionType)
         module, name, file = kernel.__module__, kernel.__qualname__, kernel.__code__.co_filename
-    symbol = f"{module}.{name}.{_source_hash(file)}"
+    symbol = f"{module}.{name}.{sources.digest(file)}"
     return symbol, cache_dir() / _processor() / f"{symbol}.o"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from in_threads import in_threads
 
-from edgelm.kernels import compiler
+from edgelm.kernels import compiler, sources
 from edgelm.kernels.simd import load_i64, store
 
 HANGS = 600  # seconds: no limit of speed
@@ -26,7 +26,7 @@ def times(op, env, begin, end):
 RUN = """
 import sys, threading, ctypes, numpy as np
 sys.path.insert(0, {folder!r})
-from edgelm.kernels import compiler
+from edgelm.kernels import compiler, sources
 addresses = set()
 threads = [threading.Thread(target=lambda: addresses.add(compiler.address('pkg.mod:times'))) for _ in range(4)]
 [t.start() for t in threads]; [t.join() for t in threads]
@@ -146,7 +146,7 @@ import sys, os
 sys.path.insert(0, {folder!r})
 sys.executable = {executable!r}
 os.cpu_count = lambda: 3
-from edgelm.kernels import compiler
+from edgelm.kernels import compiler, sources
 compiled, inner = [], compiler._compile
 compiler._compile = lambda kernel, symbol: compiled.append(kernel.__name__) or inner(kernel, symbol)
 names = ["pkg.mod:k%d" % i for i in range(9)]
@@ -203,7 +203,7 @@ def test_source_hash_sees_what_is_imported(tmp_path: Path) -> None:
         file = todo.pop()
         if file not in files:
             files.add(file)
-            todo.extend(compiler._read_source(file)[1])
+            todo.extend(sources.imports(file)[1])
     names = {Path(file).name for file in files}
     assert {"elementwise_kernels.py", "abi.py", "simd.py", "vector_math.py"} <= names
     assert not {"walk.py", "executor.py", "compiler.py"} & names
