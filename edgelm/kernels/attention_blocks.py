@@ -222,17 +222,19 @@ def block_softmax(e, op, base, n_rows, start, n_seen):
 
 
 @function
-def block_values(e, op, base, n_rows, start, begin, end, pages, last_page, values, keys, sums):
+def block_values(e, op, base, n_rows, start, begin, end, pages, later, last_page, values, keys, sums):
     """Sums of p·v over positions [begin, end) of the block at `start`, to `sums`; begin is that of a page.
 
-    values, keys: where those of a head are in a page; `pages` is the table of these, of which last_page is the last.
+    values: where those of a head are in a page; `pages` is the table of these, of which last_page is the last. Keys
+    that come next, those at `keys` in the pages of block `later`, are asked for meanwhile.
     """
     def page_by_page():
         with e.loop(0, 4 * n_rows * v_stride(e, op), 64) as i:
             e.store(sums + i, e.vector(0.0))
         with e.loop(begin, end, PAGE) as at:
-            page, later = (e.load_word(pages + WORD * e.min(at // PAGE + i, last_page)) for i in (0, BLOCK // PAGE))
-            page_values(e, op, base, n_rows, (at - start) // PAGE, at, page + values, later + keys, sums)
+            index, n = (at - start) // PAGE, BLOCK // PAGE
+            page, ahead = (e.load_word(pages + WORD * e.min(n * b + index, last_page)) for b in (start // BLOCK, later))
+            page_values(e, op, base, n_rows, index, at, page + values, ahead + keys, sums)
 
     with e.choose(value_kind(e, op).is_(KINDS["f16"]) & (n_rows >= CONVERT_ROWS)) as (made_ready, others):
         with made_ready:
