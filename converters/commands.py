@@ -1,4 +1,4 @@
-"""The commands `edgelm convert` and `edgelm quantize`. `edgelm.cli` finds them here; the rest is `pipeline`.
+"""The commands `edgelm convert` and `edgelm quantize`. `edgelm.command_group` finds them here; the rest is `pipeline`.
 
 Standard output carries the answer; bars and notes go to standard error. Heavy modules are imported by the commands.
 """

@@ -1,25 +1,21 @@
 """The command `edgelm`: one sub-command per job, under llama.cpp's flag names.
 
-Standard output carries the answer and nothing else; progress, notes and errors go to standard error. A known error
-is one line and exit code 2 (`--debug` shows the traceback); Ctrl-C is 130. Heavy modules are imported by the
-commands that use them, so that `edgelm --help` is immediate.
+Standard output carries the answer and nothing else; progress, notes and errors go to standard error. Heavy modules are
+imported by the commands that use them, so that `edgelm --help` is immediate. How a command ends: `command_group`.
 """
 
 from __future__ import annotations
 
-import importlib
 import io
 import os
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
-from edgelm.errors import EdgelmError, UsageError
+from edgelm.command_group import Commands
+from edgelm.errors import UsageError
 from edgelm.flags import (
     CACHE_TYPES,
     GENERATION_FLAGS,
@@ -33,86 +29,12 @@ from edgelm.flags import (
     of_a_model,
     one_of,
     standard_input,
+    the_text,
     with_flags,
 )
-from edgelm.terminal import bars, choices, note, print_json, printable, readable, say, statistics, summary, told
+from edgelm.terminal import bars, choices, note, print_json, readable, say, statistics, summary
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-# Commands that live in the package `converters`, which a runtime may lack, and their modules.
-CONVERTERS = {"convert": "commands", "quantize": "commands", "imatrix": "imatrix_cli"}
-
-
-def converters_are_ours() -> bool:
-    """Whether the converter is installed: a dead project on PyPI has the same name, and a folder may have it, too."""
-    try:
-        return getattr(importlib.import_module("converters"), "EDGELM_CONVERTERS", False) is True
-    except ImportError:
-        return False
-
-
-class Commands(click.Group):
-    """Turns every error raised on purpose into one line and exit code 2; has the converter's commands where it is."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), *(CONVERTERS if converters_are_ours() else ())])
-
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in CONVERTERS:
-            return super().get_command(ctx, name)
-        if not converters_are_ours():
-            raise UsageError("the package 'converters' is missing, or another one of that name hides edgelm's own")
-        home = importlib.import_module(f"converters.{CONVERTERS[name]}")
-        command: click.Command = getattr(home, f"{name}_command")
-        return command
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        with errors_in_a_line(ctx):  # --help and --version print here
-            return super().parse_args(ctx, args)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        with errors_in_a_line(ctx), warnings.catch_warnings():
-            warnings.showwarning = lambda message, *where, **more: note(f"edgelm: {message}")
-            result = super().invoke(ctx)
-            sys.stdout.flush()  # a full disk is told now
-            return result
-
-
-@contextmanager
-def errors_in_a_line(ctx: click.Context) -> Iterator[None]:
-    """Turns errors raised on purpose, and the system's, into a line on standard error and an exit code."""
-    try:
-        yield
-    except (EdgelmError, OSError, MemoryError) as error:
-        if isinstance(error, BrokenPipeError):
-            silence_stdout()
-            ctx.exit(141)
-        try:
-            sys.stdout.flush()
-        except OSError:  # it was not to be written, and the interpreter would try again at its end
-            silence_stdout()
-        if ctx.params.get("debug"):
-            raise
-        click.echo(f"edgelm: {printable(told(error))}", err=True)
-        ctx.exit(2)
-    except KeyboardInterrupt:
-        if ctx.params.get("debug"):
-            raise
-        click.echo("", err=True)
-        ctx.exit(130)
-
-
-def the_text(text: str | None, prompt: str | None, file: str | None, whole: bool = True) -> str:
-    """The text of the argument, of -p or of -f, else that of standard input.
-
-    whole: with the newline that ends a file or standard input.
-    """
-    found = one_of("texts", {"the argument": text, "-p": prompt, "-f": file})
-    if found is None:
-        if sys.stdin.isatty():
-            note("edgelm: reads the text from the terminal; Ctrl-D ends it")
-        found = file = standard_input()
-    return found if whole or file is None else found.removesuffix("\n")
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -486,9 +408,3 @@ def pack(choice: Choice, out: Path | None, remove: bool, offline: bool) -> None:
         return
     with bars(choice.quiet) as progress:
         print(packed.write(out or packed.beside, progress=progress))
-
-
-def silence_stdout() -> None:
-    """After a closed pipe or a full disk: nothing more may be written, not even by the interpreter at its end."""
-    with suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

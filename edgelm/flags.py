@@ -19,7 +19,7 @@ import click
 
 from edgelm.errors import FormatError, UsageError
 from edgelm.sampling_parameters import Sampling
-from edgelm.terminal import bars
+from edgelm.terminal import bars, note
 
 if TYPE_CHECKING:
     from edgelm.model import Model
@@ -42,6 +42,19 @@ def standard_input() -> str:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
         raise FormatError(f"standard input: no text in UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def the_text(text: str | None, prompt: str | None, file: str | None, whole: bool = True) -> str:
+    """The text of the argument, of -p or of -f, else that of standard input.
+
+    whole: with the newline that ends a file or standard input.
+    """
+    found = one_of("texts", {"the argument": text, "-p": prompt, "-f": file})
+    if found is None:
+        if sys.stdin.isatty():
+            note("edgelm: reads the text from the terminal; Ctrl-D ends it")
+        found = file = standard_input()
+    return found if whole or file is None else found.removesuffix("\n")
 
 
 class TextFile(click.ParamType):  # type: ignore[type-arg,unused-ignore]
