@@ -6,7 +6,6 @@ compiled, and the table written. Knows the row builders of `edgelm.kernels`, but
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +19,7 @@ from .errors import UnsupportedError
 from .formats import QTensor
 from .graph import OUTPUTS, TOKENS, Matrix, Node, for_outputs, gated, in_order
 from .kernels.abi import Env, Row
-from .kernels.records import LIMIT
+from .kernels.records import LIMIT, PRODUCT_LIMIT
 from .pages import GroupLayout
 from .placement import ALIGN, Step, Value, allocate, schedule
 
@@ -177,14 +176,10 @@ class Lowering:
         return value
 
     def _limit(self, node: Node) -> float:
-        """How exact records of a value are made, as `kernels.records` says it: those that logits come from, in full.
-
-        Products of two values have so many outliers that remainders would cost a third of the time of what follows, and
-        mend little (docs/LOG.md).
-        """
+        """How exact records of a value are made, as `kernels.records` says it: those that logits come from, in full."""
         if self._result.kind == "linear" and self._result in self._users[node]:
             return 0.0
-        return math.inf if node.kind == "mul" else LIMIT
+        return PRODUCT_LIMIT if node.kind == "mul" else LIMIT
 
     def _record_wanted(self, node: Node) -> bool:
         """Whether a record of int8, which norms can write themselves, is needed."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from math import inf
 from typing import Any
 
 from llvmlite import ir
@@ -43,7 +42,7 @@ from edgelm.kernels.records import (
     activation_bytes,
     chunk_at,
 )
-from edgelm.kernels.simd import load_f32, load_i64, splat_f32, store
+from edgelm.kernels.simd import add_f32, fma, load_f32, load_f32x16, load_i64, mul_f32, splat_f32, store, sum_f32
 
 __all__ = ["activation_bytes", "quantize", "quantize_row"]
 
@@ -284,6 +283,16 @@ def inexactness(record):
 
 
 @njit
+def mean_square(x, n_blocks, inverse):
+    """Of the inputs of a row, in units; inverse: 1 / unit."""
+    low, high, factor = splat_f32(0.0), splat_f32(0.0), splat_f32(inverse)
+    for place in range(x, x + 4 * BLOCK * n_blocks, 4 * BLOCK):
+        first, second = mul_f32(load_f32x16(place), factor), mul_f32(load_f32x16(place + 64), factor)
+        low, high = fma(first, first, low), fma(second, second, high)
+    return sum_f32(add_f32(low, high)) / (BLOCK * n_blocks)
+
+
+@njit
 def clear(block):
     store(block, splat_f32(0.0))
 
@@ -314,13 +323,9 @@ def quantize_row(x, n_cols, out, limit):
     if n_blocks % 2 == 1:
         clear(out + RECORD * n_blocks)
         clear(rest + RECORD * n_blocks)
-    if limit == inf:  # no block has a remainder in any record, so nobody reads them
-        return
-    total = 0.0
+    most = limit * mean_square(x, n_blocks, load_f32(unit + 4))
     for i in range(n_blocks):
-        total += inexactness(out + RECORD * i)
-    for i in range(n_blocks):
-        if inexactness(out + RECORD * i) * n_blocks > limit * total:
+        if inexactness(out + RECORD * i) > most:
             quantize_rest(x + 4 * BLOCK * i, out + RECORD * i, rest + RECORD * i, unit)
         else:
             clear(rest + RECORD * i)

@@ -23,9 +23,9 @@ and the q of both halves take turns, four at a time.
 The number of blocks is rounded up to even; a block that pads is zero. Half way to the next record is a place for as
 many remainders: what q * d is short of, for a block of which q * d would be too inexact, in the same form; else zeros.
 Adding products with zeros changes nothing, so a kernel may leave them out or not. Most of the inexactness of a row is
-in few of its blocks, those with an outlier: a limit chooses them. If it is infinite, no record has remainders, and
-anything may stand in their place. From one record to the next it is 8 cache lines more than a multiple of 16: so eight
-blocks, which a matrix kernel goes over at a time, of eight records lie in all 64 sets of a cache, and not in the same.
+in few of its blocks, those with an outlier: a limit chooses them, beside what the whole row is. From one record to the
+next it is 8 cache lines more than a multiple of 16: so eight blocks, which a matrix kernel goes over at a time, of
+eight records lie in all 64 sets of a cache, and not in the same.
 
 A whole number between -2 ** 22 and 2 ** 22 added to the bits of MAGIC as a float32 gives the bits of its sum with
 MAGIC: that is how sums of products become floats without being converted.
@@ -44,7 +44,8 @@ FACTORS, ZERO = 44, 48
 MAX_FACTOR = 32767
 OFFSET_LOW, OFFSET_HIGH = 52, 56
 FLAG = 60
-LIMIT = 2.0  # how many times the mean d² of its row that of a block must be for a remainder: 6-10 % are (docs/LOG.md)
+LIMIT = 2.4e-3  # times the mean square of its row the sum of d² of a block must be for a remainder (docs/LOG.md);
+PRODUCT_LIMIT = 7.2e-3  # if it is a product of two values, which has many outliers; those far out make most of the loss
 MAX_TOKENS = 256  # of a unit of work: a byte holds the number of each, and 512 are no faster (docs/LOG.md)
 ENTRY = 3  # bytes that say where a unit has remainders: which block of a slab, and which two tokens; or one, twice
 MAGIC, MAGIC_BITS = 1.5 * 2.0**23, 0x4B400000

@@ -66,10 +66,12 @@ def quantized(x: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return np.rint(blocks * inverse).astype(np.int8), np.where(inverse == 0, np.float32(0), scale)
 
 
-def has_remainder(scale: np.ndarray, limit: float = LIMIT) -> np.ndarray:
+def has_remainder(x: np.ndarray, scale: np.ndarray, limit: float = LIMIT) -> np.ndarray:
     """Which blocks of 32 of each row have one."""
-    inexactness = (scale * scale).reshape(len(scale), -1, 2).sum(axis=-1).astype(np.float64)
-    return inexactness * inexactness.shape[1] > limit * inexactness.sum(axis=1, keepdims=True)
+    inexactness = (scale.astype(np.float64).reshape(len(scale), -1, 2) ** 2).sum(axis=-1)
+    units = unit(x)[:, 0].astype(np.float64)
+    in_units = np.divide(x, units, out=np.zeros(x.shape), where=units != 0)
+    return inexactness > limit * (in_units**2).mean(axis=1, keepdims=True)
 
 
 def represented(x: np.ndarray, limit: float) -> np.ndarray:
@@ -77,7 +79,7 @@ def represented(x: np.ndarray, limit: float) -> np.ndarray:
     units = unit(x)
     q, scale = quantized(x, units)
     first = (q * scale.astype(np.float64) * units).reshape(x.shape)
-    chosen = np.repeat(has_remainder(scale, limit), 32, axis=1)
+    chosen = np.repeat(has_remainder(x, scale, limit), 32, axis=1)
     q, scale = quantized((x - first).astype(np.float32), units)
     return first + np.where(chosen, (q * scale.astype(np.float64) * units).reshape(x.shape), 0)
 
@@ -269,7 +271,7 @@ def test_records() -> None:
     ends, lines = lines[:, -64:].copy().view(np.float32), lines.reshape(4, 2, -1, 64)[:, :, :6]
     units = unit(x)
     q, scale = quantized(x, units)
-    flags = has_remainder(scale)
+    flags = has_remainder(x, scale)
     assert flags[3].tolist() == [False, True, False, False, False]
     check_lines(lines[:, 0, :5], q, scale, flags)
     rest = (x - (q * scale.astype(np.float64) * units).reshape(x.shape)).astype(np.float32)
