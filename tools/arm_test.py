@@ -35,10 +35,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ["python3", "libgomp1", "libstdc++6"]  # of Debian and what descends from it
 PLATFORMS = [f"manylinux_2_{minor}_aarch64" for minor in (34, 31, 28, 27, 17)] + ["manylinux2014_aarch64"]
 TESTS = ["tests/kernels", "tests/test_program.py"]
-# Without those that measure time or wait for it, compile for other processors, or take minutes.
+# Without those that measure time or wait for it, limit memory, compile for other processors, or take minutes.
 LEFT_OUT = [
     "interrupts", "take_part", "cost_nothing", "exit_with_live", "several_processes", "other_processors",
-    "every_format_on", "inner_loops", "real_model", "single_tokens",
+    "every_format_on", "inner_loops", "real_model", "single_tokens", "cannot_all_be_started",
 ]  # fmt: skip
 PROMPT = "The capital of France is"
 PROBE = """
