@@ -147,10 +147,15 @@ def _arm_features(triple: str, cpu: str, features: str) -> frozenset[str]:
     return frozenset(name for name, instruction in signs.items() if re.search(instruction, code))
 
 
+def fuses(context: Any) -> bool:
+    """Whether the machine rounds x * y + z once."""
+    machine, features = target(context)
+    return machine not in ("x86_64", "i686") or bool(features & {"fma", "fma4", "avx512f"})
+
+
 def emit_fma(context: Any, b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
     """x * y + z of float32 vectors: rounded once where the machine can, else twice (a library call would be slow)."""
-    machine, features = target(context)
-    if machine not in ("x86_64", "i686") or features & {"fma", "fma4", "avx512f"}:
+    if fuses(context):
         return call(b, f"llvm.fma.v{x.type.count}f32", x.type, x, y, z)
     return b.fadd(b.fmul(x, y), z)
 

@@ -53,7 +53,7 @@ def test_every_format_on(target: str) -> None:
     )
     assert chosen.stdout.strip() == expected
     tests = Path(__file__).with_name("test_linear.py")
-    chosen_tests = "products_are or looked_up or any_number or one_pass or short_of"
+    chosen_tests = "products_are or looked_up or any_number or one_pass or short_of or records"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen_tests, str(tests)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:]

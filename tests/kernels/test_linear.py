@@ -10,7 +10,7 @@ from op_rows import Workspace
 
 from edgelm.errors import UnsupportedError
 from edgelm.formats import FORMATS, QTensor, by_name
-from edgelm.kernels import isas, linear
+from edgelm.kernels import emit, isas, linear
 from edgelm.kernels.abi import Env
 from edgelm.kernels.blocks import BLOCKS
 from edgelm.kernels.records import LIMIT
@@ -43,6 +43,7 @@ def activations(n_tokens: int, n_cols: int, seed: int = 1) -> np.ndarray:
 
 
 WHOLE = isas.select(cpu_target.target_context).whole_scales
+FUSES = emit.fuses(cpu_target.target_context)
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -274,7 +275,8 @@ def test_records() -> None:
     flags = has_remainder(x, scale)
     assert flags[3].tolist() == [False, True, False, False, False]
     check_lines(lines[:, 0, :5], q, scale, flags)
-    rest = (x - (q * scale.astype(np.float64) * units).reshape(x.shape)).astype(np.float32)
+    product = (q * scale.astype(np.float64) * units).reshape(x.shape)
+    rest = (x - (product if FUSES else product.astype(np.float32))).astype(np.float32)
     check_lines(lines[:, 1, :5][flags], *(part.reshape(4, 5, -1)[flags] for part in quantized(rest, units)))
     assert np.array_equal(ends[:, :1], units[..., 0])
     assert np.array_equal(ends[:, 1] * ends[:, 0], ends[:, 0] != 0)
