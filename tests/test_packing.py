@@ -208,6 +208,17 @@ def test_a_file_that_cannot_be_read_any_more(
                 loaded.wait() if behind else loaded.logits(TOKENS)
 
 
+@pytest.mark.skipif(not packing.read_address(), reason="files are mapped here")
+def test_rows_that_cannot_be_read_are_told(model: Path, tmp_path: Path) -> None:
+    """Those of an embedding, which a first run asks for before all others."""
+    tensors = [gguf.read(model).tensors["token_embd.weight"]]
+    forms, n_bytes = weight_layout.arrange(tensors)
+    with (tmp_path / "empty").open("w+b") as empty:
+        some = packing.Packing(packing.Memory(n_bytes), tensors, forms, find=lambda rows: (empty.fileno(), 0))
+        with pytest.raises(SourceError, match="cannot be read any more"):
+            some.pack_rows(0, [3])
+
+
 def test_what_fails_behind_the_caller_is_raised_by_the_second_run(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> int:
         raise OSError("the disk is gone")

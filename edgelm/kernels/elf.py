@@ -30,7 +30,7 @@ _LITTLE_64 = (2, 1, 1, 0)  # 64 bits, little endian, version 1, System V
 _RELOCATABLE, _X86_64 = 1, 62
 _PROGRAM, _SYMBOLS, _RELOCATIONS, _EMPTY = 1, 2, 4, 8  # types of sections; empty: zeroed memory without bytes
 _WRITABLE, _LOADED, _CODE = 1, 2, 4  # flags of sections
-_OUTSIDE, _LAST_SECTION = 0, 0xFF00  # of a symbol: which section it is in
+_OUTSIDE = 0  # instead of the number of the section that a symbol is in
 _ADDRESS_64 = 1  # type of a relocation: symbol + addend, absolute
 
 

@@ -183,9 +183,11 @@ class Packing:
 
     def pack_rows(self, index: int, rows: Iterable[int]) -> None:
         """Packs some rows of a weight, with the groups that they are in. For who has `paused` it."""
-        weights = [(self.tensors[index], self.forms[index])]
+        weights, failed = [(self.tensors[index], self.forms[index])], np.zeros(1, np.int64)
         for group in {row // ROWS for row in rows}:
-            _pack_piece(self._target, weights, group, group + 1, self._lend, self.find)
+            _pack_piece(self._target, weights, group, group + 1, self._lend, self.find, failed)
+        if failed[0]:
+            raise unreadable()
 
     def finish(self) -> None:
         """Packs what is left; raises what any of the threads could not do."""
@@ -252,48 +254,50 @@ def unreadable() -> SourceError:
     return SourceError("the model's file cannot be read any more; was it changed, or its disk taken away?")
 
 
+def in_file(rows: np.ndarray, find: Find) -> tuple[int, int] | None:
+    """Where rows of a weight are to be read from, as `find` says it, if they are: where the system has a way, as to map
+    pages one by one and to take them away again takes longer (docs/LOG.md)."""
+    return find(rows) if read_address() else None
+
+
 def row_pack(
-    tensor: QTensor, form: Packed, data: np.ndarray, place: int, stride: int, stop: np.ndarray, find: Find
+    tensor: QTensor, form: Packed, data: np.ndarray, place: int, stride: int, stop: np.ndarray,
+    found: tuple[int, int] | None,
 ) -> list[int]:
     """A row of the op table that packs rows of a weight, `data`, as groups at `place`, `stride` bytes apart.
 
-    They are read from their file, if `find` knows it, where the system has a way: to map pages one by one and to take
-    them away again takes longer (docs/LOG.md). Room for that is to be added: `Arg.BUFFER`. stop: see `Arg.STOP`.
+    found: where they are to be read from, of `in_file`; room for that is to be added: `Arg.BUFFER`. stop: see
+    `Arg.STOP`.
     """
     row = [0] * Row.SIZE
     row[Row.KERNEL], row[Row.UNITS], row[Row.GRAIN] = compiler.address(_kernel(tensor, form)), -(-len(data) // ROWS), 1
     args = data.ctypes.data, data.strides[0], len(data), form.n_cols, place, stride, stop.ctypes.data
     row[Row.ARGS : Row.ARGS + len(args)] = args
-    found, read = find(data), read_address()
-    if found and read:
-        row[Row.ARGS + Arg.READ] = read
+    if found is not None:
+        row[Row.ARGS + Arg.READ] = read_address()
         row[Row.ARGS + Arg.FILE], row[Row.ARGS + Arg.SOURCE] = found
     return row
 
 
 def _pack_piece(
-    target: Target, weights: list[Weight], first: int, last: int, lend: Lend, find: Find, stop: np.ndarray | None = None
+    target: Target, weights: list[Weight], first: int, last: int, lend: Lend, find: Find, stop: np.ndarray
 ) -> int:
     """Packs groups `first` to `last`, not included, of weights whose groups alternate; how many bytes these are."""
     base, stride = weights[0][1].address, weights[0][1].stride
     room = target.room(base + first * stride, (last - first) * stride)
-    stop = np.zeros(1, np.int64) if stop is None else stop
     for tensor, form in weights:
         rows = tensor.data[first * ROWS : min(last * ROWS, form.n_rows)]
-        is_read = read_address() and not _transcodes(form) and find(rows)
-        with nullcontext(rows) if is_read else lend(rows) as data:
-            if _transcodes(form):
+        transcodes = form.transcoded_from is not None and form.format != "INT12"
+        found = None if transcodes else in_file(rows, find)
+        with lend(rows) if found is None else nullcontext(rows) as data:
+            if transcodes:
                 data = transcoded(tensor, data, form.format)
             if data.strides[-1] != 1:
                 data = np.ascontiguousarray(data)
             place = room.ctypes.data + form.address - base
-            row = np.array(row_pack(tensor, form, data, place, stride, stop, find), np.int64)
-            buffer = np.empty(ROWS * data.strides[0] if is_read else 0, np.uint8)
+            row = np.array(row_pack(tensor, form, data, place, stride, stop, found), np.int64)
+            buffer = np.empty(0 if found is None else ROWS * data.strides[0], np.uint8)
             row[Row.ARGS + Arg.BUFFER] = buffer.ctypes.data
             _Native(int(row[Row.KERNEL]))(row.ctypes.data, 0, 0, last - first)
     target.done(base + first * stride, room)
     return len(room)
-
-
-def _transcodes(form: Packed) -> bool:
-    return form.transcoded_from is not None and form.format != "INT12"

@@ -27,8 +27,7 @@ TRIES = 16  # to read: a signal may come in between
 @njit
 def stopped(op):
     """Whether nobody wants the rest: asked at each group, so that a process does not wait for it at its end."""
-    word = load_i64(op + _STOP)
-    return word != 0 and atomic_get(word) != 0
+    return atomic_get(load_i64(op + _STOP)) != 0
 
 
 @intrinsic

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edgelm.kernels.abi import Row
 from edgelm.kernels.blocks import ROWS
 from edgelm.kernels.linear import Arg
-from edgelm.kernels.packing import Find, Weight, row_pack
+from edgelm.kernels.packing import Find, Weight, in_file, row_pack
 from edgelm.kernels.weight_layout import HUGE, Packed, unit, zeroed
 from edgelm.kernels.weight_layout import Arg as Pack
 
@@ -50,7 +50,7 @@ def streamed(
         found = [by_address[address] for address in read]
         form, stride = found[0][1], len(found) * found[0][1].group_bytes
         step = size // stride // 2 * 2
-        packs = [row_pack(tensor, form, tensor.data, 0, stride, failed, find) for tensor, form in found]
+        packs = [row_pack(t, form, t.data, 0, stride, failed, in_file(t.data, find)) for t, form in found]
         for k, pack in enumerate(packs):
             pack[Row.ARGS + Pack.ROOM] = ROWS * pack[Row.ARGS + Pack.ROW_BYTES]
             pack[Row.ARGS + Pack.BUFFER] = room + k * step * pack[Row.ARGS + Pack.ROOM]

@@ -41,7 +41,7 @@ class Arg(IntEnum):
     N_COLS = 3
     TARGET = 4  # address of the packed groups
     STRIDE = 5  # bytes from one group to the next
-    STOP = 6  # address of a word: while it is zero, groups are packed; set if rows cannot be read; 0: none
+    STOP = 6  # address of a word: while it is zero, groups are packed; set if rows cannot be read
     READ = 7  # address of C's function `pread`, or 0: rows are in memory
     FILE = 8  # the descriptor of their file
     BUFFER = 9  # address of room for the file's bytes of the first group

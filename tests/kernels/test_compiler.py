@@ -26,7 +26,7 @@ def times(op, env, begin, end):
 RUN = """
 import sys, threading, ctypes, numpy as np
 sys.path.insert(0, {folder!r})
-from edgelm.kernels import compiler, sources
+from edgelm.kernels import compiler
 addresses = set()
 threads = [threading.Thread(target=lambda: addresses.add(compiler.address('pkg.mod:times'))) for _ in range(4)]
 [t.start() for t in threads]; [t.join() for t in threads]
@@ -148,7 +148,7 @@ import sys, os
 sys.path.insert(0, {folder!r})
 sys.executable = {executable!r}
 os.cpu_count = lambda: 3
-from edgelm.kernels import compiler, sources
+from edgelm.kernels import compiler
 compiled, inner = [], compiler._compile
 compiler._compile = lambda kernel, symbol: compiled.append(kernel.__name__) or inner(kernel, symbol)
 names = ["pkg.mod:k%d" % i for i in range(9)]
