@@ -89,9 +89,7 @@ def cache_dir() -> Path:
     """Folder of fetched models: EDGELM_CACHE, else the platform's cache folder of the user. It may not exist yet."""
     if chosen := os.environ.get("EDGELM_CACHE"):
         return Path(chosen).expanduser()
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("edgelm", appauthor=False))
+    return disk.user_cache()
 
 
 def is_offline(offline: bool = False) -> bool:

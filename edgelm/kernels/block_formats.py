@@ -38,8 +38,6 @@ def spread(word: Int, shift: int) -> Int:
 class _Scaled(Blocks):
     """float16 scale at the start of the block; two blocks to a unit, so that vectors lie on cache lines."""
 
-    blocks, file_blocks, header = 2, 1, 64
-
     def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
         return [f16_lanes(context, b, at(b, head, 0, block, 32))], []
 
@@ -48,8 +46,7 @@ class _Scaled(Blocks):
 
 
 class _ScaledMinimum(Blocks):
-    blocks, file_blocks, header = 1, 1, 64
-    zero, minimum = False, True
+    """float16 scale and minimum."""
 
     def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
         return [f16_lanes(context, b, head)], [f16_lanes(context, b, at(b, head, 32))]
@@ -61,22 +58,16 @@ class _ScaledMinimum(Blocks):
 
 
 class Q8_0(_Scaled):
-    file_bytes, planes, bits = 34, ((8, 0),), 8
-
     def words(self, source: Rows, part: Int) -> list[Int]:
         return (source + 2).words(8)
 
 
 class Q4_0(_Scaled):
-    file_bytes = 18
-
     def words(self, source: Rows, part: Int) -> list[Int]:
         return nibbles(source + 2)
 
 
 class Q4_1(_ScaledMinimum):
-    file_bytes = 20
-
     def words(self, source: Rows, part: Int) -> list[Int]:
         return nibbles(source + 4)
 
@@ -88,15 +79,11 @@ def _five_bits(source: Rows) -> list[Int]:
 
 
 class Q5_0(_Scaled):
-    file_bytes, planes, bits = 22, ((4, 0), (1, 4)), 5
-
     def words(self, source: Rows, part: Int) -> list[Int]:
         return _five_bits(source + 2)
 
 
 class Q5_1(_ScaledMinimum):
-    file_bytes, planes, bits = 24, ((4, 0), (1, 4)), 5
-
     def words(self, source: Rows, part: Int) -> list[Int]:
         return _five_bits(source + 4)
 
@@ -115,9 +102,6 @@ class _ScalesAndMinima(Blocks):
     ones: of the scales of blocks 0-3 and 4-7, then of the minima. Opened, each has a byte. So a header is read at once:
     memory sees a stream in order (docs/LOG.md), and the bytes are as many as in the file.
     """
-
-    header = 64 + 128 + 64
-    zero, minimum = False, True
 
     def opened(self, b: ir.IRBuilder, unit: Value) -> Value:
         place = stack(b, 64 + 2 * 128)
@@ -148,16 +132,12 @@ class _ScalesAndMinima(Blocks):
 
 
 class Q4_K(_ScalesAndMinima):
-    file_bytes = 144
-
     def words(self, source: Rows, part: Int) -> list[Int]:
         start, shift = source + 16 + (part >> 1) * 32, ((part & 1) * 4).i32()
         return [(word >> shift) & 0x0F0F0F0F for word in start.words(8)]
 
 
 class Q5_K(_ScalesAndMinima):
-    file_bytes, planes, bits = 176, ((4, 0), (1, 4)), 5
-
     def words(self, source: Rows, part: Int) -> list[Int]:
         start, shift, bit = source + 48 + (part >> 1) * 32, ((part & 1) * 4).i32(), part.i32()
         low = [(word >> shift) & 0x0F0F0F0F for word in start.words(8)]
@@ -166,8 +146,6 @@ class Q5_K(_ScalesAndMinima):
 
 class _ScalesOfHalves(Blocks):
     """d, then sixteen signed scales."""
-
-    header, halves = 320, 2
 
     def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
         d = f16_lanes(context, b, head)
@@ -180,8 +158,6 @@ class _ScalesOfHalves(Blocks):
 
 
 class Q6_K(_ScalesOfHalves):
-    file_bytes, planes, bits = 210, ((4, 0), (2, 4)), 6
-
     def words(self, source: Rows, part: Int) -> list[Int]:
         half, quarter = part >> 2, part & 3
         low, shift_low = source + half * 64 + (quarter & 1) * 32, ((quarter >> 1) * 4).i32()
@@ -195,8 +171,6 @@ class Q6_K(_ScalesOfHalves):
 
 
 class Q3_K(_ScalesOfHalves):
-    file_bytes, planes, bits, header = 110, ((2, 0), (1, 2)), 3, 288 + 32
-
     def words(self, source: Rows, part: Int) -> list[Int]:
         low, shift, bit = source + 32 + (part >> 2) * 32, ((part & 3) * 2).i32(), part.i32()
         words = [(word >> shift) & 0x03030303 for word in low.words(8)]
@@ -214,9 +188,6 @@ class Q3_K(_ScalesOfHalves):
 
 class Q2_K(Blocks):
     """d, dmin, then sixteen bytes: scale in the low nibble, minimum in the high one."""
-
-    file_bytes, header, planes, bits = 84, 64 + 256, ((2, 0),), 2
-    zero, minimum, halves = False, True, 2
 
     def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
         d, dmin = f16_lanes(context, b, head), f16_lanes(context, b, at(b, head, 32))
@@ -239,21 +210,13 @@ class Q2_K(Blocks):
 
 # --- levels from a table
 
-_IQ4_LEVELS = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
-_E2M1_TWICE = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
-
-
 class IQ4_NL(_Scaled):
-    file_bytes, bits, table = 18, 8, _IQ4_LEVELS
-
     def words(self, source: Rows, part: Int) -> list[Int]:
         return nibbles(source + 2)
 
 
 class IQ4_XS(Blocks):
     """d, upper two bits of the scales, lower four bits of the scales, nibbles."""
-
-    file_bytes, header, bits, table = 136, 64 + 128, 8, _IQ4_LEVELS
 
     def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
         return [_times(b, f16_lanes(context, b, head), i8_lanes(b, at(b, head, 64, block, 16)))], []
@@ -271,9 +234,6 @@ class IQ4_XS(Blocks):
 class MXFP4(Blocks):
     """One byte of exponent: half the scale is 2 ** (e - 128), as the table holds twice the values."""
 
-    file_bytes, file_blocks, blocks, header = 17, 1, 2, 32
-    bits, table = 8, _E2M1_TWICE
-
     def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
         e = u8_lanes(b, at(b, head, 0, block, 16))
         normal = b.shl(b.sub(e, repeat(I32x16, 1)), repeat(I32x16, 23))
@@ -290,9 +250,6 @@ class MXFP4(Blocks):
 
 class INT8(Blocks):
     """What formats without kernels of their own become: two float32 scales, then 32 int8 (40 bytes a block)."""
-
-    file_bytes, file_blocks, blocks, header = 40, 1, 1, 128
-    planes, bits, halves = ((8, 0),), 8, 2
 
     def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
         return [f32_lanes(b, head), f32_lanes(b, at(b, head, 64))], []

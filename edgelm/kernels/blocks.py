@@ -1,65 +1,32 @@
-"""Packed weights: how a format's bits lie in memory once 16 rows stand side by side, and how they become vectors.
+"""Packed weights as vectors: the code for the bits that `units` describes.
 
-A packed matrix is a sequence of groups of 16 rows. A group is a sequence of units of `blocks` blocks of 32 inputs:
-first the scales of the unit, lane by lane, then for each block its quants as bit planes. A plane of p bits is p vectors
-of 64 bytes; bit field k of vector v holds *chunk* v + p * k, a chunk being four neighbouring inputs of each of the 16
-rows: row r in lane r of 32 bits. So unpacking a chunk is a shift, a mask and, for formats of two planes, an or.
-
-`Blocks` turns that description into code: vectors for the kernels, integers of 16 rows for packing. The formats are in
-`block_formats`. Zero bytes are zero weights in every format, so what pads needs no care.
-
-Knows nothing of activations or of how a machine multiplies, except the form it wants weights in (`isa.Form`).
+`Blocks` turns a description into code: vectors for the kernels, integers of 16 rows for packing. The formats are in
+`block_formats`. Knows nothing of activations or of how a machine multiplies, except the form it wants weights in
+(`isa.Form`).
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from llvmlite import ir
 
 from edgelm.kernels.emit import I8, I16, F32x16, I8x64, I32x16, load_at, repeat, widen_f16
 from edgelm.kernels.isa import Form, Isa
-from edgelm.kernels.lanes import ROWS, Int, Place, Rows
+from edgelm.kernels.lanes import Int, Place, Rows
+from edgelm.kernels.units import ROWS, UNITS, Unit
 
 Value = ir.Value
 CHUNKS = 8  # of a block of 32 inputs
 BLOCKS: dict[str, Blocks] = {}
 
 
-class Blocks:
-    """A weight format, packed. One instance for each subclass, in `BLOCKS` by name.
+class Blocks(Unit):
+    """A unit with the code for it. One instance for each subclass that has the name of one, in `BLOCKS` by it."""
 
-    blocks: blocks of 32 inputs in a unit; header: bytes before the quants of a unit; planes: (bits, lowest bit of the
-    quant that they are) of each bit plane; bits: of a weight as the kernels see it; zero: whether 2 ** (bits - 1)
-    stands for zero; halves: 2 when each 16 inputs have a scale of their own; minimum: whether there is something to add
-    to each weight; table: values that quants are indices of; file_blocks, file_bytes: a block in the file.
-    """
-
-    name: ClassVar[str]
-    blocks: ClassVar[int] = 8
-    header: ClassVar[int]
-    planes: ClassVar[tuple[tuple[int, int], ...]] = ((4, 0),)
-    bits: ClassVar[int] = 4
-    zero: ClassVar[bool] = True
-    halves: ClassVar[int] = 1
-    minimum: ClassVar[bool] = False
-    table: ClassVar[list[int] | None] = None
-    file_blocks: ClassVar[int] = 8
-    file_bytes: ClassVar[int]
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        if hasattr(cls, "file_bytes"):
-            cls.name = cls.__name__
-            BLOCKS[cls.name] = cls()
-
-    @property
-    def quant_bytes(self) -> int:
-        """Bytes of the quants of a block."""
-        return 64 * sum(bits for bits, _ in self.planes)
-
-    @property
-    def unit_bytes(self) -> int:
-        return self.header + self.blocks * self.quant_bytes
+    def __init_subclass__(cls) -> None:
+        if unit := UNITS.get(cls.__name__):
+            BLOCKS[unit.name] = cls(**vars(unit))
 
     # --- what differs between formats
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+from edgelm.disk import user_cache
 from edgelm.kernels import elf, processor, sources
 
 if TYPE_CHECKING:
@@ -50,12 +51,7 @@ _symbols: dict[str, int] = {}  # the same, by name: a kernel may be given both w
 def cache_dir() -> Path:
     """Folder for compiled code: below NUMBA_CACHE_DIR, else in the user's cache; a temporary one where that fails."""
     chosen = os.environ.get("NUMBA_CACHE_DIR")
-    if chosen:
-        base = Path(chosen)
-    else:
-        import platformdirs
-
-        base = Path(platformdirs.user_cache_dir("edgelm", appauthor=False)) / "kernels"
+    base = Path(chosen) if chosen else user_cache() / "kernels"
     tag, machine = sys.implementation.cache_tag, platform.machine()
     name = f"{tag}-{sys.platform}-{machine}-{_versions()}-v{VERSION}"
     with contextlib.suppress(OSError):

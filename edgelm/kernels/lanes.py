@@ -12,9 +12,9 @@ from typing import Any
 from llvmlite import ir
 
 from edgelm.kernels.emit import I8, I32, I64, I32x16, indices, load_at, repeat, spread, store_at, undefined
+from edgelm.kernels.units import ROWS
 
 Value = ir.Value
-ROWS = 16  # of a group
 QUAD = 4  # words of a row that are loaded together: 16 bytes
 
 

@@ -20,9 +20,9 @@ from edgelm.errors import SourceError
 from edgelm.formats import QTensor
 from edgelm.kernels import compiler
 from edgelm.kernels.abi import Row
-from edgelm.kernels.blocks import ROWS
 from edgelm.kernels.executor import read_address
 from edgelm.kernels.transcode import transcoded
+from edgelm.kernels.units import ROWS
 from edgelm.kernels.weight_layout import Arg, Packed, Pairs, arrange, zeroed
 
 PIECE = 1 << 20  # bytes of packed weights that a thread makes at a time

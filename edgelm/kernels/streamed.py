@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.kernels.abi import Row
-from edgelm.kernels.blocks import ROWS
 from edgelm.kernels.linear import Arg
 from edgelm.kernels.packing import Find, Weight, in_file, row_pack
+from edgelm.kernels.units import ROWS
 from edgelm.kernels.weight_layout import HUGE, Packed, unit, zeroed
 from edgelm.kernels.weight_layout import Arg as Pack
 

@@ -1,6 +1,6 @@
 """Packed weights as a whole: in which form each is kept, how many bytes that takes, where they lie side by side.
 
-`blocks` describes a unit of a format, this module matrices of them. Formats that have no kernels become others: those
+`units` describes a unit of a format, this module matrices of them. Formats that have no kernels become others: those
 made of integers times a scale `INT8`, without loss, and plain numbers float32. Where integers are multiplied faster
 than floats, float16 and bfloat16 become integers of 12 bits (`int16`).
 
@@ -18,11 +18,8 @@ from enum import IntEnum
 import numpy as np
 
 from edgelm.formats import QTensor
-from edgelm.kernels import (
-    block_formats,  # noqa: F401  (defines them)
-    int16,
-)
-from edgelm.kernels.blocks import BLOCKS, ROWS
+from edgelm.kernels import int16
+from edgelm.kernels.units import ROWS, UNITS
 
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of a weight
 LAYOUT = 4  # of packed weights; to be raised when they change: a test compares
@@ -101,7 +98,7 @@ def unit(format: str) -> tuple[int, int]:
         return 1, ROWS * FLOATS[format]
     if format == "INT12":
         return int16.BLOCK, int16.UNIT
-    return 32 * BLOCKS[format].blocks, BLOCKS[format].unit_bytes
+    return 32 * UNITS[format].blocks, UNITS[format].unit_bytes
 
 
 def packed_bytes(format: str, n_rows: int, n_cols: int) -> int:
@@ -153,7 +150,7 @@ def format_for(tensor: QTensor) -> str:
     name = tensor.format.name
     if name in ("F16", "BF16") and int16.preferred():
         return "INT12"
-    if name in FLOATS or name in BLOCKS:
+    if name in FLOATS or name in UNITS:
         return name
     return "INT8" if tensor.format.block > 1 else "F32"
 

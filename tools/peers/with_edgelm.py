@@ -14,9 +14,12 @@ from typing import Any
 from llama_bench import Settings, Tokens, main
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-import edgelm
-from edgelm import hub
-from edgelm.cache import Batch
+from edgelm.__main__ import prepare
+
+prepare()  # as `edgelm` does
+import edgelm  # noqa: E402
+from edgelm import hub  # noqa: E402
+from edgelm.cache import Batch  # noqa: E402
 
 
 class Loaded:
