@@ -77,6 +77,16 @@ def test_loading_a_reference_model_loads_no_numba(decoder: Path) -> None:
     assert done.stdout.strip() == "False"
 
 
+def test_a_start_with_compiled_kernels_loads_nothing_that_makes_code(decoder: Path) -> None:
+    program = (
+        "import sys, edgelm; from edgelm.kernels import elf; edgelm.load(sys.argv[1]).generate([1], max_tokens=2); "
+        "print([m for m in ('numba', 'llvmlite.ir', 'llvmlite.binding') if m in sys.modules], elf.USABLE)"
+    )
+    for _ in range(2):  # the first one may have to compile
+        done = subprocess.run([sys.executable, "-c", program, str(decoder)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in ("[] True", "['llvmlite.ir', 'llvmlite.binding'] False")
+
+
 # -------------------------------------------------------------------------------------------------------------- loading
 
 

