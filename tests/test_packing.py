@@ -20,8 +20,8 @@ import edgelm
 from edgelm import gguf, mapped_file
 from edgelm.errors import SourceError
 from edgelm.formats import QTensor, by_name
-from edgelm.kernels import packing, streamed, weight_layout
-from edgelm.kernels.blocks import BLOCKS
+from edgelm.kernels import packing, streamed, tiles, weight_layout
+from edgelm.kernels.units import UNITS
 
 TOKENS = [1, 2, 3, 5, 8, 13, 21]
 
@@ -62,7 +62,11 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("name", [*(name for name in BLOCKS if name != "INT8"), "F32", "F16", "BF16", "TQ2_0"])
+def test_every_unit_has_code_with_its_facts() -> None:
+    assert {name: vars(blocks) for name, blocks in tiles.BLOCKS.items()} == {n: vars(unit) for n, unit in UNITS.items()}
+
+
+@pytest.mark.parametrize("name", [*(name for name in UNITS if name != "INT8"), "F32", "F16", "BF16", "TQ2_0"])
 def test_the_layout_has_the_number_that_files_know_it_by(name: str) -> None:
     [form] = packing.pack_all([weight(name, 21, 512)])
     digest = hashlib.sha256(form.keep[: form.n_bytes]).hexdigest()[:16]

@@ -22,8 +22,8 @@ import numpy as np
 
 from edgelm.kernels import compiler, linear
 from edgelm.kernels.abi import Env
-from edgelm.kernels.blocks import BLOCKS
 from edgelm.kernels.executor import Executor
+from edgelm.kernels.units import UNITS
 from edgelm.kernels.weight_layout import FLOATS, Packed, packed_bytes, zeroed
 
 LINE = 64
@@ -151,7 +151,7 @@ def in_turns(bench: Bench, amount: float, roof: Callable[[], float], rounds: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("formats", nargs="*", default=[*BLOCKS, *FLOATS, "INT12"])
+    parser.add_argument("formats", nargs="*", default=[*UNITS, *FLOATS, "INT12"])
     parser.add_argument("-t", "--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 128, 512])
     parser.add_argument("--shape", type=int, nargs=2, default=(1024, 2048), metavar=("ROWS", "COLUMNS"))

@@ -12,11 +12,11 @@ from edgelm.errors import UnsupportedError
 from edgelm.formats import FORMATS, QTensor, by_name
 from edgelm.kernels import emit, isas, linear
 from edgelm.kernels.abi import Env
-from edgelm.kernels.blocks import BLOCKS
 from edgelm.kernels.records import LIMIT
+from edgelm.kernels.units import UNITS
 from edgelm.kernels.weight_layout import packed_bytes
 
-NATIVE = [*(name for name in BLOCKS if name != "INT8"), "F32"]
+NATIVE = [*(name for name in UNITS if name != "INT8"), "F32"]
 HALVES = ("F16", "BF16")  # of `test_float_linear`
 TRANSCODED = [f.name for f in FORMATS.values() if f.name not in (*NATIVE, *HALVES)]
 
