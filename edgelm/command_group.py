@@ -6,6 +6,7 @@ the traceback); Ctrl-C is 130, a reader of standard output that has gone 141.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -43,6 +44,7 @@ class Commands(click.Group):
         if not converters_are_ours():
             raise UsageError("the package 'converters' is missing, or another one of that name hides edgelm's own")
         home = importlib.import_module(f"converters.{CONVERTERS[name]}")
+        gc.set_threshold(700)  # as Python has it: what a conversion throws away may hold matrices
         command: click.Command = getattr(home, f"{name}_command")
         return command
 

@@ -334,6 +334,21 @@ def test_settings_of_the_process_come_before_numpy_and_yield_to_the_user() -> No
         assert done.stdout.split() == [found, "False"]
 
 
+def test_garbage_is_collected_seldom_but_in_conversions() -> None:
+    code = (
+        "import gc\n"
+        "from edgelm.__main__ import prepare\n"
+        "from edgelm.cli import main\n"
+        "before = gc.get_threshold()[0]\n"
+        "prepare()\n"
+        "for name in ('run', 'convert'):\n"
+        "    main.get_command(None, name)\n"
+        "    print(gc.get_threshold()[0] / before > 1)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
+
+
 def test_a_closed_pipe_is_no_error(model: Path) -> None:
     command = [sys.executable, "-P", "-m", "edgelm", "run", str(model), "-p", "x", "-n", "64", "--ignore-eos", "-q"]
     read_end, write_end = os.pipe()
