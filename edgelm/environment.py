@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .cache import Batch, Sequence
 from .kernels.abi import ENVS, Env
+from .kernels.matrix_unit import LEAST, permitted
 from .rope import RopeTable
 
 Part = tuple[int, int]  # tokens [begin, end) of a batch
@@ -28,7 +29,9 @@ class Environment:
         n_tokens: of the last `take`.
     """
 
-    def __init__(self, max_tokens: int, n_groups: int, n_threads: int, yield_address: int) -> None:
+    def __init__(
+        self, max_tokens: int, n_groups: int, n_threads: int, yield_address: int, matrix_unit: bool = True
+    ) -> None:
         self._fields = np.zeros((ENVS, Env.SIZE), np.int64)
         self.address = self._fields.ctypes.data
         self._words = self._fields.reshape(-1).data
@@ -40,6 +43,7 @@ class Environment:
             fields[Env.POSITIONS], fields[Env.ROWS] = positions.ctypes.data, rows.ctypes.data
         self._fields[:, Env.N_THREADS], self._fields[:, Env.N_GROUPS] = n_threads, n_groups
         self._fields[:, Env.YIELD] = yield_address
+        self._fields[:, Env.TILES] = LEAST if matrix_unit and permitted() else 0
         self.workspace = np.zeros(0, np.uint8)
         self._ropes: list[RopeTable] = []
         self._angles: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []

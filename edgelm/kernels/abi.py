@@ -51,6 +51,7 @@ class Env(IntEnum):
     N_THREADS = 12  # count
     N_GROUPS = 13  # count: cache groups, the row length of TABLES
     YIELD = 14  # void (*)(void): gives the core away
+    TILES = 15  # count: of tokens, or of outputs, from which they go through the matrix unit; 0: none do
     SIZE = 16
 
 
