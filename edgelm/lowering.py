@@ -19,6 +19,7 @@ from .errors import UnsupportedError
 from .formats import QTensor
 from .graph import OUTPUTS, TOKENS, Matrix, Node, for_outputs, gated, in_order
 from .kernels.abi import Env, Row
+from .kernels.matrix_unit import ROWS
 from .kernels.records import LIMIT, PRODUCT_LIMIT
 from .pages import GroupLayout
 from .placement import ALIGN, Step, Value, allocate, schedule
@@ -365,7 +366,7 @@ def plan(
     lowering = Lowering(in_order([for_outputs(nodes[-1])]), resources, layouts)
     steps = schedule(lowering.steps)
     hidden = lowering.hidden
-    n_bytes = allocate(steps, n_rows, hidden)
+    n_bytes = allocate(steps, -(-n_rows // ROWS) * ROWS, hidden)
     with compiler.only_wanted() as wanted:
         for step in steps:
             step.row()

@@ -4,7 +4,7 @@ A tile of float32 holds sums of 16 rows with 16 columns. `multiply` adds to it t
 with 32 rows of 16 columns, of which two neighbouring rows lie in turns: a line of 64 bytes is a pair for each column.
 That is 16 times what `vdpbf16ps` multiplies at a time. Sums are float32; subnormal numbers are taken for zero.
 
-A process asks before it uses tiles (`matrix_unit.permitted`), and a thread says first what they look like (`configure`).
+A process asks before it uses tiles (`matrix_unit.permitted`), a thread says first what they look like (`configure`).
 Nothing lasts in tiles beyond a function: another one may use them, too.
 
 Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18.
@@ -18,9 +18,9 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from edgelm.kernels.emit import I8, I64, call, target
+from edgelm.kernels.matrix_unit import ROWS
 
 Value = ir.Value
-ROWS = 16  # of a tile
 LINE = 64  # bytes of a row of it
 TILE = ROWS * LINE
 DEPTH = 32  # bfloat16 of a row: products that are added to each sum at a time

@@ -37,7 +37,9 @@ class Code(IntEnum):
     SLAB_BYTES = 22
     FACTOR = 23  # of the sums: a power of two, as the bits of a float32
     REST = 24  # adds the remainders of a slab; 0: activations have no remainders, and no unit: see `records`
-    SIZE = 25
+    PAIRS = 25  # unpacks blocks to tiles of pairs of bfloat16: see `amx_tiles`; 0: the matrix unit is not used
+    PAIR_TILES = 26  # of a block
+    SIZE = 27
 
 
 def tile_fields(sizes: tuple[int, ...], function: Any, first: Code = Code.TILES) -> dict[int, Any]:

@@ -23,6 +23,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from edgelm.kernels.amx import TILE, has_tiles
+from edgelm.kernels.amx_tiles import in_pairs
 from edgelm.kernels.blocks import ROWS, at
 from edgelm.kernels.emit import (
     F32,
@@ -170,6 +172,19 @@ def _int16_unpack(context: Any, b: ir.IRBuilder, fmt: Any, args: list[Value]) ->
         store_at(b, load_at(b, at(b, unit, SCALES), F32x16, 64), at(b, block, SLAB_SCALES), 64)
 
 
+def _int16_pairs(context: Any, b: ir.IRBuilder, fmt: Any, args: list[Value]) -> None:
+    """(weights, n_blocks, tiles): blocks of a packed group to two tiles each, for the matrix unit."""
+    weights, n_blocks, tiles = args
+    with cgutils.for_range(b, n_blocks, intp=I64) as loop:
+        unit, tile = at(b, weights, 0, loop.index, UNIT), at(b, tiles, 0, loop.index, 2 * TILE)
+        scale, pairs = load_at(b, at(b, unit, SCALES), F32x16, 64), _unpacked(b, unit)
+        for i in range(PAIRS):
+            pair = b.bitcast(pairs(i), I32x16)
+            halves = b.ashr(b.shl(pair, repeat(I32x16, 16)), repeat(I32x16, 16)), b.ashr(pair, repeat(I32x16, 16))
+            line = in_pairs(b, *(b.fmul(b.sitofp(half, F32x16), scale) for half in halves))
+            store_at(b, line, at(b, tile, 64 * i), 64)
+
+
 def _prefetch(b: ir.IRBuilder, unit: Value) -> None:
     for line in range(0, UNIT, 64):
         prefetch_at(b, at(b, unit, line))
@@ -264,6 +279,8 @@ def int16_linear_code(typingctx):
             Code.SLAB_BLOCKS: SLAB_BLOCKS,
             Code.SLAB_BYTES: SLAB_BYTES,
             Code.FACTOR: 0x3F800000,  # 1.0
+            Code.PAIRS: function(_int16_pairs, 3) if has_tiles(context) else 0,
+            Code.PAIR_TILES: 2,
         }
         return code_address(b, "INT12", fields)
 

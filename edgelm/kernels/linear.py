@@ -11,7 +11,7 @@ from enum import IntEnum
 import numpy as np
 
 from edgelm.errors import UnsupportedError
-from edgelm.kernels import compiler, int16
+from edgelm.kernels import compiler, int16, matrix_unit
 from edgelm.kernels.abi import Env, Row
 from edgelm.kernels.packing import pack, pack_all
 from edgelm.kernels.records import LIMIT, MAX_TOKENS, activation_bytes
@@ -25,6 +25,7 @@ __all__ = [
 ACTIVATIONS = {"silu": 1, "gelu": 2}
 _CACHE = 1 << 21  # bytes of activation records that a unit may go over again and again
 _SHARES = 64  # of the work with 512 tokens: no fewer, if matrices are small, so that several threads have as much to do
+_UNITS = 6  # of all tokens: fewer are too few to share
 _GRAIN = 1 << 15  # bytes of weights that are worth going to the shared counter for
 
 
@@ -150,6 +151,8 @@ def _linear(packed: Packed, units: int, x: tuple[int, int], y: tuple[int, int], 
     reads = 2 * packed.n_cols if record_kind(packed.format) == "int8" else x[1]  # there are few remainders
     few = max(120, 512 * units // _SHARES)
     tokens = min(MAX_TOKENS, max(24, min(few, _CACHE // reads) // 12 * 12))  # so many fill tiles
+    if matrix_unit.permitted():
+        tokens = matrix_unit.TOKENS if units >= _UNITS else matrix_unit.TOKENS // 4
     grain = max(1, _GRAIN // (2 * packed.group_bytes))
     row = _row(linear_kernel(packed.format), units, tokens, count, grain, args)
     row[Row.READS], row[Row.READ_BYTES] = packed.address, packed.span // units

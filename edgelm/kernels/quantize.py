@@ -31,6 +31,7 @@ from edgelm.kernels.emit import (
 from edgelm.kernels.functions import call_function, statement
 from edgelm.kernels.int16_tiles import int16_record_code
 from edgelm.kernels.isa import Form
+from edgelm.kernels.linear_amx import in_tiles, write_tiles
 from edgelm.kernels.records import (
     BLOCK,
     FLAG,
@@ -50,7 +51,7 @@ Value = ir.Value
 TINY = 2.0**-126  # the smallest normal float32
 AT_ONCE = 4  # blocks: what is one number for half a block fills lanes then
 I8x16, I16x32, I32x4, I64x8 = (ir.VectorType(*type_) for type_ in ((I8, 16), (I16, 32), (I32, 4), (I64, 8)))
-_WORKSPACE = WORD * Env.WORKSPACE
+_WORKSPACE, _COUNT = WORD * Env.WORKSPACE, WORD * Row.COUNT
 _X, _X_STRIDE, _N_COLS, _Q, _Q_STRIDE, _LIMIT = (WORD * (Row.ARGS + i) for i in range(6))
 
 
@@ -331,13 +332,23 @@ def quantize_row(x, n_cols, out, limit):
             clear(rest + RECORD * i)
 
 
+@njit
+def write_record(x, n_cols, first, stride, token, limit, tiled):
+    """Writes the record of a token to its place among those that begin at `first`; or what the matrix unit wants."""
+    if tiled:
+        write_tiles(x, n_cols, first, stride, token)
+    else:
+        quantize_row(x, n_cols, first + token * stride, limit)
+
+
 def quantize(op, env, begin, end):
     """Unit: the record of one token."""
     workspace = load_i64(env + _WORKSPACE)
     x, q = workspace + load_i64(op + _X), workspace + load_i64(op + _Q)
     n_cols, x_stride, q_stride = load_i64(op + _N_COLS), load_i64(op + _X_STRIDE), load_i64(op + _Q_STRIDE)
+    tiled = in_tiles(env, load_i64(env + load_i64(op + _COUNT) * WORD))
     for token in range(begin, end):
-        quantize_row(x + token * x_stride, n_cols, q + token * q_stride, load_f32(op + _LIMIT))
+        write_record(x + token * x_stride, n_cols, q, q_stride, token, load_f32(op + _LIMIT), tiled)
 
 
 def quantize_int16(op, env, begin, end):
@@ -345,5 +356,9 @@ def quantize_int16(op, env, begin, end):
     workspace, n_cols = load_i64(env + _WORKSPACE), load_i64(op + _N_COLS)
     x, q = workspace + load_i64(op + _X), workspace + load_i64(op + _Q)
     x_stride, q_stride = load_i64(op + _X_STRIDE), load_i64(op + _Q_STRIDE)
+    tiled = in_tiles(env, load_i64(env + load_i64(op + _COUNT) * WORD))
     for token in range(begin, end):
+        if tiled:
+            write_tiles(x + token * x_stride, n_cols, q, q_stride, token)
+            continue
         call_function(int16_record_code("F32"), x + token * x_stride, n_cols, q + token * q_stride)

@@ -30,6 +30,8 @@ from edgelm.kernels import (
     block_formats,  # noqa: F401  (defines them)
     isas,
 )
+from edgelm.kernels.amx import has_tiles
+from edgelm.kernels.amx_tiles import unpack_blocks
 from edgelm.kernels.block_tile import ROW, Tile
 from edgelm.kernels.blocks import BLOCKS, CHUNKS, Blocks, at
 from edgelm.kernels.emit import F32, I8, I32, I64, F32x16, I32x16, load_at, prefetch_at, spread, stack, store_at
@@ -329,6 +331,8 @@ def code_fields(context: Any, b: ir.IRBuilder, blocks: Blocks) -> dict[int, Any]
         Code.DIRECT_MOST: isa.direct_most,
         Code.UNPACK: function(_unpack, 5),
         Code.REST: function(_rest, 7),
+        Code.PAIRS: function(unpack_blocks, 3) if has_tiles(context) else 0,
+        Code.PAIR_TILES: 1,
         Code.BLOCKS: blocks.blocks,
         Code.UNIT_BYTES: blocks.unit_bytes,
         Code.RECORD_BYTES: RECORD,

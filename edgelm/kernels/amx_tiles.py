@@ -1,0 +1,188 @@
+"""Generators of the innermost code of matrix products by the matrix unit, for `linear_amx`.
+
+    write    the activations of one token as bfloat16, where `put` says
+    unpack   packed weights of a group of 16 rows to bfloat16: for each 32 inputs a tile, lines of pairs
+    multiply both groups with tokens, 32 at a time, from tiles
+
+Activations lie in tiles, too, where their records would be: the first 32 inputs of 16 tokens, one token after the
+other, then the next 32. Behind the last input there are zeros up to a multiple of 64.
+
+Sums are float32, of pairs of products, in the order of the inputs: a token's results do not depend on the others that
+are multiplied with it, but they are not those of int8.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from edgelm.kernels import amx, isas
+from edgelm.kernels.amx import ROWS, TILE
+from edgelm.kernels.blocks import CHUNKS, Blocks, at
+from edgelm.kernels.emit import (
+    I16,
+    I64,
+    F32x16,
+    I8x64,
+    I32x16,
+    assembler,
+    emit_fma,
+    load_at,
+    repeat,
+    store_at,
+)
+from edgelm.kernels.functions import function_address, statement
+from edgelm.kernels.isa import Form
+from edgelm.kernels.slab_tiles import PAIR, ROW
+
+Value = ir.Value
+I16x32 = ir.VectorType(I16, 32)
+_IN_TURNS = ir.Constant(ir.VectorType(ir.IntType(32), 32), [i + 16 * odd for i in range(16) for odd in (0, 1)])
+_BYTES = [
+    ir.Constant(ir.VectorType(ir.IntType(32), 64), [n for r in range(16) for n in (4 * r + byte, 64, 64, 64)])
+    for byte in range(4)
+]  # byte 0 to 3 of each lane, and zeros
+
+
+def rounded(b: ir.IRBuilder, low: Value, high: Value) -> Value:
+    """32 float32 as bfloat16, to nearest even, in the same order: I16x32."""
+    both = assembler(b, I32x16, "vcvtne2ps2bf16 $2, $1, $0", "=v,v,v", [high, low])
+    return b.bitcast(both, I16x32)
+
+
+def in_pairs(b: ir.IRBuilder, first: Value, second: Value) -> Value:
+    """Float32 of two inputs, each of 16 rows, as a line of a tile."""
+    both = rounded(b, first, second)
+    return b.shuffle_vector(both, both, _IN_TURNS)
+
+
+# --- weights
+
+
+def unpack_blocks(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) -> None:
+    """(weights, n_blocks, tiles): blocks, whole units, of a packed group."""
+    weights, n_blocks, tiles = args
+    isa = isas.select(context)
+    with cgutils.for_range(b, b.udiv(n_blocks, I64(blocks.blocks)), intp=I64) as outer:
+        unit = at(b, weights, 0, outer.index, blocks.unit_bytes)
+        head = blocks.opened(b, unit)
+        own = at(b, tiles, 0, outer.index, blocks.blocks * TILE)
+        with cgutils.for_range(b, I64(blocks.blocks), intp=I64) as inner:
+            _unpack_block(context, b, isa, blocks, unit, head, inner.index, at(b, own, 0, inner.index, TILE))
+
+
+def _unpack_block(context, b, isa, blocks: Blocks, unit: Value, head: Value, block: Value, tile: Value) -> None:
+    """The weights of a block, scale * (q - zero) + minimum, of unsigned q."""
+    whole = blocks.table is not None or blocks.bits == 8  # of the byte: signed numbers, made unsigned
+    zero = 128.0 if whole else 2.0 ** (blocks.bits - 1) if blocks.zero else 0.0
+    scales, minima = blocks.scales(context, b, head, block)
+    less = [b.fmul(scale, repeat(F32x16, -zero)) for scale in scales] if zero else [None] * len(scales)
+    offsets = [
+        minimum if own is None else own if minimum is None else b.fadd(own, minimum)
+        for own, minimum in zip(less, minima or [None] * len(scales), strict=True)
+    ]
+    chunks = blocks.quants(b, isa, unit, block, Form.TOP if whole else Form.LOW)
+    for i, chunk in enumerate(chunks):
+        half = i * len(scales) // CHUNKS
+        weights = []
+        for lanes in _BYTES:
+            q = b.bitcast(b.shuffle_vector(chunk, ir.Constant(I8x64, None), lanes), I32x16)
+            q, offset = b.sitofp(q, F32x16), offsets[half]
+            weights.append(b.fmul(q, scales[half]) if offset is None else emit_fma(context, b, q, scales[half], offset))
+        for k in range(2):
+            store_at(b, in_pairs(b, *weights[2 * k : 2 * k + 2]), at(b, tile, 64 * (2 * i + k)), 64)
+
+
+# --- products
+
+
+def _multiply(context: Any, b: ir.IRBuilder, fmt: Any, args: list[Value]) -> None:
+    """(first, second, n, x, x_step, out, n_tiles, fresh): products of both groups, `n` tiles of each, with tokens.
+
+    x: the first tile of activations, x_step bytes before those of the next 16 tokens; n_tiles: of tokens; out:
+    (token, 2, 16) float32, added to if not `fresh`.
+    """
+    first, second, n, x, x_step, out, n_tiles, fresh = args
+    with cgutils.for_range(b, b.lshr(n_tiles, I64(1)), intp=I64) as loop:
+        own = b.shl(loop.index, I64(1))
+        place, sums = b.add(x, b.mul(own, x_step)), at(b, out, 0, own, ROWS * PAIR)
+        _multiply_tokens(b, 2, (first, second), n, place, x_step, sums, fresh)
+    with b.if_then(b.trunc(n_tiles, ir.IntType(1))):
+        last = b.sub(n_tiles, I64(1))
+        place = b.add(x, b.mul(last, x_step))
+        _multiply_tokens(b, 1, (first, second), n, place, x_step, at(b, out, 0, last, ROWS * PAIR), fresh)
+
+
+def _multiply_tokens(b, count: int, groups, n: Value, x: Value, x_step: Value, out: Value, fresh: Value) -> None:
+    """The same for one or two tiles of tokens."""
+    sums = {(i, g): at(b, out, ROWS * PAIR * i + ROW * g) for i in range(count) for g in range(2)}
+    with b.if_else(b.icmp_signed("!=", fresh, I64(0))) as (clear, go_on):
+        with clear:
+            for i, g in sums:
+                amx.zero(b, 2 * i + g)
+        with go_on:
+            for (i, g), place in sums.items():
+                amx.load(b, 2 * i + g, place, PAIR)
+    with cgutils.for_range(b, n, intp=I64) as loop:
+        step = b.mul(loop.index, I64(TILE))
+        for i in range(count):
+            amx.load(b, 4 + i, b.add(b.add(x, step), b.mul(x_step, I64(i))), 64)
+        for g, group in enumerate(groups):
+            amx.load(b, 6 + g, b.add(group, step), 64)
+        for i, g in sums:
+            amx.multiply(b, 2 * i + g, 4 + i, 6 + g)
+    for (i, g), place in sums.items():
+        amx.store(b, 2 * i + g, place, PAIR)
+
+
+class _Any:
+    """What `function_address` names code by that is the same for all formats."""
+
+    name = "any"
+
+
+@intrinsic
+def multiply_code(typingctx):
+    """Address of `_multiply`; 0 where there is no matrix unit."""
+
+    def codegen(context, b, sig, args):
+        return function_address(context, b.module, _Any, _multiply, 8) if amx.has_tiles(context) else I64(0)
+
+    return types.int64(), codegen
+
+
+# --- activations
+
+
+def _write_pair(context: Any, b: ir.IRBuilder, x: Value, place: Value, unused: Value) -> None:
+    values = [load_at(b, b.add(x, I64(64 * i)), F32x16) for i in range(2)]
+    if amx.has_tiles(context):
+        store_at(b, rounded(b, *values), place, 64)
+
+
+write_line = statement(_write_pair, 3)  # (x, place, 0): 32 float32 as bfloat16
+
+
+def _when_there(do: Any) -> Any:
+    def emit(context: Any, b: ir.IRBuilder, *unused: Value) -> None:
+        if amx.has_tiles(context):
+            do(b)
+
+    return statement(emit, 3)
+
+
+configure, release = _when_there(amx.configure), _when_there(amx.release)
+
+
+@intrinsic
+def has_unit(typingctx):
+    """Whether there is a matrix unit in the processor that is compiled for."""
+
+    def codegen(context, b, sig, args):
+        return ir.Constant(ir.IntType(1), int(amx.has_tiles(context)))
+
+    return types.boolean(), codegen
