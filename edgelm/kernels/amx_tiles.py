@@ -99,6 +99,8 @@ def _unpack_block(context, b, isa, blocks: Blocks, unit: Value, head: Value, blo
 
 # --- products
 
+AT_ONCE = 8  # tiles of a group that tokens go over one after the other: they stay in the nearest cache
+
 
 def _multiply(context: Any, b: ir.IRBuilder, fmt: Any, args: list[Value]) -> None:
     """(first, second, n, x, x_step, out, n_tiles, fresh): products of both groups, `n` tiles of each, with tokens.
@@ -107,20 +109,25 @@ def _multiply(context: Any, b: ir.IRBuilder, fmt: Any, args: list[Value]) -> Non
     (token, 2, 16) float32, added to if not `fresh`.
     """
     first, second, n, x, x_step, out, n_tiles, fresh = args
-    with cgutils.for_range(b, b.lshr(n_tiles, I64(1)), intp=I64) as loop:
-        own = b.shl(loop.index, I64(1))
-        place, sums = b.add(x, b.mul(own, x_step)), at(b, out, 0, own, ROWS * PAIR)
-        _multiply_tokens(b, 2, (first, second), n, place, x_step, sums, fresh)
-    with b.if_then(b.trunc(n_tiles, ir.IntType(1))):
-        last = b.sub(n_tiles, I64(1))
-        place = b.add(x, b.mul(last, x_step))
-        _multiply_tokens(b, 1, (first, second), n, place, x_step, at(b, out, 0, last, ROWS * PAIR), fresh)
+    with cgutils.for_range(b, b.udiv(b.add(n, I64(AT_ONCE - 1)), I64(AT_ONCE)), intp=I64) as loop:
+        begin = b.mul(loop.index, I64(AT_ONCE))
+        left = b.sub(n, begin)
+        depth = b.select(b.icmp_signed("<", left, I64(AT_ONCE)), left, I64(AT_ONCE))
+        groups = [at(b, group, 0, begin, TILE) for group in (first, second)]
+        new, own = b.icmp_signed(">", fresh, begin), at(b, x, 0, begin, TILE)
+        with cgutils.for_range(b, b.lshr(n_tiles, I64(1)), intp=I64) as pairs:
+            place = b.add(own, b.mul(b.shl(pairs.index, I64(1)), x_step))
+            _multiply_tokens(b, 2, groups, depth, place, x_step, at(b, out, 0, pairs.index, 2 * ROWS * PAIR), new)
+        with b.if_then(b.trunc(n_tiles, ir.IntType(1))):
+            last = b.sub(n_tiles, I64(1))
+            place = b.add(own, b.mul(last, x_step))
+            _multiply_tokens(b, 1, groups, depth, place, x_step, at(b, out, 0, last, ROWS * PAIR), new)
 
 
-def _multiply_tokens(b, count: int, groups, n: Value, x: Value, x_step: Value, out: Value, fresh: Value) -> None:
-    """The same for one or two tiles of tokens."""
+def _multiply_tokens(b, count: int, groups, n: Value, x: Value, x_step: Value, out: Value, new: Value) -> None:
+    """The same for one or two tiles of tokens; new: whether there is nothing to be added to."""
     sums = {(i, g): at(b, out, ROWS * PAIR * i + ROW * g) for i in range(count) for g in range(2)}
-    with b.if_else(b.icmp_signed("!=", fresh, I64(0))) as (clear, go_on):
+    with b.if_else(new) as (clear, go_on):
         with clear:
             for i, g in sums:
                 amx.zero(b, 2 * i + g)
@@ -139,7 +146,7 @@ def _multiply_tokens(b, count: int, groups, n: Value, x: Value, x_step: Value, o
         amx.store(b, 2 * i + g, place, PAIR)
 
 
-class _Any:
+class _All:
     """What `function_address` names code by that is the same for all formats."""
 
     name = "any"
@@ -150,7 +157,7 @@ def multiply_code(typingctx):
     """Address of `_multiply`; 0 where there is no matrix unit."""
 
     def codegen(context, b, sig, args):
-        return function_address(context, b.module, _Any, _multiply, 8) if amx.has_tiles(context) else I64(0)
+        return function_address(context, b.module, _All, _multiply, 8) if amx.has_tiles(context) else I64(0)
 
     return types.int64(), codegen
 

@@ -12,13 +12,15 @@ from edgelm.kernels.abi import WORD, Env
 from edgelm.kernels.amx import DEPTH, ROWS, TILE
 from edgelm.kernels.amx_tiles import configure, has_unit, multiply_code, release, write_line
 from edgelm.kernels.functions import Code, call_function, scratch
-from edgelm.kernels.linear_unit import GROUP_UNITS, RESULTS, X_STRIDE, X, aim, finish, groups_of, n_items, tokens_of
+from edgelm.kernels.linear_unit import GROUP_UNITS, RESULTS, X_STRIDE, X, aim, ask_for, finish, groups_of, n_items, tokens_of
 from edgelm.kernels.matrix_unit import TOKENS
 from edgelm.kernels.simd import load_f32, load_i64, splat_f32, store
 from edgelm.kernels.slab_tiles import PAIR
 
 BATCH = 8  # units side by side
-SLAB = 16  # tiles of a group that are made bfloat16 at a time: those of two stay in the first-level cache
+SLAB = 64  # tiles of a group that are made bfloat16 at a time, at most
+STEP = 16  # of which there are whole ones: units of all formats
+SOME = 128  # tokens whose sums stay in the first-level cache
 NEAR = 1 << 20  # bytes of activations that stay in the second-level cache
 OUT_BYTES = TOKENS * PAIR
 OUT_SCRATCH, SLAB_SCRATCH, POWERS_SCRATCH, REST_SCRATCH = BATCH * OUT_BYTES, 2 * SLAB * TILE, 4 * TOKENS, 2 * 4 * DEPTH
@@ -62,10 +64,11 @@ def goes_through_unit(code, op, env):
 def units_by_tiles(code, op, env, begin, end):
     """The body of a kernel, as `linear_kernels.units`."""
     x_stride, x = load_i64(op + X_STRIDE), load_i64(env + _WORKSPACE) + load_i64(op + X)
-    powers, out = scratch(POWERS_SCRATCH), scratch(OUT_SCRATCH)
+    powers, out, slab, results = scratch(POWERS_SCRATCH), scratch(OUT_SCRATCH), scratch(SLAB_SCRATCH), scratch(RESULTS)
     for i in range(0, POWERS_SCRATCH, 64):
         store(powers + i, splat_f32(1.0))
-    results = scratch(RESULTS)
+    unit_tiles = load_i64(code + _BLOCKS) * load_i64(code + _PAIR_TILES)
+    n_tiles = load_i64(op + GROUP_UNITS) * unit_tiles
     configure(0, 0, 0)
     unit = begin
     while unit < end:
@@ -73,32 +76,40 @@ def units_by_tiles(code, op, env, begin, end):
         n = 1
         while n < min(BATCH, end - unit) and tokens_of(op, env, unit + n)[0] == chunk:
             n += 1
-        sums_of(code, op, unit, n, x + first_token * x_stride, x_stride, (n_tokens + ROWS - 1) // ROWS, out)
-        for i in range(n):
-            aim(results, op, env, unit + i, first_token, powers)
-            finish(results, out + i * OUT_BYTES, 0, 0, n_tokens)
+        at_once = max(1, NEAR // ((n_tokens + ROWS - 1) // ROWS * (TILE * STEP))) * STEP
+        for tile in range(0, n_tiles, min(at_once, SLAB)):
+            some = min(at_once, SLAB, n_tiles - tile)
+            for i in range(n):
+                unpack_groups(code, op, unit + i, tile, some, slab)
+                aim(results, op, env, unit + i, first_token, powers)
+                own = x + first_token * x_stride + tile * TILE
+                add_products(slab, some, own, x_stride, n_tokens, out + i * OUT_BYTES, tile, n_tiles, results)
         unit += n
     release(0, 0, 0)
 
 
 @njit
-def sums_of(code, op, unit, n_units, x, x_stride, token_tiles, out):
-    """Sums of `n_units` units from `unit` on with tiles of 16 tokens from `x` on, to `out`."""
-    unpack, unit_bytes = load_i64(code + _PAIRS), load_i64(code + _UNIT_BYTES)
-    block_tiles = load_i64(code + _PAIR_TILES)
-    unit_tiles, slab = load_i64(code + _BLOCKS) * block_tiles, scratch(SLAB_SCRATCH)
-    n_tiles = load_i64(op + GROUP_UNITS) * unit_tiles
-    at_once = max(1, NEAR // (token_tiles * TILE * SLAB)) * SLAB
-    for begin in range(0, n_tiles, at_once):
-        for i in range(n_units):
-            first, second, _ = groups_of(op, unit + i)
-            for tile in range(begin, min(begin + at_once, n_tiles), SLAB):
-                n = min(SLAB, n_tiles - tile)
-                offset = tile // unit_tiles * unit_bytes
-                call_function(unpack, first + offset, n // block_tiles, slab)
-                call_function(unpack, second + offset, n // block_tiles, slab + SLAB * TILE)
-                fresh = 1 if tile == 0 else 0
-                call_function(
-                    multiply_code(), slab, slab + SLAB * TILE, n, x + tile * TILE, ROWS * x_stride,
-                    out + i * OUT_BYTES, token_tiles, fresh,
-                )
+def unpack_groups(code, op, unit, tile, n, slab):
+    """Makes `n` tiles of both groups of a unit bfloat16, from `tile` on."""
+    first, second, _ = groups_of(op, unit)
+    unpack, block_tiles = load_i64(code + _PAIRS), load_i64(code + _PAIR_TILES)
+    offset = tile // (load_i64(code + _BLOCKS) * block_tiles) * load_i64(code + _UNIT_BYTES)
+    call_function(unpack, first + offset, n // block_tiles, slab)
+    call_function(unpack, second + offset, n // block_tiles, slab + SLAB * TILE)
+
+
+@njit
+def add_products(slab, n, x, x_stride, n_tokens, out, tile, n_tiles, results):
+    """Adds products of `n` tiles of weights, the first of which is `tile`, to the sums at `out`; stores results of the
+    last of `n_tiles`. Some tokens at a time: their sums stay in the nearest cache."""
+    fresh = 1 if tile == 0 else 0
+    for first in range(0, n_tokens, SOME):
+        some, place = min(SOME, n_tokens - first), out + first * PAIR
+        if tile + n == n_tiles:
+            ask_for(results, first, some)
+        call_function(
+            multiply_code(), slab, slab + SLAB * TILE, n, x + first * x_stride, ROWS * x_stride, place,
+            (some + ROWS - 1) // ROWS, fresh,
+        )
+        if tile + n == n_tiles:
+            finish(results, out, 0, first, some)
