@@ -29,7 +29,7 @@ Given = TypeVar("Given")
 # What `edgelm.load` takes of them.
 LOAD_SETTINGS = (
     "ctx_size", "threads", "threads_batch", "kv_type", "max_tokens_per_run", "interpreter", "packed", "offline",
-    "chat_template",
+    "chat_template", "batch_invariant",
 )  # fmt: skip
 CACHE_TYPES = ("f16", "f32", "q8_0", "q4_0")  # `kv_types.KV_TYPES`, which --help has no time to import
 
@@ -109,6 +109,12 @@ MODEL_FLAGS = (
         help="Where packed weights are: in memory, or in a mapped file, such as `edgelm pack` makes.",
     ),
     _flag("--no-mmap", "no_mmap", is_flag=True, default=False, help="The same as --packed memory."),
+    _flag(
+        "--batch-invariant",
+        is_flag=True,
+        default=False,
+        help="Do without a processor's matrix unit: a cached answer is then the same bit for bit.",
+    ),
     _flag("--offline", is_flag=True, default=False, help="Never touch the network."),
 )
 

@@ -137,6 +137,7 @@ class GGUFModel(Model):
             n_threads=settings.threads,
             n_threads_batch=settings.threads_batch,
             kv_type=self.kv_type,
+            matrix_unit=not settings.batch_invariant,
             shared=shared,
             pack=lambda tensors, pairs: self._pack(tensors, pairs, progress),
             progress=progress,

@@ -53,6 +53,7 @@ class Settings:
     chat_template: str | None = None
     max_tokens_per_run: int | None = None
     packed: str = "auto"
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
@@ -82,6 +83,7 @@ def load(
     chat_template: str | None = None,
     max_tokens_per_run: int | None = None,
     packed: str = "auto",
+    batch_invariant: bool = False,
     offline: bool = False,
     progress: Progress | None = None,
 ) -> Model:
@@ -101,6 +103,8 @@ def load(
         packed: where the weights are, in the order that kernels read: "memory", "file" (mapped; made if there is
             none), the path of one, or "auto": the file that `edgelm pack` has made, else memory, else, if they do not
             fit, a file.
+        batch_invariant: on processors with a matrix unit, do without it for prompts: then a token's results do not depend,
+            not even in their last bits, on how many tokens are computed with it. Elsewhere they never do.
         offline: never touch the network.
         progress: called as progress(stage, done, total) while something takes its time.
 
@@ -112,7 +116,8 @@ def load(
     """
     path = hub.resolve(source, offline=offline, progress=progress)
     settings = Settings(
-        ctx_size, threads, threads_batch, kv_type, interpreter, chat_template, max_tokens_per_run, packed
+        ctx_size, threads, threads_batch, kv_type, interpreter, chat_template, max_tokens_per_run, packed,
+        batch_invariant,
     )
     if hub.is_onnx(path):
         from .onnx_model import OnnxModel

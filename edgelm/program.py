@@ -44,9 +44,11 @@ class Program:
         n_ctx: longest sequence, in tokens; None = what the model was made for.
         n_threads: threads for one token at a time; None = the fast cores that this process has.
         n_threads_batch: threads for more; None = as n_threads.
-        max_tokens: tokens that are computed at once. Longer batches are cut; the results are the same bit for bit.
+        max_tokens: tokens that are computed at once. Longer batches are cut; the results are the same bit for bit,
+            unless some of them go through a matrix unit and others do not.
             Models in which all tokens see each other take as many as the context has.
         kv_type: of the caches that are to be expected; those of another type cost time at their first call.
+        matrix_unit: whether many tokens go through the processor's matrix unit, if it has one: see `kernels.matrix_unit`.
         shared: a program of the same weights, whose packed matrices serve here too.
         pack: gives the packed forms of weights, and the `packing.Packing` that makes them, if it still does; is told
             which of them are read in pairs, see `edgelm.packed`. None packs them into memory.
@@ -65,6 +67,7 @@ class Program:
         n_threads_batch: int | None = None,
         max_tokens: int = TOKENS_AT_ONCE,
         kv_type: str = "f16",
+        matrix_unit: bool = True,
         shared: Program | None = None,
         pack: Pack | None = None,
         progress: Progress | None = None,
@@ -86,7 +89,7 @@ class Program:
         self._groups = config.cache_groups()
         self._lock, self._first_run = threading.Lock(), True
         n = max(self.n_threads, self.n_threads_batch)
-        self._environment = Environment(self.max_tokens, len(self._groups), n, yield_address())
+        self._environment = Environment(self.max_tokens, len(self._groups), n, yield_address(), matrix_unit)
         self._plans: dict[str, Plan] = {}
         self._plan(kv_type)
         self._executor = Executor(n)

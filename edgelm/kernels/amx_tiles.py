@@ -99,7 +99,7 @@ def _unpack_block(context, b, isa, blocks: Blocks, unit: Value, head: Value, blo
 
 # --- products
 
-AT_ONCE = 8  # tiles of a group that tokens go over one after the other: they stay in the nearest cache
+AT_ONCE = 10  # tiles of a group that tokens go over one after the other: they stay in the nearest cache
 
 
 def _multiply(context: Any, b: ir.IRBuilder, fmt: Any, args: list[Value]) -> None:

@@ -152,7 +152,7 @@ def _linear(packed: Packed, units: int, x: tuple[int, int], y: tuple[int, int], 
     few = max(120, 512 * units // _SHARES)
     tokens = min(MAX_TOKENS, max(24, min(few, _CACHE // reads) // 12 * 12))  # so many fill tiles
     if matrix_unit.permitted():
-        tokens = matrix_unit.TOKENS if units >= _UNITS else matrix_unit.TOKENS // 4
+        tokens = MAX_TOKENS if units >= _UNITS else MAX_TOKENS // 2  # unpacked for all of them
     grain = max(1, _GRAIN // (2 * packed.group_bytes))
     row = _row(linear_kernel(packed.format), units, tokens, count, grain, args)
     row[Row.READS], row[Row.READ_BYTES] = packed.address, packed.span // units

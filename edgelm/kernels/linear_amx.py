@@ -1,7 +1,7 @@
 """Matrix products by the matrix unit: what `linear_kernels` does for many tokens where there is one.
 
-All tokens of a unit of work, up to TOKENS, go over a slab of weights that were made bfloat16 for them. Activations are
-more than stays in a near cache: so some units are done side by side, for a part of the inputs after the other.
+All tokens of a unit of work go over a slab of weights that were made bfloat16 for them. Where activations are more than
+stays in a near cache, some units are done side by side, for a part of the inputs after the other.
 """
 
 from __future__ import annotations
@@ -12,18 +12,30 @@ from edgelm.kernels.abi import WORD, Env
 from edgelm.kernels.amx import DEPTH, ROWS, TILE
 from edgelm.kernels.amx_tiles import configure, has_unit, multiply_code, release, write_line
 from edgelm.kernels.functions import Code, call_function, scratch
-from edgelm.kernels.linear_unit import GROUP_UNITS, RESULTS, X_STRIDE, X, aim, ask_for, finish, groups_of, n_items, tokens_of
-from edgelm.kernels.matrix_unit import TOKENS
+from edgelm.kernels.linear_unit import (
+    GROUP_UNITS,
+    RESULTS,
+    X_STRIDE,
+    X,
+    aim,
+    ask_for,
+    finish,
+    groups_of,
+    n_items,
+    tokens_of,
+)
+from edgelm.kernels.records import MAX_TOKENS
 from edgelm.kernels.simd import load_f32, load_i64, splat_f32, store
 from edgelm.kernels.slab_tiles import PAIR
 
-BATCH = 8  # units side by side
+BATCH = 16  # units side by side
 SLAB = 64  # tiles of a group that are made bfloat16 at a time, at most
 STEP = 16  # of which there are whole ones: units of all formats
 SOME = 128  # tokens whose sums stay in the first-level cache
 NEAR = 1 << 20  # bytes of activations that stay in the second-level cache
-OUT_BYTES = TOKENS * PAIR
-OUT_SCRATCH, SLAB_SCRATCH, POWERS_SCRATCH, REST_SCRATCH = BATCH * OUT_BYTES, 2 * SLAB * TILE, 4 * TOKENS, 2 * 4 * DEPTH
+OUT_BYTES = MAX_TOKENS * PAIR
+OUT_SCRATCH, SLAB_SCRATCH = BATCH * OUT_BYTES, 2 * SLAB * TILE
+POWERS_SCRATCH, REST_SCRATCH = 4 * MAX_TOKENS, 2 * 4 * DEPTH
 _WORKSPACE, _TILES = WORD * Env.WORKSPACE, WORD * Env.TILES
 _PAIRS, _PAIR_TILES, _BLOCKS, _UNIT_BYTES = (
     WORD * field for field in (Code.PAIRS, Code.PAIR_TILES, Code.BLOCKS, Code.UNIT_BYTES)

@@ -160,26 +160,24 @@ def units(code, op, env, begin, end):
     n_units, x_stride = load_i64(op + GROUP_UNITS), load_i64(op + X_STRIDE)
     x = load_i64(env + _WORKSPACE) + load_i64(op + X)
     slab, out, rests, lists = scratch(SLAB_SCRATCH), scratch(OUT_SCRATCH), scratch(OUT_SCRATCH), scratch(LISTS_SCRATCH)
-    listed = -1  # first of the tokens that `lists` are of
+    listed = -1  # chunk of tokens that `lists` are of
     results, powers = scratch(RESULTS), scratch(POWERS_SCRATCH)
     power, in_units = load_f32(code + _FACTOR), load_i64(code + _REST) != 0
     for unit in range(begin, end):
-        _, begin_token, n_all = tokens_of(op, env, unit)
+        chunk, first_token, n_tokens = tokens_of(op, env, unit)
         first, second, step = groups_of(op, unit)
         if unit + 1 == end:
             step = 0
-        for first_token in range(begin_token, begin_token + n_all, MAX_TOKENS):
-            n_tokens = min(MAX_TOKENS, begin_token + n_all - first_token)
-            record = x + first_token * x_stride
-            known, listed = listed == first_token, first_token
-            if not known:
-                for t in range(n_tokens):
-                    own_unit = load_f32(record + (t + 1) * x_stride - RECORD) if in_units else float32(1.0)
-                    store(powers + 4 * t, power * own_unit)
-            aim(results, op, env, unit, first_token, powers)
-            products(
-                code, first, second, n_units, record, x_stride, n_tokens, slab, out, rests, lists, known, step, results
-            )
+        record = x + first_token * x_stride
+        known, listed = listed == chunk, chunk
+        if not known:
+            for t in range(n_tokens):
+                own_unit = load_f32(record + (t + 1) * x_stride - RECORD) if in_units else float32(1.0)
+                store(powers + 4 * t, power * own_unit)
+        aim(results, op, env, unit, first_token, powers)
+        products(
+            code, first, second, n_units, record, x_stride, n_tokens, slab, out, rests, lists, known, step, results
+        )
 
 
 def linear_f32(op, env, begin, end):

@@ -14,7 +14,6 @@ import sys
 
 LEAST = 32  # tokens from which matrices are multiplied by it: fewer are as fast without (docs/LOG.md)
 ROWS = 16  # of a tile: so many tokens are multiplied, or a few that are not there
-TOKENS = 512  # of a unit of work at most
 _ARCH_PRCTL, _REQUEST, _TILE_DATA = 158, 0x1023, 18  # of Linux on x86-64: ask for a part of a thread's state
 
 
