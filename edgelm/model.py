@@ -103,8 +103,8 @@ def load(
         packed: where the weights are, in the order that kernels read: "memory", "file" (mapped; made if there is
             none), the path of one, or "auto": the file that `edgelm pack` has made, else memory, else, if they do not
             fit, a file.
-        batch_invariant: on processors with a matrix unit, do without it for prompts: then a token's results do not depend,
-            not even in their last bits, on how many tokens are computed with it. Elsewhere they never do.
+        batch_invariant: on processors with a matrix unit, do without it for prompts: then a token's results do not
+            depend, not even in their last bits, on how many tokens are computed with it. Elsewhere they never do.
         offline: never touch the network.
         progress: called as progress(stage, done, total) while something takes its time.
 
