@@ -48,7 +48,7 @@ class Program:
             unless some of them go through a matrix unit and others do not.
             Models in which all tokens see each other take as many as the context has.
         kv_type: of the caches that are to be expected; those of another type cost time at their first call.
-        matrix_unit: whether many tokens go through the processor's matrix unit, if it has one: see `kernels.matrix_unit`.
+        matrix_unit: whether many tokens go through the matrix unit, if there is one: see `kernels.matrix_unit`.
         shared: a program of the same weights, whose packed matrices serve here too.
         pack: gives the packed forms of weights, and the `packing.Packing` that makes them, if it still does; is told
             which of them are read in pairs, see `edgelm.packed`. None packs them into memory.
