@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from edgelm.arch import ARCHS, Config
 from edgelm.cache import Batch, Sequence
 from edgelm.errors import ContextFull, UsageError
 from edgelm.kernels.abi import Env, Row
+from edgelm.kernels.matrix_unit import LEAST
 from edgelm.models import model_of
 from edgelm.program import Program
 from edgelm.reference import Reference
@@ -102,6 +104,12 @@ def test_hidden_states(make: Make) -> None:
 
 # --- against themselves, bit for bit ---
 
+@pytest.fixture
+def exact(make: Make) -> Make:
+    """Makes programs whose results do not depend on how many tokens are computed at once."""
+    return partial(make, matrix_unit=False)
+
+
 def chunks(n: int, sizes: list[int]) -> list[tuple[int, int]]:
     """[0, n) cut into pieces of these sizes, again and again."""
     cuts, at, i = [], 0, 0
@@ -113,13 +121,13 @@ def chunks(n: int, sizes: list[int]) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("fmt", ["F32", "Q4_0"])
-def test_cutting_a_text_changes_no_bit(make: Make, name: str, fmt: str) -> None:
+def test_cutting_a_text_changes_no_bit(exact: Make, name: str, fmt: str) -> None:
     n = 62
-    once = make(name, fmt, n_threads=1)
+    once = exact(name, fmt, n_threads=1)
     tokens = text(once, n)
     expected = run(once, tokens)
     for n_threads in (1, 2, 3):
-        program = make(name, fmt, n_threads=n_threads)
+        program = exact(name, fmt, n_threads=n_threads)
         for sizes in ([n], [1], [7], [3, 20, 1, 9], [33]):
             sequence = program.new_cache().new_sequence()
             parts = [run(program, tokens[a:b], sequence) for a, b in chunks(n, sizes)]
@@ -127,9 +135,9 @@ def test_cutting_a_text_changes_no_bit(make: Make, name: str, fmt: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_other_sequences_change_no_bit(make: Make, name: str) -> None:
+def test_other_sequences_change_no_bit(exact: Make, name: str) -> None:
     """A text beside others, cut into runs of few tokens, in another order, and with some outputs only."""
-    program, small = make(name, "Q4_0", n_threads=2), make(name, "Q4_0", n_threads=2, max_tokens=16)
+    program, small = exact(name, "Q4_0", n_threads=2), exact(name, "Q4_0", n_threads=2, max_tokens=16)
     texts = [text(program, n, seed=n) for n in (23, 1, 40, 5, 60)]
     expected = [run(program, t) for t in texts]
     for runner in (program, small):
@@ -144,9 +152,9 @@ def test_other_sequences_change_no_bit(make: Make, name: str) -> None:
         assert np.array_equal(some, np.concatenate([expected[3][-1:], expected[4], expected[2][-1:]]))
 
 
-def test_a_run_of_as_many_tokens_as_there_are_sequences(make: Make) -> None:
+def test_a_run_of_as_many_tokens_as_there_are_sequences(exact: Make) -> None:
     """Two tokens that see each other, in a run of their own, beside a text that has no room in it."""
-    program = make("bert-mean", "Q4_0", head="hidden", max_tokens=1)  # as many as the context has
+    program = exact("bert-mean", "Q4_0", head="hidden", max_tokens=1)  # as many as the context has
     assert program.max_tokens == program.n_ctx
     texts = [text(program, n, seed=n) for n in (2, program.n_ctx)]
     expected = [run(program, t) for t in texts]
@@ -156,9 +164,9 @@ def test_a_run_of_as_many_tokens_as_there_are_sequences(make: Make) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gemma3"])
-def test_batched_decoding_changes_no_bit(make: Make, name: str) -> None:
+def test_batched_decoding_changes_no_bit(exact: Make, name: str) -> None:
     """Sequences of different lengths that grow by a token each, all in one batch: as if each were alone."""
-    program = make(name, "Q4_0", n_threads=3)
+    program = exact(name, "Q4_0", n_threads=3)
     texts = [text(program, n, seed=n) for n in (50, 31, 64)]
     expected = [run(program, t) for t in texts]
     cache = program.new_cache()
@@ -173,8 +181,8 @@ def test_batched_decoding_changes_no_bit(make: Make, name: str) -> None:
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "f32", "q8_0", "q4_0", "q8_0/f16"])
-def test_going_back_and_forking_change_no_bit(make: Make, kv_type: str) -> None:
-    program = make("gemma3", "Q4_0")
+def test_going_back_and_forking_change_no_bit(exact: Make, kv_type: str) -> None:
+    program = exact("gemma3", "Q4_0")
     tokens, cache = text(program, 100), program.new_cache(kv_type)
     expected = run(program, tokens, cache.new_sequence())
     sequence = cache.new_sequence()
@@ -183,6 +191,21 @@ def test_going_back_and_forking_change_no_bit(make: Make, kv_type: str) -> None:
     sequence.truncate(70)
     assert np.array_equal(run(program, tokens[70:], sequence), expected[70:])
     assert np.array_equal(run(program, tokens[90:], fork), expected[90:])
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_pieces_that_all_go_through_a_matrix_unit_change_no_bit(make: Make, name: str) -> None:
+    """Nor does what stands beside them, if there are enough tokens; where there is no such unit, nothing does."""
+    program = make(name, "Q4_0", n_threads=2)
+    tokens, other = text(program, 3 * LEAST + 1), text(program, LEAST - 1, seed=1)
+    if program.n_ctx < len(tokens):
+        tokens = tokens[: program.n_ctx]
+    expected, cache = run(program, tokens), program.new_cache()
+    first, rest = cache.new_sequence(), tokens[LEAST:]
+    parts = [run(program, tokens[:LEAST], first)]
+    together = [(cache.new_sequence(), other, "none"), (first, rest, "all")]
+    parts.append(program.forward(Batch.of(together)))
+    assert np.array_equal(np.concatenate(parts), expected)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -301,7 +324,9 @@ def test_real_model_agrees_with_the_reference(smollm2_path: Path) -> None:
     got, expected = run(program, tokens), run(reference, tokens)
     assert nmse(got, expected) < 1e-3
     assert (got.argmax(1) == expected.argmax(1)).mean() > 0.9
-    sequence = program.new_cache().new_sequence()
-    parts = [run(program, tokens[a:b], sequence) for a, b in chunks(len(tokens), [19, 1, 1])]
-    assert np.array_equal(np.concatenate(parts), got)
+    exact = Program(model_of(config), config, weights, n_ctx=512, shared=program, matrix_unit=False)
+    sequence = exact.new_cache().new_sequence()
+    parts = [run(exact, tokens[a:b], sequence) for a, b in chunks(len(tokens), [19, 1, 1])]
+    assert np.array_equal(np.concatenate(parts), run(exact, tokens))
     program.close()
+    exact.close()
