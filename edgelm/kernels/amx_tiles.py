@@ -1,11 +1,7 @@
 """Generators of the innermost code of matrix products by the matrix unit, for `linear_amx`.
 
-    write    the activations of one token as bfloat16, where `put` says
     unpack   packed weights of a group of 16 rows to bfloat16: for each 32 inputs a tile, lines of pairs
-    multiply both groups with tokens, 32 at a time, from tiles
-
-Activations lie in tiles, too, where their records would be: the first 32 inputs of 16 tokens, one token after the
-other, then the next 32. Behind the last input there are zeros up to a multiple of 64.
+    multiply both groups with tokens, 32 at a time, from tiles of either: see `activation_tiles`
 
 Sums are float32, of pairs of products, in the order of the inputs: a token's results do not depend on the others that
 are multiplied with it, but they are not those of int8.
@@ -21,6 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from edgelm.kernels import amx, isas
+from edgelm.kernels.activation_tiles import rounded
 from edgelm.kernels.amx import ROWS, TILE
 from edgelm.kernels.blocks import CHUNKS, Blocks, at
 from edgelm.kernels.emit import (
@@ -29,9 +26,7 @@ from edgelm.kernels.emit import (
     F32x16,
     I8x64,
     I32x16,
-    assembler,
     emit_fma,
-    load_at,
     repeat,
     store_at,
 )
@@ -46,12 +41,6 @@ _BYTES = [
     ir.Constant(ir.VectorType(ir.IntType(32), 64), [n for r in range(16) for n in (4 * r + byte, 64, 64, 64)])
     for byte in range(4)
 ]  # byte 0 to 3 of each lane, and zeros
-
-
-def rounded(b: ir.IRBuilder, low: Value, high: Value) -> Value:
-    """32 float32 as bfloat16, to nearest even, in the same order: I16x32."""
-    both = assembler(b, I32x16, "vcvtne2ps2bf16 $2, $1, $0", "=v,v,v", [high, low])
-    return b.bitcast(both, I16x32)
 
 
 def in_pairs(b: ir.IRBuilder, first: Value, second: Value) -> Value:
@@ -162,16 +151,7 @@ def multiply_code(typingctx):
     return types.int64(), codegen
 
 
-# --- activations
-
-
-def _write_pair(context: Any, b: ir.IRBuilder, x: Value, place: Value, unused: Value) -> None:
-    values = [load_at(b, b.add(x, I64(64 * i)), F32x16) for i in range(2)]
-    if amx.has_tiles(context):
-        store_at(b, rounded(b, *values), place, 64)
-
-
-write_line = statement(_write_pair, 3)  # (x, place, 0): 32 float32 as bfloat16
+# --- the unit itself
 
 
 def _when_there(do: Any) -> Any:
@@ -183,13 +163,3 @@ def _when_there(do: Any) -> Any:
 
 
 configure, release = _when_there(amx.configure), _when_there(amx.release)
-
-
-@intrinsic
-def has_unit(typingctx):
-    """Whether there is a matrix unit in the processor that is compiled for."""
-
-    def codegen(context, b, sig, args):
-        return ir.Constant(ir.IntType(1), int(amx.has_tiles(context)))
-
-    return types.boolean(), codegen

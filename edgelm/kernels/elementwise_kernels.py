@@ -10,7 +10,7 @@ Knows nothing of what the rows mean. `elementwise` makes the rows of the op tabl
 from __future__ import annotations
 
 from edgelm.kernels.abi import WORD, Env, Row
-from edgelm.kernels.linear_amx import in_tiles
+from edgelm.kernels.activation_tiles import in_tiles
 from edgelm.kernels.quantize import write_record
 from edgelm.kernels.rope import rotate
 from edgelm.kernels.simd import load_f32, load_i64
@@ -18,7 +18,6 @@ from edgelm.kernels.vector_math import ACTIVATIONS
 from edgelm.kernels.words import intrinsic_of
 
 _WORKSPACE, _POSITIONS, _OUTPUTS = WORD * Env.WORKSPACE, WORD * Env.POSITIONS, WORD * Env.OUTPUTS
-_COUNT = WORD * Row.COUNT
 _COS, _SIN = WORD * Env.COS, WORD * Env.SIN
 _ARG = tuple(WORD * (Row.ARGS + i) for i in range(Row.SIZE - Row.ARGS))
 # Arguments that all kernels share.
@@ -103,7 +102,7 @@ def rms_norm(op, env, begin, end):
     workspace, q = load_i64(env + _WORKSPACE), load_i64(op + _Q)
     y, y_stride, q_stride = workspace + load_i64(op + _Y), load_i64(op + _Y_STRIDE), load_i64(op + _Q_STRIDE)
     n = load_i64(op + _N) * load_i64(op + _HEADS)
-    tiled = in_tiles(env, load_i64(env + load_i64(op + _COUNT) * WORD))
+    tiled = in_tiles(op, env)
     for row in range(begin, end):
         _rms_norm_of(op, env, row)
         if q >= 0:
@@ -115,7 +114,7 @@ def layer_norm(op, env, begin, end):
     workspace, q = load_i64(env + _WORKSPACE), load_i64(op + _Q)
     y, y_stride, q_stride = workspace + load_i64(op + _Y), load_i64(op + _Y_STRIDE), load_i64(op + _Q_STRIDE)
     n = load_i64(op + _N)
-    tiled = in_tiles(env, load_i64(env + load_i64(op + _COUNT) * WORD))
+    tiled = in_tiles(op, env)
     for row in range(begin, end):
         _layer_norm_of(op, env, row)
         if q >= 0:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from numba import njit
 
 from edgelm.kernels.abi import WORD, Env
-from edgelm.kernels.amx import DEPTH, ROWS, TILE
-from edgelm.kernels.amx_tiles import configure, has_unit, multiply_code, release, write_line
+from edgelm.kernels.activation_tiles import in_tiles
+from edgelm.kernels.amx import ROWS, TILE
+from edgelm.kernels.amx_tiles import configure, multiply_code, release
 from edgelm.kernels.functions import Code, call_function, scratch
 from edgelm.kernels.linear_unit import (
     GROUP_UNITS,
@@ -21,11 +22,10 @@ from edgelm.kernels.linear_unit import (
     ask_for,
     finish,
     groups_of,
-    n_items,
     tokens_of,
 )
 from edgelm.kernels.records import MAX_TOKENS
-from edgelm.kernels.simd import load_f32, load_i64, splat_f32, store
+from edgelm.kernels.simd import load_i64, splat_f32, store
 from edgelm.kernels.slab_tiles import PAIR
 
 BATCH = 16  # units side by side
@@ -35,41 +35,17 @@ SOME = 128  # tokens whose sums stay in the first-level cache
 NEAR = 1 << 20  # bytes of activations that stay in the second-level cache
 OUT_BYTES = MAX_TOKENS * PAIR
 OUT_SCRATCH, SLAB_SCRATCH = BATCH * OUT_BYTES, 2 * SLAB * TILE
-POWERS_SCRATCH, REST_SCRATCH = 4 * MAX_TOKENS, 2 * 4 * DEPTH
-_WORKSPACE, _TILES = WORD * Env.WORKSPACE, WORD * Env.TILES
+POWERS_SCRATCH = 4 * MAX_TOKENS
+_WORKSPACE = WORD * Env.WORKSPACE
 _PAIRS, _PAIR_TILES, _BLOCKS, _UNIT_BYTES = (
     WORD * field for field in (Code.PAIRS, Code.PAIR_TILES, Code.BLOCKS, Code.UNIT_BYTES)
 )
 
 
 @njit
-def in_tiles(env, count):
-    """Whether activations of `count` tokens are made bfloat16 for the matrix unit."""
-    least = load_i64(env + _TILES)
-    return has_unit() and least != 0 and count >= least
-
-
-@njit
-def write_tiles(x, n_cols, first, stride, token):
-    """Writes a token's activations, float32 at `x`, as bfloat16. first, stride: of where records would be."""
-    own = first + token // ROWS * (ROWS * stride) + token % ROWS * 64
-    whole = n_cols // DEPTH
-    for i in range(whole):
-        write_line(x + 4 * DEPTH * i, own + TILE * i, 0)
-    if n_cols % (2 * DEPTH) != 0:
-        rest = scratch(REST_SCRATCH)
-        for i in range(0, REST_SCRATCH, 64):
-            store(rest + i, splat_f32(0.0))
-        for i in range(whole * DEPTH, n_cols):
-            store(rest + 4 * (i - whole * DEPTH), load_f32(x + 4 * i))
-        for i in range(whole, (n_cols + 2 * DEPTH - 1) // (2 * DEPTH) * 2):
-            write_line(rest + 4 * DEPTH * (i - whole), own + TILE * i, 0)
-
-
-@njit
 def goes_through_unit(code, op, env):
     """Whether the units of a row are done by the matrix unit: then its activations are `in_tiles`."""
-    return load_i64(code + _PAIRS) != 0 and in_tiles(env, n_items(op, env))
+    return load_i64(code + _PAIRS) != 0 and in_tiles(op, env)
 
 
 @njit

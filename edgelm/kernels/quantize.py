@@ -11,6 +11,7 @@ from numba.core import cgutils
 
 from edgelm.kernels import isas
 from edgelm.kernels.abi import WORD, Env, Row
+from edgelm.kernels.activation_tiles import in_tiles, write_tiles
 from edgelm.kernels.emit import (
     F32,
     I8,
@@ -31,7 +32,6 @@ from edgelm.kernels.emit import (
 from edgelm.kernels.functions import call_function, statement
 from edgelm.kernels.int16_tiles import int16_record_code
 from edgelm.kernels.isa import Form
-from edgelm.kernels.linear_amx import in_tiles, write_tiles
 from edgelm.kernels.records import (
     BLOCK,
     FLAG,
@@ -51,7 +51,7 @@ Value = ir.Value
 TINY = 2.0**-126  # the smallest normal float32
 AT_ONCE = 4  # blocks: what is one number for half a block fills lanes then
 I8x16, I16x32, I32x4, I64x8 = (ir.VectorType(*type_) for type_ in ((I8, 16), (I16, 32), (I32, 4), (I64, 8)))
-_WORKSPACE, _COUNT = WORD * Env.WORKSPACE, WORD * Row.COUNT
+_WORKSPACE = WORD * Env.WORKSPACE
 _X, _X_STRIDE, _N_COLS, _Q, _Q_STRIDE, _LIMIT = (WORD * (Row.ARGS + i) for i in range(6))
 
 
@@ -346,7 +346,7 @@ def quantize(op, env, begin, end):
     workspace = load_i64(env + _WORKSPACE)
     x, q = workspace + load_i64(op + _X), workspace + load_i64(op + _Q)
     n_cols, x_stride, q_stride = load_i64(op + _N_COLS), load_i64(op + _X_STRIDE), load_i64(op + _Q_STRIDE)
-    tiled = in_tiles(env, load_i64(env + load_i64(op + _COUNT) * WORD))
+    tiled = in_tiles(op, env)
     for token in range(begin, end):
         write_record(x + token * x_stride, n_cols, q, q_stride, token, load_f32(op + _LIMIT), tiled)
 
@@ -356,7 +356,7 @@ def quantize_int16(op, env, begin, end):
     workspace, n_cols = load_i64(env + _WORKSPACE), load_i64(op + _N_COLS)
     x, q = workspace + load_i64(op + _X), workspace + load_i64(op + _Q)
     x_stride, q_stride = load_i64(op + _X_STRIDE), load_i64(op + _Q_STRIDE)
-    tiled = in_tiles(env, load_i64(env + load_i64(op + _COUNT) * WORD))
+    tiled = in_tiles(op, env)
     for token in range(begin, end):
         if tiled:
             write_tiles(x + token * x_stride, n_cols, q, q_stride, token)

@@ -55,7 +55,7 @@ def check(name: str, result: np.ndarray, x: np.ndarray, weights: np.ndarray) -> 
     expected = rounded(x) @ rounded(weights).T
     size = np.abs(x.astype(np.float64)) @ np.abs(weights.astype(np.float64)).T + 1e-30
     assert result.dtype == np.float32 and np.isfinite(result).all()
-    assert (np.abs(result - expected) / size).max() < (1e-3 if name in HALVES else 1e-4)
+    assert (np.abs(result - expected) / size).max() < (3e-3 if name in HALVES else 1e-4)
     assert np.sqrt(np.mean(((result - expected) / size) ** 2)) < (2e-4 if name in HALVES else 1e-5)
 
 
