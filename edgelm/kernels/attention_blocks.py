@@ -74,11 +74,9 @@ LOWEST = -3.4028234663852886e38  # of float32
 ROWS_AT_ONCE = 16  # of a softmax: their scores stay in the nearest cache
 
 
-@function
-def begin_tile(e, op, env, base, token, n_tokens, first_head, n_heads):
-    """Queries into the tile, rotated and scaled; what each row sees."""
+def queries_of(e, op, env):
+    """A function of (token, head, address): writes the query there, rotated and scaled."""
     dim, rope = e.load_i32(op + DIM), e.load_word(op + ROPE)
-    width, kind = k_stride(e, op), key_kind(e, op)
     q, stride = e.load_word(env + WORKSPACE) + e.load_word(op + Q), e.load_word(op + Q_STRIDE)
     pairs, cos, sin = e.variable(0), e.variable(0), e.variable(0)
     with e.when(rope >= 0):
@@ -86,16 +84,29 @@ def begin_tile(e, op, env, base, token, n_tokens, first_head, n_heads):
         cos.set(e.load_word(e.load_word(env + COS) + WORD * rope))
         sin.set(e.load_word(e.load_word(env + SIN) + WORD * rope))
     halves, scale = e.load_word(op + FLAGS) & HALVES, e.load_i32(op + SCALE)
+
+    def write(token, head, to):
+        angle = 4 * pairs.get() * e.load_i32(e.load_word(env + POSITIONS) + 4 * token)
+        rotate(e, q + stride * token + 4 * dim * head, to, dim, pairs.get(), halves, cos.get() + angle,
+               sin.get() + angle, scale)
+
+    return write
+
+
+@function
+def begin_tile(e, op, env, base, token, n_tokens, first_head, n_heads):
+    """Queries into the tile, rotated and scaled; what each row sees."""
+    dim, width, kind = e.load_i32(op + DIM), k_stride(e, op), key_kind(e, op)
+    q, stride = e.load_word(env + WORKSPACE) + e.load_word(op + Q), e.load_word(op + Q_STRIDE)
+    write_query = queries_of(e, op, env)
     with e.loop(0, n_tokens) as i:
         low, high = limits(e, op, env, token + i)
-        angle = 4 * pairs.get() * e.load_i32(e.load_word(env + POSITIONS) + 4 * (token + i))
         with e.loop(0, 4 * dim * n_heads, 64) as line:
             e.prefetch(q + stride * (token + i + AHEAD) + 4 * dim * first_head + line)
         with e.loop(0, n_heads) as g:
             row = n_heads * i + g
             query, state = base + QUERIES + 4 * width * row, base + STATES + STATE * row
-            rotate(e, q + stride * (token + i) + 4 * dim * (first_head + g), query, dim, pairs.get(), halves,
-                   cos.get() + angle, sin.get() + angle, scale)
+            write_query(token + i, first_head + g, query)
             if FLOATS not in e.facts:
                 with e.when(is_quantized(kind)):
                     turn(e, query, dim, width)

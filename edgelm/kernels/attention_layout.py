@@ -18,9 +18,10 @@ ROWS = 192  # of a tile: as many tokens as a thread takes at a time, of three he
 TILE_FLOATS = 24576  # values of all its queries: 96 KiB
 CONVERT_ROWS = 12  # from so many rows on, half floats are converted once for all of them
 
-WORKSPACE, N_TOKENS, POSITIONS, SEQUENCES, TABLES, LENGTHS, N_GROUPS, COS, SIN = (
+WORKSPACE, N_TOKENS, POSITIONS, SEQUENCES, TABLES, LENGTHS, N_GROUPS, COS, SIN, TILES = (
     WORD * field for field in (
-        Env.WORKSPACE, Env.N_TOKENS, Env.POSITIONS, Env.ROWS, Env.TABLES, Env.LENGTHS, Env.N_GROUPS, Env.COS, Env.SIN
+        Env.WORKSPACE, Env.N_TOKENS, Env.POSITIONS, Env.ROWS, Env.TABLES, Env.LENGTHS, Env.N_GROUPS, Env.COS,
+        Env.SIN, Env.TILES,
     )
 )
 ARGS = tuple(WORD * (Row.ARGS + i) for i in range(Row.SIZE - Row.ARGS))

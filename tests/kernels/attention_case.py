@@ -46,6 +46,7 @@ class Case:
     n_scratch: int | None = None  # None: what is asked for
     portions: int | None = 3
     seed: int = 0
+    tiles: int = 0  # tokens from which they go through the matrix unit; 0: none do
     executor: Executor | None = None  # real threads, instead of portions in random order
     cache: KVCache = field(init=False)
 
@@ -94,6 +95,7 @@ class Case:
         ws.set(Env.ROWS, batch.rows)
         ws.set(Env.TABLES, tables)
         ws.set(Env.N_GROUPS, 2)
+        ws.set(Env.TILES, self.tiles)
         ws.set(Env.LENGTHS, np.array([s.length + len(x[0]) for s, x in parts], np.int32))
         ws.set(Env.COS, np.array([0, self.cos.ctypes.data]))
         ws.set(Env.SIN, np.array([0, self.sin.ctypes.data]))
