@@ -17,7 +17,7 @@ from __future__ import annotations
 from edgelm.kernels import amx
 from edgelm.kernels.abi import WORD
 from edgelm.kernels.attention import BLOCK
-from edgelm.kernels.attention_blocks import LOWEST, cap_scores, queries_of
+from edgelm.kernels.attention_blocks import LOWEST, cap_scores, combined, queries_of
 from edgelm.kernels.attention_layout import (
     DIM,
     GROUP,
@@ -37,16 +37,15 @@ from edgelm.kernels.attention_layout import (
     v_stride,
     value_kind,
 )
-from edgelm.kernels.attention_tiles import BF16_PAIRS, add_products, all_finite, convert_pairs, rounded
+from edgelm.kernels.attention_tiles import BF16_PAIRS, all_finite, convert_pairs, rounded
 from edgelm.kernels.emit import I16, I32x16, load_at, repeat
-from edgelm.kernels.vector_math import emit_exp2_negative, emit_exp2_rough
+from edgelm.kernels.vector_math import emit_exp2_negative, emit_exp2_rougher
 from edgelm.kernels.words import Value, function
 
 ROWS_AT_ONCE = 2 * amx.ROWS  # a group
 COLUMNS = 2 * amx.ROWS  # of a product, and what is added up in it at a time: 32 positions, or dimensions
 PAIRS_LINE = 4 * PAGE  # bytes of a line of converted keys or values: pairs for 64 columns
 SCORES_LINE = 4 * BLOCK + 64  # bytes of a row of scores, then weights: rows of a group in different places of the cache
-TWO_ONES = 0x3F803F80  # of bfloat16
 SLACK = 8.0  # a power of two by which weights may exceed 1
 
 # A tile: states of rows, scores of two groups, then by size of heads keys, values, queries, and values weighted so far.
@@ -55,7 +54,7 @@ STATE = 128  # bytes of a row's state: what it sees as in `attention_layout`, an
 M, FACTOR, SUMS = 16, 20, 64  # float32: m; what is to be rescaled by; 16 sums of weights
 STATES = 0
 SCORES = STATES + STATE * LARGEST
-SIZED = SCORES + 2 * ROWS_AT_ONCE * SCORES_LINE
+SIZED = SCORES + ROWS_AT_ONCE * SCORES_LINE
 TILE_BYTES = 1 << 20  # half of a second-level cache
 
 
@@ -68,7 +67,7 @@ class _Layout:
 
     def __init__(self, e, op, base) -> None:
         self.base, self.depth, self.width = base, _whole(e.load_i32(op + DIM), COLUMNS), v_stride(e, op)
-        self.keys = base + SIZED
+        self.scores, self.keys = base + SCORES, base + SIZED
         self.page_keys = 2 * PAGE * self.depth  # bytes of a page's
         self.values = self.keys + BLOCK // PAGE * self.page_keys
         self.queries = self.values + 2 * BLOCK * _whole(self.width, PAGE)
@@ -82,10 +81,6 @@ class _Layout:
     def query(self, row):
         """Of a multiple of amx.ROWS: rows lie in tiles of amx.DEPTH dimensions, as the unit reads them."""
         return self.queries + 2 * self.depth * row
-
-    def scores(self, group):
-        """The address of a group's."""
-        return self.base + SCORES + ROWS_AT_ONCE * SCORES_LINE * (group % 2)
 
 
 @function
@@ -117,8 +112,6 @@ def begin_rows(e, op, env, base, token, n_tokens, first_head, n_heads):
         e.store(state + HIGH, high)
         e.store(state + M, e.lane(e.vector(LOWEST)))
         e.store(state + SUMS, e.vector(0.0))
-        with e.loop(0, 4 * at.width, 64) as c:
-            e.store(at.sums + 4 * at.width * r + c, e.vector(0.0))
 
 
 # --- keys and values
@@ -163,20 +156,24 @@ def convert_values(e, op, base, page, values, n_seen):
 # --- products
 
 
+def _tiles(n_vectors, sums, stride):
+    """(tile, address) of 32 rows of sums, `stride` bytes apart, and so many vectors of columns."""
+    return [(2 * r + c, sums + 16 * stride * r + 64 * c) for r in range(2) for c in range(n_vectors)]
+
+
 def _product(n_vectors: int):
     def write(e, x, x_rows, x_stride, x_step, m, steps, sums, stride, fresh):
-        """sums (32, 16 * n_vectors) += x @ m, 32 numbers at a time.
+        """sums (32, 16 * n_vectors) += x @ m, 32 numbers at a time; = if `fresh`.
 
         x: 16 rows, x_stride bytes apart, and x_rows bytes behind them 16 others; x_step bytes on the next numbers.
         m: lines of pairs, PAIRS_LINE bytes apart.
         """
-        tiles = [(2 * r + c, sums + 16 * stride * r + 64 * c) for r in range(2) for c in range(n_vectors)]
         with e.choose(fresh.is_(0)) as (goes_on, begins):
             with goes_on:
-                for tile, at in tiles:
+                for tile, at in _tiles(n_vectors, sums, stride):
                     amx.load(e.b, tile, at.llvm, stride.llvm)
             with begins:
-                for tile, _ in tiles:
+                for tile, _ in _tiles(n_vectors, sums, stride):
                     amx.zero(e.b, tile)
         with e.loop(0, steps) as i:
             for c in range(n_vectors):
@@ -185,7 +182,8 @@ def _product(n_vectors: int):
                 amx.load(e.b, 4 + r, (x + x_rows * r + x_step * i).llvm, x_stride.llvm)
                 for c in range(n_vectors):
                     amx.multiply(e.b, 2 * r + c, 4 + r, 6 + c)
-        for tile, at in tiles:
+
+        for tile, at in _tiles(n_vectors, sums, stride):
             amx.store(e.b, tile, at.llvm, stride.llvm)
 
     write.__qualname__ = f"product_{n_vectors}"
@@ -202,27 +200,32 @@ def columns_of(e, at, group, start):
     return e.max(low, 0) // COLUMNS * COLUMNS, e.min(_whole(e.max(high, 0), COLUMNS), BLOCK)
 
 
+def scores_at(at, group, column):
+    return at.scores + 4 * column
+
+
+def sums_at(at, group, column):
+    return at.sums + 4 * (at.width * ROWS_AT_ONCE * group + column)
+
+
 @function
 def score(e, op, base, group, column):
     """q·k of a group's rows with 32 positions."""
     at = _Layout(e, op, base)
     keys = at.keys + at.page_keys * (column // PAGE) + 4 * (column % PAGE)
     product[2](e, at.query(ROWS_AT_ONCE * group), 2 * amx.ROWS * at.depth, amx.LINE, amx.TILE, keys,
-               at.depth // amx.DEPTH, at.scores(group) + 4 * column, SCORES_LINE, 1)
+                at.depth // amx.DEPTH, scores_at(at, group, column), SCORES_LINE, 1)
 
 
 @function
-def add_values(e, op, base, group, begin, end, column):
-    """Adds p·v of 32 dimensions, over the columns [begin, end) of a block."""
+def add_values(e, op, base, group, begin, end, column, fresh):
+    """Adds p·v of 32 dimensions, over the columns [begin, end) of a block. If it is the group's first, nothing is there."""
     at = _Layout(e, op, base)
-    x = at.scores(group) + 4 * begin
-    sums = at.sums + 4 * (at.width * ROWS_AT_ONCE * group + column)
     m = at.values + 2 * BLOCK * (column // PAGE * PAGE) + 4 * (column % PAGE) + PAIRS_LINE // 2 * begin
     for n in (1, 2):
-        fits = at.width - column < COLUMNS
-        with e.when(fits if n == 1 else at.width - column >= COLUMNS):
-            product[n](e, x, amx.ROWS * SCORES_LINE, SCORES_LINE, amx.LINE, m, (end - begin) // amx.DEPTH, sums,
-                       4 * at.width, 0)
+        with e.when(at.width - column < COLUMNS if n == 1 else at.width - column >= COLUMNS):
+            product[n](e, scores_at(at, group, begin), amx.ROWS * SCORES_LINE, SCORES_LINE, amx.LINE, m,
+                        (end - begin) // amx.DEPTH, sums_at(at, group, column), 4 * at.width, fresh)
 
 
 # --- weights
@@ -240,17 +243,13 @@ def hide(e, base, group, first_state, scores, begin, end, start):
                 e.store(row + 4 * i, e.select(seen, e.load(row + 4 * i), float("-inf")))
 
 
-@function
-def grow(e, state, row, n_bytes):
-    """A row's m becomes the largest of its scores."""
-    top, old = e.variable(e.vector(LOWEST)), e.load_f32(state + M)
-    with e.loop(0, n_bytes, 64) as i:
-        top.set(e.max(top.get(), e.load(row + i)))
-    new = e.max(e.largest(top.get()), old)
+def grow(e, state, top, old):
+    """The largest of a row's scores, the lanes of `top`, becomes its m. Returns m and the new sums of weights."""
+    new = e.max(e.largest(top), old)
     factor = e.apply(emit_exp2_negative, e.vector(old - new))
     e.store(state + M, new)
     e.store(state + FACTOR, e.lane(factor))
-    e.store(state + SUMS, e.load(state + SUMS) * factor)
+    return e.vector(new), e.load(state + SUMS) * factor
 
 
 def _any(e, lanes):
@@ -260,23 +259,21 @@ def _any(e, lanes):
 def _weigh(n: int):
     def write(e, scores, states, begin, end, column):
         """Scores of a group's rows [begin, end), of n columns from `column` on, to weights; adds up their sums."""
-        ones = Value(e, repeat(I32x16, TWO_ONES))
         with e.loop(begin, end) as r:
             row, state = scores + SCORES_LINE * r + 4 * column, states + STATE * r
             x = [e.load(row + 4 * i) for i in range(0, n, 16)]
-            top = x
-            while len(top) > 1:
-                top = [e.max(*pair) for pair in zip(top[::2], top[1::2], strict=False)] + top[len(top) // 2 * 2 :]
+            top = combined(e.max, x)
             e.store(state + FACTOR, e.lane(e.vector(1.0)))
-            with e.when(_any(e, top[0] > e.vector(e.load_f32(state + M)) + SLACK)):
-                grow(e, state, row, 4 * n)
-            m, total = e.vector(e.load_f32(state + M)), e.load(state + SUMS)
-            weights = [e.apply(emit_exp2_rough, score - m) for score in x]
+            old = e.load_f32(state + M)
+            m, total = e.variable(e.vector(old)), e.variable(e.load(state + SUMS))
+            with e.when(_any(e, top > m.get() + SLACK)):
+                for variable, value in zip((m, total), grow(e, state, top, old), strict=True):
+                    variable.set(value)
+            m, total = m.get(), total.get()
+            weights = [e.apply(emit_exp2_rougher, score - m) for score in x]
             for i, pair in enumerate(zip(weights[::2], weights[1::2], strict=True)):
-                both = rounded(e, *pair)
-                e.store(row + 64 * i, both)
-                total = add_products(e, both, ones, total)
-            e.store(state + SUMS, total)
+                e.store(row + 64 * i, rounded(e, *pair))
+            e.store(state + SUMS, total + combined(lambda x, y: x + y, weights))
 
     write.__qualname__ = f"weigh_{n}"
     return function(write)
@@ -290,7 +287,7 @@ def weigh(e, op, base, group, begin, end, column, columns):
     at = _Layout(e, op, base)
     for n, write in _WEIGH.items():
         with e.when(columns.is_(n)):
-            write(e, at.scores(group), at.state(ROWS_AT_ONCE * group), begin, end, column)
+            write(e, at.scores, at.state(ROWS_AT_ONCE * group), begin, end, column)
 
 
 @function
@@ -312,34 +309,23 @@ def rescale(e, op, base, group):
 def groups(e, op, base, first, last, start):
     """The block at `start` for groups [first, last), all of which see something of it."""
     at = _Layout(e, op, base)
-    n_values = (at.width + (COLUMNS - 1)) // COLUMNS
-    with e.loop(first - 1, last + 1) as group:
-        before, after = group > first, group < last - 1
-        own = (group >= first) & (group < last)
-        begin, end = columns_of(e, at, e.max(group, 0), start)
-        next_begin, next_end = columns_of(e, at, e.min(group + 1, last - 1), start)
-        old_begin, old_end = columns_of(e, at, e.max(group - 1, 0), start)
-        n_old = e.select(before, n_values, 0)
-        n = n_old + e.select(after, (next_end - next_begin) // COLUMNS, 0)
-        with e.when(before):
-            rescale(e, op, base, group - 1)
-        state = at.state(ROWS_AT_ONCE * e.max(group, 0))
+    with e.loop(first, last) as group:
+        begin, end = columns_of(e, at, group, start)
+        with e.loop(begin, end, COLUMNS) as column:
+            score(e, op, base, group, column)
+        with e.when(e.load_f32(op + SOFTCAP) > 0.0), e.loop(0, ROWS_AT_ONCE) as r:
+            cap_scores(e, at.scores + SCORES_LINE * r + 4 * begin, end - begin, op + SOFTCAP)
+        state = at.state(ROWS_AT_ONCE * group)
         last_state = state + STATE * (ROWS_AT_ONCE - 1)
         sees = (e.load_word(last_state + LOW) <= start + begin) & (e.load_word(state + HIGH) >= start + end)
-        with e.when(own & (e.load_f32(op + SOFTCAP) > 0.0)), e.loop(0, ROWS_AT_ONCE) as r:
-            cap_scores(e, at.scores(group) + SCORES_LINE * r + 4 * begin, end - begin, op + SOFTCAP)
-        with e.when(own & sees.is_(0)):
-            hide(e, base, group, state, at.scores(group), begin, end, start)
-        with e.loop(0, n) as item:
-            with e.choose(item < n_old) as (values, scores):
-                with values:
-                    add_values(e, op, base, group - 1, old_begin, old_end, COLUMNS * item)
-                with scores:
-                    score(e, op, base, group + 1, next_begin + COLUMNS * (item - n_old))
-            with e.when(own):
-                weigh(e, op, base, group, ROWS_AT_ONCE * item // n, ROWS_AT_ONCE * (item + 1) // n, begin, end - begin)
-        with e.when(own & n.is_(0)):
-            weigh(e, op, base, group, 0, ROWS_AT_ONCE, begin, end - begin)
+        with e.when(sees.is_(0)):
+            hide(e, base, group, state, at.scores, begin, end, start)
+        weigh(e, op, base, group, 0, ROWS_AT_ONCE, begin, end - begin)
+        fresh = e.select(e.load_word(state + LOW) >= start, e.word(1), 0)
+        with e.when(fresh.is_(0)):
+            rescale(e, op, base, group)
+        with e.loop(0, at.width, COLUMNS) as column:
+            add_values(e, op, base, group, begin, end, column, fresh)
 
 
 @function

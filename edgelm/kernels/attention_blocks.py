@@ -75,7 +75,7 @@ ROWS_AT_ONCE = 16  # of a softmax: their scores stay in the nearest cache
 
 
 def queries_of(e, op, env):
-    """A function of (token, head, address): writes the query there, rotated and scaled."""
+    """A function of (token, head, address): writes the query there, rotated and scaled. Fetches one of a later token."""
     dim, rope = e.load_i32(op + DIM), e.load_word(op + ROPE)
     q, stride = e.load_word(env + WORKSPACE) + e.load_word(op + Q), e.load_word(op + Q_STRIDE)
     pairs, cos, sin = e.variable(0), e.variable(0), e.variable(0)
@@ -87,6 +87,8 @@ def queries_of(e, op, env):
 
     def write(token, head, to):
         angle = 4 * pairs.get() * e.load_i32(e.load_word(env + POSITIONS) + 4 * token)
+        with e.loop(0, 4 * dim, 64) as line:
+            e.prefetch(q + stride * (token + AHEAD) + 4 * dim * head + line)
         rotate(e, q + stride * token + 4 * dim * head, to, dim, pairs.get(), halves, cos.get() + angle,
                sin.get() + angle, scale)
 
@@ -97,12 +99,9 @@ def queries_of(e, op, env):
 def begin_tile(e, op, env, base, token, n_tokens, first_head, n_heads):
     """Queries into the tile, rotated and scaled; what each row sees."""
     dim, width, kind = e.load_i32(op + DIM), k_stride(e, op), key_kind(e, op)
-    q, stride = e.load_word(env + WORKSPACE) + e.load_word(op + Q), e.load_word(op + Q_STRIDE)
     write_query = queries_of(e, op, env)
     with e.loop(0, n_tokens) as i:
         low, high = limits(e, op, env, token + i)
-        with e.loop(0, 4 * dim * n_heads, 64) as line:
-            e.prefetch(q + stride * (token + i + AHEAD) + 4 * dim * first_head + line)
         with e.loop(0, n_heads) as g:
             row = n_heads * i + g
             query, state = base + QUERIES + 4 * width * row, base + STATES + STATE * row
@@ -166,10 +165,11 @@ def hide(e, base, begin, end, n, start):
                 e.store(scores + 4 * i, e.select(seen, e.load(scores + 4 * i), MINUS_INFINITY))
 
 
-def _tree(combine, values):
+def combined(combine, values):
     """Pairwise, neighbours first: in a fixed order, but not one after the other."""
     while len(values) > 1:
-        values = [combine(*pair) for pair in zip(values[::2], values[1::2], strict=True)]
+        rest = values[len(values) // 2 * 2 :]
+        values = [combine(*pair) for pair in zip(values[::2], values[1::2], strict=False)] + rest
     return values[0]
 
 
@@ -193,7 +193,7 @@ def _softmax(n: int, in_pairs: bool):
                 hide(e, base, begin, end, n, start)
             with e.loop(begin, end) as r:
                 row, state = places(r)
-                e.store(state + MAX, e.largest(_tree(e.max, [e.load(row + 4 * i) for i in range(0, n, 16)])))
+                e.store(state + MAX, e.largest(combined(e.max, [e.load(row + 4 * i) for i in range(0, n, 16)])))
             with e.loop(begin, end) as r:
                 row, state = places(r)
                 m = e.vector(e.max(e.load_f32(state + MAX), LOWEST))  # the weights are 0 if a row sees nothing
@@ -204,7 +204,7 @@ def _softmax(n: int, in_pairs: bool):
                 else:
                     for i, weight in enumerate(weights):
                         e.store(row + 64 * i, weight)
-                e.store(state + SUM, e.sum(_tree(lambda x, y: x + y, weights)))
+                e.store(state + SUM, e.sum(combined(lambda x, y: x + y, weights)))
 
     write.__qualname__ = f"softmax_{n}{'_pairs' * in_pairs}"
     return function(write)

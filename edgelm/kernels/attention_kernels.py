@@ -122,6 +122,14 @@ def result_at(e, op, env, token, head):
     return y + 4 * e.load_i32(op + V_DIM) * head
 
 
+@function
+def fetch_results(e, op, env, token, head, n_heads):
+    """The lines that results will be written to."""
+    at = result_at(e, op, env, token, head)
+    with e.loop(0, 4 * e.load_i32(op + V_DIM) * n_heads, 64) as line:
+        e.prefetch_to_write(at + line)
+
+
 def rows_of_tile(e, op):
     return e.max(e.min(e.word(TILE_FLOATS) // e.max(k_stride(e, op), v_stride(e, op)), ROWS), 1)
 
@@ -143,9 +151,7 @@ def attend_tokens(e, op, env, base, first, limit, kv_head):
             h, n_heads = head.get(), e.min(n_head - head.get(), rows)
             attend(e, op, env, base, t, end - t, kv_head, h, n_heads, begin, last, 0, 0)
             with e.loop(t, end) as i:
-                for_later = result_at(e, op, env, i + AHEAD, n_head * kv_head + h)
-                with e.loop(0, 4 * e.load_i32(op + V_DIM) * n_heads, 64) as line:
-                    e.prefetch_to_write(for_later + line)
+                fetch_results(e, op, env, i + AHEAD, n_head * kv_head + h, n_heads)
                 with e.loop(0, n_heads) as g:
                     r, y = n_heads * (i - t) + g, result_at(e, op, env, i, n_head * kv_head + h + g)
                     finish(e, op, base + STATES + STATE * r, base + MERGED + 4 * width * r, y)
@@ -215,9 +221,11 @@ def attend_prompts(e, op, env, base, first, limit, kv_head):
                 with e.repeat(lambda: head.get() < n_head):
                     h, n_heads = head.get(), e.min(n_head - head.get(), rows)
                     done = attention_amx.attend(e, op, env, base, t, end - t, kv_head, h, n_heads)
-                    with e.when(done.is_not(0)), e.loop(t, end) as i, e.loop(0, n_heads) as g:
-                        y = result_at(e, op, env, i, n_head * kv_head + h + g)
-                        attention_amx.finish(e, op, base, n_heads * (i - t) + g, y)
+                    with e.when(done.is_not(0)), e.loop(t, end) as i:
+                        fetch_results(e, op, env, i + AHEAD, n_head * kv_head + h, n_heads)
+                        with e.loop(0, n_heads) as g:
+                            y = result_at(e, op, env, i, n_head * kv_head + h + g)
+                            attention_amx.finish(e, op, base, n_heads * (i - t) + g, y)
                     with e.when(done.is_(0)):  # rare: all heads again
                         attend_tokens(e, op, env, base, t, end, kv_head)
                     head.set(h + n_heads)
