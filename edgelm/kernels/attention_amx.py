@@ -156,41 +156,43 @@ def convert_values(e, op, base, page, values, n_seen):
 # --- products
 
 
-def _tiles(n_vectors, sums, stride):
-    """(tile, address) of 32 rows of sums, `stride` bytes apart, and so many vectors of columns."""
-    return [(2 * r + c, sums + 16 * stride * r + 64 * c) for r in range(2) for c in range(n_vectors)]
-
-
-def _product(n_vectors: int):
-    def write(e, x, x_rows, x_stride, x_step, m, steps, sums, stride, fresh):
-        """sums (32, 16 * n_vectors) += x @ m, 32 numbers at a time; = if `fresh`.
-
-        x: 16 rows, x_stride bytes apart, and x_rows bytes behind them 16 others; x_step bytes on the next numbers.
-        m: lines of pairs, PAIRS_LINE bytes apart.
-        """
-        with e.choose(fresh.is_(0)) as (goes_on, begins):
-            with goes_on:
-                for tile, at in _tiles(n_vectors, sums, stride):
-                    amx.load(e.b, tile, at.llvm, stride.llvm)
-            with begins:
-                for tile, _ in _tiles(n_vectors, sums, stride):
-                    amx.zero(e.b, tile)
-        with e.loop(0, steps) as i:
+def _tile(e, n_vectors, x, x_rows, x_stride, x_step, m, steps, sums, stride, fresh):
+    """32 rows and so many vectors of columns of `product`."""
+    tiles = [(2 * r + c, sums + 16 * stride * r + 64 * c) for r in range(2) for c in range(n_vectors)]
+    with e.choose(fresh.is_(0)) as (goes_on, begins):
+        with goes_on:
+            for tile, at in tiles:
+                amx.load(e.b, tile, at.llvm, stride.llvm)
+        with begins:
+            for tile, _ in tiles:
+                amx.zero(e.b, tile)
+    with e.loop(0, steps) as i:
+        for c in range(n_vectors):
+            amx.load(e.b, 6 + c, (m + PAIRS_LINE * amx.ROWS * i + 64 * c).llvm, PAIRS_LINE)
+        for r in range(2):
+            amx.load(e.b, 4 + r, (x + x_rows * r + x_step * i).llvm, x_stride.llvm)
             for c in range(n_vectors):
-                amx.load(e.b, 6 + c, (m + PAIRS_LINE * amx.ROWS * i + 64 * c).llvm, PAIRS_LINE)
-            for r in range(2):
-                amx.load(e.b, 4 + r, (x + x_rows * r + x_step * i).llvm, x_stride.llvm)
-                for c in range(n_vectors):
-                    amx.multiply(e.b, 2 * r + c, 4 + r, 6 + c)
-
-        for tile, at in _tiles(n_vectors, sums, stride):
-            amx.store(e.b, tile, at.llvm, stride.llvm)
-
-    write.__qualname__ = f"product_{n_vectors}"
-    return function(write)
+                amx.multiply(e.b, 2 * r + c, 4 + r, 6 + c)
+    for tile, at in tiles:
+        amx.store(e.b, tile, at.llvm, stride.llvm)
 
 
-product = {n: _product(n) for n in (1, 2)}
+@function
+def product(e, x, x_rows, x_stride, x_step, m, m_page, steps, sums, stride, begin, end, fresh):
+    """sums += x @ m for 32 rows and columns [begin, end), 32 numbers at a time; = if `fresh`.
+
+    x: 16 rows, x_stride bytes apart, and x_rows bytes behind them 16 others; x_step bytes on the next numbers.
+    m: lines of pairs for 64 columns, PAIRS_LINE bytes apart; m_page bytes on those for the next 64.
+    """
+    def tile(n_vectors, c):
+        at = m + m_page * (c // PAGE) + 4 * (c % PAGE)
+        _tile(e, n_vectors, x, x_rows, x_stride, x_step, at, steps, sums + 4 * c, stride, fresh)
+
+    whole = begin + (end - begin) // COLUMNS * COLUMNS
+    with e.loop(begin, whole, COLUMNS) as c:
+        tile(2, c)
+    with e.when(whole < end):
+        tile(1, whole)
 
 
 def columns_of(e, at, group, start):
@@ -200,32 +202,17 @@ def columns_of(e, at, group, start):
     return e.max(low, 0) // COLUMNS * COLUMNS, e.min(_whole(e.max(high, 0), COLUMNS), BLOCK)
 
 
-def scores_at(at, group, column):
-    return at.scores + 4 * column
+def score(e, at, group, begin, end):
+    """q·k of a group's rows with the columns [begin, end) of a block."""
+    product(e, at.query(ROWS_AT_ONCE * group), amx.ROWS * 2 * at.depth, amx.LINE, amx.TILE, at.keys, at.page_keys,
+            at.depth // amx.DEPTH, at.scores, SCORES_LINE, begin, end, 1)
 
 
-def sums_at(at, group, column):
-    return at.sums + 4 * (at.width * ROWS_AT_ONCE * group + column)
-
-
-@function
-def score(e, op, base, group, column):
-    """q·k of a group's rows with 32 positions."""
-    at = _Layout(e, op, base)
-    keys = at.keys + at.page_keys * (column // PAGE) + 4 * (column % PAGE)
-    product[2](e, at.query(ROWS_AT_ONCE * group), 2 * amx.ROWS * at.depth, amx.LINE, amx.TILE, keys,
-                at.depth // amx.DEPTH, scores_at(at, group, column), SCORES_LINE, 1)
-
-
-@function
-def add_values(e, op, base, group, begin, end, column, fresh):
-    """Adds p·v of 32 dimensions, over the columns [begin, end) of a block. If it is the group's first, nothing is there."""
-    at = _Layout(e, op, base)
-    m = at.values + 2 * BLOCK * (column // PAGE * PAGE) + 4 * (column % PAGE) + PAIRS_LINE // 2 * begin
-    for n in (1, 2):
-        with e.when(at.width - column < COLUMNS if n == 1 else at.width - column >= COLUMNS):
-            product[n](e, scores_at(at, group, begin), amx.ROWS * SCORES_LINE, SCORES_LINE, amx.LINE, m,
-                        (end - begin) // amx.DEPTH, sums_at(at, group, column), 4 * at.width, fresh)
+def add_values(e, at, group, begin, end, fresh):
+    """Adds p·v over the columns [begin, end) of a block; if it is the group's first, there is nothing to add to."""
+    product(e, at.scores + 4 * begin, amx.ROWS * SCORES_LINE, SCORES_LINE, amx.LINE, at.values + PAIRS_LINE // 2 * begin,
+            2 * BLOCK * PAGE, (end - begin) // amx.DEPTH, at.sums + 4 * at.width * ROWS_AT_ONCE * group, 4 * at.width, 0,
+            at.width, fresh)
 
 
 # --- weights
@@ -311,8 +298,7 @@ def groups(e, op, base, first, last, start):
     at = _Layout(e, op, base)
     with e.loop(first, last) as group:
         begin, end = columns_of(e, at, group, start)
-        with e.loop(begin, end, COLUMNS) as column:
-            score(e, op, base, group, column)
+        score(e, at, group, begin, end)
         with e.when(e.load_f32(op + SOFTCAP) > 0.0), e.loop(0, ROWS_AT_ONCE) as r:
             cap_scores(e, at.scores + SCORES_LINE * r + 4 * begin, end - begin, op + SOFTCAP)
         state = at.state(ROWS_AT_ONCE * group)
@@ -324,8 +310,7 @@ def groups(e, op, base, first, last, start):
         fresh = e.select(e.load_word(state + LOW) >= start, e.word(1), 0)
         with e.when(fresh.is_(0)):
             rescale(e, op, base, group)
-        with e.loop(0, at.width, COLUMNS) as column:
-            add_values(e, op, base, group, begin, end, column, fresh)
+        add_values(e, at, group, begin, end, fresh)
 
 
 @function
