@@ -75,7 +75,7 @@ ROWS_AT_ONCE = 16  # of a softmax: their scores stay in the nearest cache
 
 
 def queries_of(e, op, env):
-    """A function of (token, head, address): writes the query there, rotated and scaled. Fetches one of a later token."""
+    """A function of (token, head, address) that writes the query there, rotated and scaled, and fetches a later one."""
     dim, rope = e.load_i32(op + DIM), e.load_word(op + ROPE)
     q, stride = e.load_word(env + WORKSPACE) + e.load_word(op + Q), e.load_word(op + Q_STRIDE)
     pairs, cos, sin = e.variable(0), e.variable(0), e.variable(0)

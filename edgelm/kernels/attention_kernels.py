@@ -14,9 +14,9 @@ Knows nothing of how pages are managed.
 
 from __future__ import annotations
 
-from edgelm.kernels import amx, attention_amx
+from edgelm.kernels import amx, attention_amx, attention_prompts
 from edgelm.kernels.abi import WORD, Env
-from edgelm.kernels.attention import AHEAD, BLOCK, COUNTER, KINDS, OF_OUTPUTS, PARTIAL, SPLIT_TOKENS, TILE
+from edgelm.kernels.attention import AHEAD, BLOCK, COUNTER, OF_OUTPUTS, PARTIAL, SPLIT_TOKENS, TILE
 from edgelm.kernels.attention_blocks import (
     begin_row,
     begin_tile,
@@ -27,8 +27,6 @@ from edgelm.kernels.attention_blocks import (
     merge,
 )
 from edgelm.kernels.attention_layout import (
-    CONVERT_ROWS,
-    DIM,
     FLAGS,
     FLOATS,
     GROUP,
@@ -44,13 +42,11 @@ from edgelm.kernels.attention_layout import (
     PAGE,
     ROWS,
     SCRATCH,
-    SEQUENCES,
     STATE,
     STATES,
     SUMS,
     TILE_BYTES,
     TILE_FLOATS,
-    TILES,
     TOTAL_MAX,
     V_DIM,
     V_OFFSET,
@@ -66,8 +62,7 @@ from edgelm.kernels.attention_layout import (
     v_stride,
     value_kind,
 )
-from edgelm.kernels.emit import I1
-from edgelm.kernels.words import Value, function, intrinsic_of
+from edgelm.kernels.words import function, intrinsic_of
 
 
 def blocks(e, low, high):
@@ -161,36 +156,6 @@ def attend_tokens(e, op, env, base, first, limit, kv_head):
 
 # --- many tokens, through the matrix unit ------------------------------------------------------------------------
 
-def through_unit(e, op, env):
-    """Whether tokens of prompts go through the matrix unit: `attend_prompts`."""
-    if not amx.has_tiles(e.context):
-        return Value(e, I1(0))
-    least = e.load_word(env + TILES)
-    halves = key_kind(e, op).is_(KINDS["f16"]) & value_kind(e, op).is_(KINDS["f16"])
-    enough = e.load_word(env + N_TOKENS) >= e.max(least, SPLIT_TOKENS + 1)
-    return (least > 0) & enough & halves & (e.load_i32(op + DIM) % 2).is_(0)
-
-
-@function
-def is_prompt(e, op, env, token):
-    """Whether a token is one of so many of its sequence in this call that converting keys for them is worth while.
-
-    The same for each of them, whichever are worked on at a time.
-    """
-    sequences, n_tokens = e.load_word(env + SEQUENCES), e.load_word(env + N_TOKENS)
-    least = (e.word(CONVERT_ROWS - 1) + e.load_i32(op + HEADS)) // e.load_i32(op + HEADS)
-
-    def same(i):
-        return e.load_i32(sequences + 4 * i).is_(e.load_i32(sequences + 4 * token))
-
-    begin, end = e.variable(token), e.variable(token + 1)
-    with e.repeat(lambda: (begin.get() > 0) & (token - begin.get() < least) & same(e.max(begin.get() - 1, 0))):
-        begin.set(begin.get() - 1)
-    with e.repeat(lambda: (end.get() < n_tokens) & (end.get() - token < least) & same(e.min(end.get(), n_tokens - 1))):
-        end.set(end.get() + 1)
-    return e.select(end.get() - begin.get() >= least, e.word(1), 0)
-
-
 @function
 def attend_ranges(e, op, env, base, begin, end):
     """Units [begin, end) through the matrix unit: as many tokens of a KV head at a time as there are."""
@@ -208,11 +173,11 @@ def attend_ranges(e, op, env, base, begin, end):
 @function
 def attend_prompts(e, op, env, base, first, limit, kv_head):
     """`attend_tokens` through the matrix unit, where there are enough tokens of a sequence."""
-    n_head, rows = e.load_i32(op + HEADS), attention_amx.rows_of_tile(e, op)
+    n_head, rows = e.load_i32(op + HEADS), attention_prompts.rows_of_tile(e, op)
     token = e.variable(first)
     with e.repeat(lambda: token.get() < limit):
         t, stop = token.get(), run_end(e, env, token.get(), limit)
-        with e.choose(is_prompt(e, op, env, t).is_(0)) as (few, many):
+        with e.choose(attention_prompts.is_prompt(e, op, env, t).is_(0)) as (few, many):
             with few:
                 attend_tokens(e, op, env, base, t, stop, kv_head)
                 token.set(stop)
@@ -220,12 +185,12 @@ def attend_prompts(e, op, env, base, first, limit, kv_head):
                 end, head = e.min(stop, t + e.max(rows // n_head, 1)), e.variable(0)
                 with e.repeat(lambda: head.get() < n_head):
                     h, n_heads = head.get(), e.min(n_head - head.get(), rows)
-                    done = attention_amx.attend(e, op, env, base, t, end - t, kv_head, h, n_heads)
+                    done = attention_prompts.attend(e, op, env, base, t, end - t, kv_head, h, n_heads)
                     with e.when(done.is_not(0)), e.loop(t, end) as i:
                         fetch_results(e, op, env, i + AHEAD, n_head * kv_head + h, n_heads)
                         with e.loop(0, n_heads) as g:
                             y = result_at(e, op, env, i, n_head * kv_head + h + g)
-                            attention_amx.finish(e, op, base, n_heads * (i - t) + g, y)
+                            attention_prompts.finish(e, op, base, n_heads * (i - t) + g, y)
                     with e.when(done.is_(0)):  # rare: all heads again
                         attend_tokens(e, op, env, base, t, end, kv_head)
                     head.set(h + n_heads)
@@ -323,7 +288,7 @@ def _attention(e, op, env, begin, end):
     with_unit = amx.has_tiles(e.context)
     base = e.stack(max(TILE_BYTES, attention_amx.TILE_BYTES) if with_unit else TILE_BYTES)
     if with_unit:
-        use = through_unit(e, op, env)
+        use = attention_prompts.through_unit(e, op, env)
         with e.when(use):
             attend_ranges(e, op, env, base, begin, end)
         begin = e.select(use, end, begin)

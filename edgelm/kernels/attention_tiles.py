@@ -53,9 +53,13 @@ def _paired(e: Emitter, first: Value, second: Value) -> Value:
     return Value(e, e.b.bitcast(e.shuffle(halves, halves, ZIPPED).llvm, I32x16))
 
 
+def add_products(e: Emitter, x: Value, y: Value, total: Value) -> Value:
+    """The total of each lane, to which the products of its two pairs of bfloat16 are added."""
+    return Value(e, assembler(e.b, F32x16, "vdpbf16ps $3, $2, $0", "=v,0,v,v", [total.llvm, x.llvm, y.llvm]))
+
+
 def _add_pairs(e: Emitter, x: Value, column: Value, total: Value) -> Value:
-    pair = spread(e.b, load_at(e.b, x.llvm, I32), I32x16)
-    return Value(e, assembler(e.b, F32x16, "vdpbf16ps $3, $2, $0", "=v,0,v,v", [total.llvm, pair, column.llvm]))
+    return add_products(e, Value(e, spread(e.b, load_at(e.b, x.llvm, I32), I32x16)), column, total)
 
 
 def _add_one(e: Emitter, x: Value, column: Value, total: Value) -> Value:

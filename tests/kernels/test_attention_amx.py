@@ -75,6 +75,18 @@ def test_large_scores():
         assert abs(y - case.exact(*inputs)).max() < max(0.02, 2 * abs(plain - case.exact(*inputs)).max())
 
 
+@pytest.mark.parametrize("factor", [1, 3, 8])
+def test_no_less_exact_than_without(factor):
+    """Weights of many positions, of a few, and of next to one; values with a mean."""
+    errors = []
+    for tiles in (0, LEAST):
+        case = Case(tiles=tiles)
+        q, k, v = case.inputs(600)
+        inputs = factor * q, k, v + np.float32(1)
+        errors.append(np.sqrt(((run(case, inputs) - case.exact(*inputs)) ** 2).mean()))
+    assert errors[1] < 1.3 * errors[0]
+
+
 def test_only_from_so_many_tokens_on():
     """Fewer give the same bits as without the unit; as many do not: they went through it."""
     inputs = Case().inputs(200)
