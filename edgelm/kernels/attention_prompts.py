@@ -184,9 +184,9 @@ def attend(e, op, env, base, token, n_tokens, kv_head, head, n_heads):
 def finish(e, op, base, row, y):
     """y = values / sum of weights."""
     at, n = Layout(e, op, base), e.load_i32(op + V_DIM)
-    sums, whole = at.sums + 4 * at.width * row, n // 16 * 16
+    sums, vectors = at.sums + 4 * at.width * row, n // 16 * 16
     factor = e.vector(1.0) / e.vector(e.sum(e.load(at.state(row) + SUMS)))
-    with e.loop(0, whole, 16) as i:
+    with e.loop(0, vectors, 16) as i:
         e.store(y + 4 * i, e.load(sums + 4 * i) * factor)
-    with e.loop(whole, n) as i:
+    with e.loop(vectors, n) as i:
         e.store(y + 4 * i, e.lane(e.vector(e.load_f32(sums + 4 * i)) * factor))
