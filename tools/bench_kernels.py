@@ -5,7 +5,7 @@
 
 For each format: GB/s of weights for one token, from memory and from the cache, and their share of the read bandwidth;
 billions of multiply-adds a second for more tokens, and their share of the peak of the int8 instruction (for float
-formats of the float32 one). Roof and kernel take turns; a figure is the best round, a share the median of ratios.
+formats of the float32 one), without a matrix unit. Roof and kernel take turns; a figure is the best round, a share the median of ratios.
 """
 
 from __future__ import annotations
@@ -107,6 +107,39 @@ def spin(name: str, chains: int = 12) -> Callable[[int], int]:
     return run
 
 
+def spin_unit() -> Callable[[int], int] | None:
+    """A loop of n times four products of tiles of bfloat16, 16 x 16 x 32 each; None where there is no matrix unit."""
+    from numba import njit, types
+    from numba.core import cgutils
+    from numba.core.registry import cpu_target
+    from numba.extending import intrinsic
+
+    from edgelm.kernels import amx, matrix_unit
+    from edgelm.kernels.emit import I64
+
+    if not (matrix_unit.permitted() and amx.has_tiles(cpu_target.target_context)):
+        return None
+
+    @intrinsic
+    def loop(typingctx: Any, n: Any) -> Any:
+        def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+            amx.configure(b)
+            with cgutils.for_range(b, args[0], intp=I64):
+                for i in range(4):
+                    amx.multiply(b, i, 4 + i // 2, 6 + i % 2)
+            amx.release(b)
+            return args[0]
+
+        return types.int64(types.int64), codegen
+
+    @njit(nogil=True)
+    def run(n):
+        return loop(n)
+
+    run(10)
+    return run
+
+
 class Roofs:
     """What the machine can do, each measured in a few milliseconds."""
 
@@ -116,7 +149,7 @@ class Roofs:
         self.threads, self.pool = threads, ThreadPoolExecutor(threads)
         self._read, self._memory = bandwidth._read, zeroed(n_bytes)
         self._memory[:] = 1
-        self._spins = {"int8": spin("int8"), "float32": spin("float32")}
+        self._spins = {"int8": spin("int8"), "float32": spin("float32"), "unit": spin_unit()}
 
     def read(self) -> float:
         """Bytes a second."""
@@ -125,9 +158,12 @@ class Roofs:
         return self._rate(self._read, [(start, share) for start in starts], share * self.threads)
 
     def peak(self, name: str) -> float:
-        """Multiply-adds a second."""
-        n, lanes = 1_000_000, 64 if name == "int8" else 16
-        return self._rate(self._spins[name], [(n,)] * self.threads, n * 12 * lanes * self.threads)
+        """Multiply-adds a second: "int8", "float32", or "unit", bfloat16 of the matrix unit, 0 where there is none."""
+        spins, n = self._spins[name], 1_000_000
+        if spins is None:
+            return 0.0
+        each = {"int8": 12 * 64, "float32": 12 * 16, "unit": 4 * 16 * 16 * 32}[name]
+        return self._rate(spins, [(n,)] * self.threads, n * each * self.threads)
 
     def _rate(self, work: Any, arguments: list[tuple[int, ...]], amount: float) -> float:
         start = time.perf_counter()

@@ -140,15 +140,12 @@ def in_turns(model: str, present: dict[str, Engine], args: argparse.Namespace) -
 
 
 def roofs(n_threads: int) -> Record:
-    """What this machine can do at all, the best of three: bytes/s, multiply-adds/s of int8 and float32."""
+    """What this machine can do, the best of three: bytes/s, multiply-adds/s of int8, float32, a matrix unit."""
     from bench_kernels import Roofs
 
     measured = Roofs(n_threads, READ_BYTES)
-    return {
-        "read": max(measured.read() for _ in range(3)),
-        "int8": max(measured.peak("int8") for _ in range(3)),
-        "float32": max(measured.peak("float32") for _ in range(3)),
-    }
+    peaks = {name: max(measured.peak(name) for _ in range(3)) for name in ("int8", "float32", "unit")}
+    return {"read": max(measured.read() for _ in range(3)), **peaks}
 
 
 def work(path: str, kv_type: str, tests: tables.Tests) -> Record:

@@ -60,7 +60,9 @@ def rate(result: Record, key: Key, speeds: list[float | None]) -> tuple[str, flo
         amount, roof = work["macs"].get(str(n_prompt), 0) / n_prompt, work["peak"]
     else:
         amount, roof = work["bytes"].get(f"{n_gen}@{depth}", 0), "read"
-    roofs = [round["roofs"][str(threads)][roof] for round in result["rounds"]]
+    measured = [round["roofs"][str(threads)] for round in result["rounds"]]
+    unit = "unit" if n_prompt else roof  # what prompts go through, where there is one
+    roofs = [m.get(unit) or m[roof] for m in measured]
     shares = [speed * amount / limit for speed, limit in zip(speeds, roofs, strict=True) if speed is not None]
     speed = middle(speeds)
     if speed is None or not amount:
@@ -138,6 +140,8 @@ def notes(results: list[Record]) -> list[str]:
     for threads, measured in roofs.items():
         best = {name: statistics.median(m[name] for m in measured) / 1e9 for name in ("read", "int8", "float32")}
         rates = f"{best['int8']:.0f} G int8 and {best['float32']:.0f} G float32 multiply-adds/s"
+        if unit := statistics.median(m.get("unit", 0) for m in measured) / 1e9:
+            rates += f"; its matrix unit {unit:.0f} G of bfloat16"
         lines.append(f"- the machine itself, {threads} threads: reads {best['read']:.1f} GB/s, {rates}")
     for name, found in versions.items():
         lines.append(f"- {name}: " + ", ".join(f"{key} {value}" for key, value in found.get("engine", found).items()))
