@@ -5,7 +5,8 @@
 
 For each format: GB/s of weights for one token, from memory and from the cache, and their share of the read bandwidth;
 billions of multiply-adds a second for more tokens, and their share of the peak of the int8 instruction (for float
-formats of the float32 one), without a matrix unit. Roof and kernel take turns; a figure is the best round, a share the median of ratios.
+formats of the float32 one); without a matrix unit. Roof and kernel take turns; a figure is the best round, a share the
+median of ratios.
 """
 
 from __future__ import annotations

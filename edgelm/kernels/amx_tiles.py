@@ -20,16 +20,7 @@ from edgelm.kernels import amx, isas
 from edgelm.kernels.activation_tiles import rounded
 from edgelm.kernels.amx import ROWS, TILE
 from edgelm.kernels.blocks import CHUNKS, Blocks, at
-from edgelm.kernels.emit import (
-    I16,
-    I64,
-    F32x16,
-    I8x64,
-    I32x16,
-    emit_fma,
-    repeat,
-    store_at,
-)
+from edgelm.kernels.emit import I16, I64, F32x16, I8x64, I32x16, emit_fma, repeat, store_at
 from edgelm.kernels.functions import function_address, statement
 from edgelm.kernels.isa import Form
 from edgelm.kernels.slab_tiles import PAIR, ROW

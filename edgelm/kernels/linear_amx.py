@@ -13,17 +13,7 @@ from edgelm.kernels.activation_tiles import in_tiles
 from edgelm.kernels.amx import ROWS, TILE
 from edgelm.kernels.amx_tiles import configure, multiply_code, release
 from edgelm.kernels.functions import Code, call_function, scratch
-from edgelm.kernels.linear_unit import (
-    GROUP_UNITS,
-    RESULTS,
-    X_STRIDE,
-    X,
-    aim,
-    ask_for,
-    finish,
-    groups_of,
-    tokens_of,
-)
+from edgelm.kernels.linear_unit import GROUP_UNITS, RESULTS, X_STRIDE, X, aim, ask_for, finish, groups_of, tokens_of
 from edgelm.kernels.records import MAX_TOKENS
 from edgelm.kernels.simd import load_i64, splat_f32, store
 from edgelm.kernels.slab_tiles import PAIR
