@@ -68,77 +68,70 @@ class Bench:
         self.executor.run(self.table, len(self.table), self.env.ctypes.data)
 
 
+def compiled(write: Callable[[Any, Any, Any], Any]) -> Callable[[int], int]:
+    """A function of n: the code that write(context, builder, n) writes, whose result, an int64, it returns."""
+    from numba import njit, types
+    from numba.extending import intrinsic
+
+    @intrinsic
+    def code(typingctx: Any, n: Any) -> Any:
+        return types.int64(types.int64), lambda context, b, sig, args: write(context, b, args[0])
+
+    @njit(nogil=True)
+    def run(n):
+        return code(n)
+
+    run(10)
+    return run
+
+
 def spin(name: str, chains: int = 12) -> Callable[[int], int]:
     """A loop of n times `chains` multiply-adds of whole vectors in registers: "int8" (64 each) or "float32" (16)."""
-    from numba import njit, types
     from numba.core import cgutils
-    from numba.extending import intrinsic
 
     from edgelm.kernels import isas
     from edgelm.kernels.emit import I32, I64, F32x16, I8x64, I32x16, emit_fma, repeat, spread
 
-    @intrinsic
-    def loop(typingctx: Any, n: Any) -> Any:
-        def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
-            isa = isas.select(context)
-            form = isa.form(4, False)
-            x = spread(b, b.trunc(b.add(args[0], I64(0x3F800000)), I32), I32x16)  # as float32 about 1
-            vector = I32x16 if name == "int8" else F32x16
-            sums = [cgutils.alloca_once_value(b, repeat(vector, 0)) for _ in range(chains)]
-            with cgutils.for_range(b, args[0], intp=I64):
-                for acc in sums:
-                    old = b.load(acc)
-                    if name == "int8":
-                        new = isa.end(b, isa.step(b, isa.empty(b, old), b.bitcast(x, I8x64), x, form, 4))
-                    else:
-                        new = emit_fma(context, b, old, repeat(F32x16, 0.5), b.bitcast(x, F32x16))
-                    b.store(new, acc)
-            total = repeat(I32x16, 0)
+    def write(context: Any, b: Any, n: Any) -> Any:
+        isa = isas.select(context)
+        form = isa.form(4, False)
+        x = spread(b, b.trunc(b.add(n, I64(0x3F800000)), I32), I32x16)  # as float32 about 1
+        vector = I32x16 if name == "int8" else F32x16
+        sums = [cgutils.alloca_once_value(b, repeat(vector, 0)) for _ in range(chains)]
+        with cgutils.for_range(b, n, intp=I64):
             for acc in sums:
-                total = b.add(total, b.bitcast(b.load(acc), I32x16))
-            return b.zext(b.extract_element(total, I32(0)), I64)
+                old = b.load(acc)
+                if name == "int8":
+                    new = isa.end(b, isa.step(b, isa.empty(b, old), b.bitcast(x, I8x64), x, form, 4))
+                else:
+                    new = emit_fma(context, b, old, repeat(F32x16, 0.5), b.bitcast(x, F32x16))
+                b.store(new, acc)
+        total = repeat(I32x16, 0)
+        for acc in sums:
+            total = b.add(total, b.bitcast(b.load(acc), I32x16))
+        return b.zext(b.extract_element(total, I32(0)), I64)
 
-        return types.int64(types.int64), codegen
-
-    @njit(nogil=True)
-    def run(n):
-        return loop(n)
-
-    run(10)
-    return run
+    return compiled(write)
 
 
 def spin_unit() -> Callable[[int], int] | None:
     """A loop of n times four products of tiles of bfloat16, 16 x 16 x 32 each; None where there is no matrix unit."""
-    from numba import njit, types
     from numba.core import cgutils
     from numba.core.registry import cpu_target
-    from numba.extending import intrinsic
 
     from edgelm.kernels import amx, matrix_unit
     from edgelm.kernels.emit import I64
 
-    if not (matrix_unit.permitted() and amx.has_tiles(cpu_target.target_context)):
-        return None
+    def write(context: Any, b: Any, n: Any) -> Any:
+        amx.configure(b)
+        with cgutils.for_range(b, n, intp=I64):
+            for i in range(4):
+                amx.multiply(b, i, 4 + i // 2, 6 + i % 2)
+        amx.release(b)
+        return n
 
-    @intrinsic
-    def loop(typingctx: Any, n: Any) -> Any:
-        def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
-            amx.configure(b)
-            with cgutils.for_range(b, args[0], intp=I64):
-                for i in range(4):
-                    amx.multiply(b, i, 4 + i // 2, 6 + i % 2)
-            amx.release(b)
-            return args[0]
-
-        return types.int64(types.int64), codegen
-
-    @njit(nogil=True)
-    def run(n):
-        return loop(n)
-
-    run(10)
-    return run
+    usable = matrix_unit.permitted() and amx.has_tiles(cpu_target.target_context)
+    return compiled(write) if usable else None
 
 
 class Roofs:

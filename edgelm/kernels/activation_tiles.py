@@ -15,26 +15,19 @@ from numba.extending import intrinsic
 from edgelm.kernels import amx
 from edgelm.kernels.abi import WORD, Env, Row
 from edgelm.kernels.amx import DEPTH, ROWS, TILE
-from edgelm.kernels.emit import I16, I64, F32x16, I32x16, assembler, load_at, store_at
+from edgelm.kernels.emit import I64, F32x16, load_at, store_at, to_bfloat16
 from edgelm.kernels.functions import scratch, statement
 from edgelm.kernels.simd import load_f32, load_i64, splat_f32, store
 
 Value = ir.Value
-I16x32 = ir.VectorType(I16, 32)
 REST = 2 * 4 * DEPTH  # bytes of the last inputs
 _TILES, _COUNT = WORD * Env.TILES, WORD * Row.COUNT
-
-
-def rounded(b: ir.IRBuilder, low: Value, high: Value) -> Value:
-    """32 float32 as bfloat16, to nearest even, in the same order: I16x32."""
-    both = assembler(b, I32x16, "vcvtne2ps2bf16 $2, $1, $0", "=v,v,v", [high, low])
-    return b.bitcast(both, I16x32)
 
 
 def _write_line(context: Any, b: ir.IRBuilder, x: Value, place: Value, unused: Value) -> None:
     if amx.has_tiles(context):
         low, high = (load_at(b, b.add(x, I64(64 * i)), F32x16) for i in range(2))
-        store_at(b, rounded(b, low, high), place, 64)
+        store_at(b, to_bfloat16(b, low, high), place, 64)
 
 
 write_line = statement(_write_line, 3)  # (x, place, 0): 32 float32 as bfloat16

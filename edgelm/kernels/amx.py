@@ -2,7 +2,7 @@
 
 A tile of float32 holds sums of 16 rows with 16 columns. `multiply` adds to it the products of 16 rows of 32 bfloat16
 with 32 rows of 16 columns, of which two neighbouring rows lie in turns: a line of 64 bytes is a pair for each column.
-That is 16 times what `vdpbf16ps` multiplies at a time. Sums are float32; subnormal numbers are taken for zero.
+That is 8192 multiply-adds, where `vdpbf16ps` does 32. Sums are float32; subnormal numbers are taken for zero.
 
 A process asks before it uses tiles (`matrix_unit.permitted`), a thread says first what they look like (`configure`).
 Nothing lasts in tiles beyond a function: another one may use them, too.
@@ -21,7 +21,7 @@ from edgelm.kernels.emit import I8, I64, call, target
 from edgelm.kernels.matrix_unit import ROWS
 
 Value = ir.Value
-LINE = 64  # bytes of a row of it
+LINE = 64  # bytes of a row of a tile
 TILE = ROWS * LINE
 DEPTH = 32  # bfloat16 of a row: products that are added to each sum at a time
 NEEDS = frozenset({"amx-tile", "amx-bf16", "avx512bw", "avx512bf16"})

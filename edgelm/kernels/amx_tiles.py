@@ -17,27 +17,18 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from edgelm.kernels import amx, isas
-from edgelm.kernels.activation_tiles import rounded
 from edgelm.kernels.amx import ROWS, TILE
 from edgelm.kernels.blocks import CHUNKS, Blocks, at
-from edgelm.kernels.emit import I16, I64, F32x16, I8x64, I32x16, emit_fma, repeat, store_at
+from edgelm.kernels.emit import I64, F32x16, I8x64, I32x16, bfloat16_pairs, emit_fma, repeat, store_at
 from edgelm.kernels.functions import function_address, statement
 from edgelm.kernels.isa import Form
 from edgelm.kernels.slab_tiles import PAIR, ROW
 
 Value = ir.Value
-I16x32 = ir.VectorType(I16, 32)
-_IN_TURNS = ir.Constant(ir.VectorType(ir.IntType(32), 32), [i + 16 * odd for i in range(16) for odd in (0, 1)])
 _BYTES = [
     ir.Constant(ir.VectorType(ir.IntType(32), 64), [n for r in range(16) for n in (4 * r + byte, 64, 64, 64)])
     for byte in range(4)
 ]  # byte 0 to 3 of each lane, and zeros
-
-
-def in_pairs(b: ir.IRBuilder, first: Value, second: Value) -> Value:
-    """Float32 of two inputs, each of 16 rows, as a line of a tile."""
-    both = rounded(b, first, second)
-    return b.shuffle_vector(both, both, _IN_TURNS)
 
 
 # --- weights
@@ -74,7 +65,7 @@ def _unpack_block(context, b, isa, blocks: Blocks, unit: Value, head: Value, blo
             q, offset = b.sitofp(q, F32x16), offsets[half]
             weights.append(b.fmul(q, scales[half]) if offset is None else emit_fma(context, b, q, scales[half], offset))
         for k in range(2):
-            store_at(b, in_pairs(b, *weights[2 * k : 2 * k + 2]), at(b, tile, 64 * (2 * i + k)), 64)
+            store_at(b, bfloat16_pairs(b, *weights[2 * k : 2 * k + 2]), at(b, tile, 64 * (2 * i + k)), 64)
 
 
 # --- products

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 from edgelm.kernels import amx
 from edgelm.kernels.attention import BLOCK
-from edgelm.kernels.attention_blocks import combined
-from edgelm.kernels.attention_layout import DIM, HIGH, LOW, PAGE, V_DIM, v_stride
+from edgelm.kernels.attention_blocks import combined, hide_row
+from edgelm.kernels.attention_layout import DIM, HIGH, LOW, PAGE, V_DIM, v_stride, whole
 from edgelm.kernels.attention_tiles import BF16_PAIRS, add_products, all_finite, convert_pairs, rounded
 from edgelm.kernels.emit import I16, I32x16, load_at, repeat
 from edgelm.kernels.vector_math import emit_exp2_negative, emit_exp2_rougher
@@ -39,10 +39,6 @@ STATES = 0
 SCORES = STATES + STATE * LARGEST
 SIZED = SCORES + GROUP_ROWS * SCORES_LINE
 TILE_BYTES = 1 << 20  # half of a second-level cache
-
-
-def whole(n, size):
-    return (n + (size - 1)) // size * size
 
 
 class Layout:
@@ -140,11 +136,11 @@ def product(e, x, x_rows, x_stride, x_step, m, m_page, steps, sums, stride, begi
         at = m + m_page * (c // PAGE) + 4 * (c % PAGE)
         _tile(e, n_vectors, x, x_rows, x_stride, x_step, at, steps, sums + 4 * c, stride, fresh)
 
-    whole = begin + (end - begin) // COLUMNS * COLUMNS
-    with e.loop(begin, whole, COLUMNS) as c:
+    rest = begin + (end - begin) // COLUMNS * COLUMNS
+    with e.loop(begin, rest, COLUMNS) as c:
         tile(2, c)
-    with e.when(whole < end):
-        tile(1, whole)
+    with e.when(rest < end):
+        tile(1, rest)
 
 
 def score(e, at, group, begin, end):
@@ -168,11 +164,7 @@ def hide(e, first_state, scores, begin, end, start):
     """Scores of a group's columns [begin, end) to minus infinity where a row does not see them."""
     with e.loop(0, GROUP_ROWS) as r:
         state, row = first_state + STATE * r, scores + SCORES_LINE * r
-        low, high = e.load_word(state + LOW) - start, e.load_word(state + HIGH) - start
-        for first, last in ((begin, e.min(low, end)), (e.max(e.max(high, 0) // 16 * 16, begin), end)):
-            with e.loop(first, last, 16) as i:
-                seen = e.between(e.lanes_from(i), low, high)
-                e.store(row + 4 * i, e.select(seen, e.load(row + 4 * i), float("-inf")))
+        hide_row(e, row, begin, end, e.load_word(state + LOW) - start, e.load_word(state + HIGH) - start)
 
 
 def grow(e, state, top, old):

@@ -158,11 +158,15 @@ def hide(e, base, begin, end, n, start):
     """Scores of rows [begin, end), of n positions from `start` on, to minus infinity where a row does not see them."""
     with e.loop(begin, end) as r:
         scores, state = base + WEIGHTS + 4 * BLOCK * r, base + STATES + STATE * r
-        low, high = e.load_word(state + LOW) - start, e.load_word(state + HIGH) - start
-        for first, last in ((0, e.min(low, n)), (e.max(high, 0) // 16 * 16, n)):
-            with e.loop(first, last, 16) as i:
-                seen = e.between(e.lanes_from(i), low, high)
-                e.store(scores + 4 * i, e.select(seen, e.load(scores + 4 * i), MINUS_INFINITY))
+        hide_row(e, scores, e.word(0), n, e.load_word(state + LOW) - start, e.load_word(state + HIGH) - start)
+
+
+def hide_row(e, scores, begin, end, low, high):
+    """Scores of a row's columns [begin, end), multiples of 16, to minus infinity where they are not in [low, high)."""
+    for first, last in ((begin, e.min(low, end)), (e.max(e.max(high, 0) // 16 * 16, begin), end)):
+        with e.loop(first, last, 16) as i:
+            seen = e.between(e.lanes_from(i), low, high)
+            e.store(scores + 4 * i, e.select(seen, e.load(scores + 4 * i), MINUS_INFINITY))
 
 
 def combined(combine, values):
@@ -292,12 +296,17 @@ def merge(e, width, state, merged, block, sums):
 @function
 def finish(e, op, state, merged, y):
     """y = values / sum of weights."""
-    n = e.load_i32(op + V_DIM)
     if FLOATS not in e.facts:
         with e.when(is_quantized(value_kind(e, op))):
             turn(e, merged, v_stride(e, op), v_stride(e, op))
-    factor, whole = e.vector(1.0) / e.vector(e.load_f32(state + TOTAL_SUM)), n // 16 * 16
-    with e.loop(0, whole, 16) as i:
-        e.store(y + 4 * i, e.load(merged + 4 * i) * factor)
-    with e.loop(whole, n) as i:
-        e.store(y + 4 * i, e.lane(e.vector(e.load_f32(merged + 4 * i)) * factor))
+    write_result(e, op, merged, e.load_f32(state + TOTAL_SUM), y)
+
+
+def write_result(e, op, values, total, y):
+    """y = values / total."""
+    n, factor = e.load_i32(op + V_DIM), e.vector(1.0) / e.vector(total)
+    vectors = n // 16 * 16
+    with e.loop(0, vectors, 16) as i:
+        e.store(y + 4 * i, e.load(values + 4 * i) * factor)
+    with e.loop(vectors, n) as i:
+        e.store(y + 4 * i, e.lane(e.vector(e.load_f32(values + 4 * i)) * factor))

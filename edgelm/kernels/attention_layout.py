@@ -60,18 +60,19 @@ def is_quantized(kind):
     return kind >= KINDS["q4_0"]
 
 
-def _whole(n, size):
+def whole(n, size):
+    """n, or as much more as makes it a multiple of size."""
     return (n + (size - 1)) // size * size
 
 
 def key_stride(e, kind, dim):
     """Values of a key as they lie in pages and tiles, with padding."""
-    return e.select(is_quantized(kind), _whole(dim, DIMS), dim)
+    return e.select(is_quantized(kind), whole(dim, DIMS), dim)
 
 
 def value_stride(e, kind, dim):
     """The same of a value: in whole vectors, or blocks."""
-    return e.select(is_quantized(kind), _whole(dim, DIMS), _whole(dim, 16))
+    return e.select(is_quantized(kind), whole(dim, DIMS), whole(dim, 16))
 
 
 def k_stride(e, op):

@@ -27,9 +27,8 @@ from edgelm.kernels.attention_amx import (
     rescale,
     score,
     weigh,
-    whole,
 )
-from edgelm.kernels.attention_blocks import LOWEST, cap_scores, queries_of
+from edgelm.kernels.attention_blocks import LOWEST, cap_scores, queries_of, write_result
 from edgelm.kernels.attention_layout import (
     CONVERT_ROWS,
     DIM,
@@ -43,7 +42,6 @@ from edgelm.kernels.attention_layout import (
     SEQUENCES,
     SOFTCAP,
     TILES,
-    V_DIM,
     V_OFFSET,
     head_bytes,
     k_stride,
@@ -51,6 +49,7 @@ from edgelm.kernels.attention_layout import (
     limits,
     pages_of,
     value_kind,
+    whole,
 )
 from edgelm.kernels.attention_tiles import rounded
 from edgelm.kernels.emit import I1
@@ -183,10 +182,5 @@ def attend(e, op, env, base, token, n_tokens, kv_head, head, n_heads):
 @function
 def finish(e, op, base, row, y):
     """y = values / sum of weights."""
-    at, n = Layout(e, op, base), e.load_i32(op + V_DIM)
-    sums, vectors = at.sums + 4 * at.width * row, n // 16 * 16
-    factor = e.vector(1.0) / e.vector(e.sum(e.load(at.state(row) + SUMS)))
-    with e.loop(0, vectors, 16) as i:
-        e.store(y + 4 * i, e.load(sums + 4 * i) * factor)
-    with e.loop(vectors, n) as i:
-        e.store(y + 4 * i, e.lane(e.vector(e.load_f32(sums + 4 * i)) * factor))
+    at = Layout(e, op, base)
+    write_result(e, op, at.sums + 4 * at.width * row, e.sum(e.load(at.state(row) + SUMS)), y)

@@ -17,15 +17,24 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from edgelm.kernels.emit import I16, I32, F32x16, I32x16, assembler, load_at, spread, target
+from edgelm.kernels.emit import (
+    I32,
+    F32x16,
+    I16x32,
+    I32x16,
+    assembler,
+    bfloat16_pairs,
+    load_at,
+    spread,
+    target,
+    to_bfloat16,
+)
 from edgelm.kernels.words import Emitter, Value, function
 
 WIDTH = 64  # columns of a product; 32 or 16 for what remains
 ROWS = (6, 4, 3, 2, 1)  # of tiles; the largest that fits is taken
 NARROW_ROWS = (6, 1)
 LINE = 64  # bytes of a cache line
-I16x32 = ir.VectorType(I16, 32)
-ZIPPED = [i + 16 * odd for i in range(16) for odd in (0, 1)]
 
 
 def has_pairs(e: Emitter) -> bool:
@@ -44,13 +53,12 @@ def _register_vectors(e: Emitter) -> int:
 
 def rounded(e: Emitter, low: Value, high: Value) -> Value:
     """32 float32, two vectors, as bfloat16 in the same order: I32x16."""
-    return Value(e, assembler(e.b, I32x16, "vcvtne2ps2bf16 $2, $1, $0", "=v,v,v", [high.llvm, low.llvm]))
+    return Value(e, e.b.bitcast(to_bfloat16(e.b, low.llvm, high.llvm), I32x16))
 
 
 def _paired(e: Emitter, first: Value, second: Value) -> Value:
     """A pair of bfloat16 in each lane, one of each vector."""
-    halves = Value(e, e.b.bitcast(rounded(e, first, second).llvm, I16x32))
-    return Value(e, e.b.bitcast(e.shuffle(halves, halves, ZIPPED).llvm, I32x16))
+    return Value(e, e.b.bitcast(bfloat16_pairs(e.b, first.llvm, second.llvm), I32x16))
 
 
 def add_products(e: Emitter, x: Value, y: Value, total: Value) -> Value:

@@ -14,9 +14,11 @@ from llvmlite import ir
 
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
-F32x16, I32x16, I16x16, I8x16, I8x64 = (
-    ir.VectorType(element, lanes) for element, lanes in ((F32, 16), (I32, 16), (I16, 16), (I8, 16), (I8, 64))
+F32x16, I32x16, I16x16, I16x32, I8x16, I8x64 = (
+    ir.VectorType(element, lanes)
+    for element, lanes in ((F32, 16), (I32, 16), (I16, 16), (I16, 32), (I8, 16), (I8, 64))
 )
+_IN_TURNS = ir.Constant(ir.VectorType(I32, 32), [i + 16 * odd for i in range(16) for odd in (0, 1)])
 
 
 # Constants are kept: most of the time that it takes to generate code goes into writing them down.
@@ -158,6 +160,18 @@ def emit_fma(context: Any, b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Valu
     if fuses(context):
         return call(b, f"llvm.fma.v{x.type.count}f32", x.type, x, y, z)
     return b.fadd(b.fmul(x, y), z)
+
+
+def to_bfloat16(b: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value:
+    """32 float32, two vectors, to nearest even, in the same order: I16x32. Only where there is AVX-512 for it."""
+    both = assembler(b, I32x16, "vcvtne2ps2bf16 $2, $1, $0", "=v,v,v", [high, low])
+    return b.bitcast(both, I16x32)
+
+
+def bfloat16_pairs(b: ir.IRBuilder, first: ir.Value, second: ir.Value) -> ir.Value:
+    """A pair of bfloat16 in each 32 bits, one of each vector of 16 float32: I16x32."""
+    both = to_bfloat16(b, first, second)
+    return b.shuffle_vector(both, both, _IN_TURNS)
 
 
 def widen_f16(context: Any, b: ir.IRBuilder, bits: ir.Value) -> ir.Value:

@@ -24,7 +24,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from edgelm.kernels.amx import TILE, has_tiles
-from edgelm.kernels.amx_tiles import in_pairs
 from edgelm.kernels.blocks import ROWS, at
 from edgelm.kernels.emit import (
     F32,
@@ -37,6 +36,7 @@ from edgelm.kernels.emit import (
     I16x16,
     I32x16,
     assembler,
+    bfloat16_pairs,
     call,
     emit_fma,
     fence,
@@ -181,7 +181,7 @@ def _int16_pairs(context: Any, b: ir.IRBuilder, fmt: Any, args: list[Value]) -> 
         for i in range(PAIRS):
             pair = b.bitcast(pairs(i), I32x16)
             halves = b.ashr(b.shl(pair, repeat(I32x16, 16)), repeat(I32x16, 16)), b.ashr(pair, repeat(I32x16, 16))
-            line = in_pairs(b, *(b.fmul(b.sitofp(half, F32x16), scale) for half in halves))
+            line = bfloat16_pairs(b, *(b.fmul(b.sitofp(half, F32x16), scale) for half in halves))
             store_at(b, line, at(b, tile, 64 * i), 64)
 
 

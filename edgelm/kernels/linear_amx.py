@@ -13,7 +13,18 @@ from edgelm.kernels.activation_tiles import in_tiles
 from edgelm.kernels.amx import ROWS, TILE
 from edgelm.kernels.amx_tiles import configure, multiply_code, release
 from edgelm.kernels.functions import Code, call_function, scratch
-from edgelm.kernels.linear_unit import GROUP_UNITS, RESULTS, X_STRIDE, X, aim, ask_for, finish, groups_of, tokens_of
+from edgelm.kernels.linear_unit import (
+    GROUP_UNITS,
+    RESULTS,
+    X_STRIDE,
+    X,
+    aim,
+    ask_for,
+    finish,
+    groups_of,
+    left_in_chunk,
+    tokens_of,
+)
 from edgelm.kernels.records import MAX_TOKENS
 from edgelm.kernels.simd import load_i64, splat_f32, store
 from edgelm.kernels.slab_tiles import PAIR
@@ -45,18 +56,16 @@ def units_by_tiles(code, op, env, begin, end):
     powers, out, slab, results = scratch(POWERS_SCRATCH), scratch(OUT_SCRATCH), scratch(SLAB_SCRATCH), scratch(RESULTS)
     for i in range(0, POWERS_SCRATCH, 64):
         store(powers + i, splat_f32(1.0))
-    unit_tiles = load_i64(code + _BLOCKS) * load_i64(code + _PAIR_TILES)
-    n_tiles = load_i64(op + GROUP_UNITS) * unit_tiles
+    n_tiles = load_i64(op + GROUP_UNITS) * load_i64(code + _BLOCKS) * load_i64(code + _PAIR_TILES)
     configure(0, 0, 0)
     unit = begin
     while unit < end:
-        chunk, first_token, n_tokens = tokens_of(op, env, unit)
-        n = 1
-        while n < min(BATCH, end - unit) and tokens_of(op, env, unit + n)[0] == chunk:
-            n += 1
-        at_once = max(1, NEAR // ((n_tokens + ROWS - 1) // ROWS * (TILE * STEP))) * STEP
-        for tile in range(0, n_tiles, min(at_once, SLAB)):
-            some = min(at_once, SLAB, n_tiles - tile)
+        _, first_token, n_tokens = tokens_of(op, env, unit)
+        n = min(BATCH, end - unit, left_in_chunk(op, unit))
+        near = NEAR // ((n_tokens + ROWS - 1) // ROWS * (TILE * STEP)) * STEP
+        at_once = min(max(near, STEP), SLAB)
+        for tile in range(0, n_tiles, at_once):
+            some = min(at_once, n_tiles - tile)
             for i in range(n):
                 unpack_groups(code, op, unit + i, tile, some, slab)
                 aim(results, op, env, unit + i, first_token, powers)

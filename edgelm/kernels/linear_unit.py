@@ -45,6 +45,13 @@ def tokens_of(op, env, unit):
 
 
 @njit
+def left_in_chunk(op, unit):
+    """How many units, from this one on, have the same tokens."""
+    n = load_i64(op + _UNITS)
+    return n - unit % n
+
+
+@njit
 def groups_of(op, unit):
     """(first, second, step): addresses of both groups of a unit, and bytes from these to those of the next one."""
     group, stride = unit % load_i64(op + _UNITS), load_i64(op + _GROUP_STRIDE)
@@ -92,7 +99,7 @@ def ask_for(results, first, n_tokens):
 def finish(results, out, rests, first, n_tokens):
     """Stores what becomes of the sums at `out`, plus those at `rests` (0: none), of some tokens.
 
-    results: where to, `_RESULTS`. What most tokens need has a loop of its own: tiles wait for it.
+    results: where to, `RESULTS` bytes. What most tokens need has a loop of its own: tiles wait for it.
     """
     y_stride, left = load_i64(results + _Y_STEP), load_i64(results + _LEFT)
     bias, residual_stride = load_i64(results + _BIASES), load_i64(results + _RESIDUAL_STEP)

@@ -1,6 +1,6 @@
 """Whether this process may use the processor's matrix unit, and for how many tokens that is worth while.
 
-What the unit is, and code for it, is in `amx`. With it, prompts are multiplied as bfloat16, up to ten times as fast as
+What the unit is, and code for it, is in `amx`. With it, prompts are multiplied as bfloat16, more than twice as fast as
 int8 without it, and more exactly; but then a token's results depend, in their last bits, on how many it comes with.
 Imports no LLVM.
 """

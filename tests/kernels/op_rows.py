@@ -6,9 +6,12 @@ import ctypes
 import itertools
 
 import numpy as np
+from numba.core.registry import cpu_target
 
+from edgelm.kernels import amx, matrix_unit
 from edgelm.kernels.abi import ENVS, Env, Row
 
+UNIT = matrix_unit.permitted() and amx.has_tiles(cpu_target.target_context)  # whether kernels may use a matrix unit
 NATIVE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)
 
 

@@ -6,14 +6,12 @@ import itertools
 
 import numpy as np
 import pytest
-from attention_case import N_CTX, PAIRS, Case
-from llvmlite.binding import get_host_cpu_features
+from attention_case import N_CTX, Case
+from op_rows import UNIT
 
 from edgelm.kernels.attention import BLOCK, SPLIT_TOKENS
 from edgelm.kernels.executor import Executor
-from edgelm.kernels.matrix_unit import permitted
 
-UNIT = PAIRS and bool(get_host_cpu_features().get("amx-bf16")) and permitted()
 pytestmark = pytest.mark.skipif(not UNIT, reason="there is no matrix unit, or the system does not give it")
 LEAST = SPLIT_TOKENS + 1
 

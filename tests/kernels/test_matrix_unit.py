@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from numba.core.registry import cpu_target
-from op_rows import Workspace
+from op_rows import UNIT, Workspace
 from test_linear import HALVES, NATIVE, TRANSCODED, activations, columns, weight
 
-from edgelm.kernels import amx, linear, matrix_unit
+from edgelm.kernels import linear, matrix_unit
 from edgelm.kernels.abi import Env
 
 FLOATS = "F32", "F64", "I8", "I16", "I32", "I64"  # multiplied as float32
 BY_UNIT = [name for name in (*NATIVE, *TRANSCODED, *HALVES) if name not in FLOATS]
 pytestmark = pytest.mark.skipif(
-    not (matrix_unit.permitted() and amx.has_tiles(cpu_target.target_context)),
+    not UNIT,
     reason="this processor has no matrix unit for bfloat16, or the system does not permit its use",
 )
 
