@@ -155,9 +155,10 @@ def compile_times() -> None:
 
 def reading() -> float:
     """Bytes per second of memory that one thread reads."""
+    from edgelm.bench import beyond_caches
     from edgelm.kernels.bandwidth import _read
 
-    memory = np.ones(100 << 17, np.int64)
+    memory = np.ones(beyond_caches() // 8, np.int64)
     return memory.nbytes / best(lambda: _read(memory.ctypes.data, memory.nbytes), 0.5)
 
 

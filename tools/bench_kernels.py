@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from edgelm.bench import beyond_caches
 from edgelm.kernels import compiler, linear
 from edgelm.kernels.abi import Env
 from edgelm.kernels.executor import Executor
@@ -185,10 +186,10 @@ def main() -> None:
     parser.add_argument("-t", "--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 128, 512])
     parser.add_argument("--shape", type=int, nargs=2, default=(1024, 2048), metavar=("ROWS", "COLUMNS"))
-    parser.add_argument("--megabytes", type=int, default=300, help="weights read for one token, from memory")
+    parser.add_argument("--megabytes", type=int, help="weights read for one token; as many as no cache holds")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    shape, n_bytes = tuple(options.shape), options.megabytes << 20
+    shape, n_bytes = tuple(options.shape), options.megabytes << 20 if options.megabytes else beyond_caches()
     for threads in options.threads:
         roofs = Roofs(threads, n_bytes)
         read = max(roofs.read() for _ in range(5)) / 1e9

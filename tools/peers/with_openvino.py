@@ -63,7 +63,8 @@ class Pipeline:
         core = openvino.Core()
         defaults = {name: core.get_property("CPU", name) for name in DEFAULTS}
         defaults = {name: getattr(value, "to_string", value.__repr__)() for name, value in defaults.items()}
-        return {"version": openvino_genai.__version__, **defaults, **self.properties}
+        own = {name: value for name, value in self.properties.items() if name != "INFERENCE_NUM_THREADS"}
+        return {"version": openvino_genai.__version__, **defaults, **own}
 
     def run(self, tokens: Tokens, n_tokens: int) -> tuple[int, list[int], Tokens]:
         """(when it began, when each token came, the tokens)."""
