@@ -109,7 +109,7 @@ def test_a_block_is_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("sizes", "free", "expected"),
-    [(("32K", "1024K", "480M"), None, 1920), (("32K", "32768K"), None, 512), ((), None, 512), (("480M",), 4 << 30, 1024)],
+    [(("32K", "1M", "480M"), None, 1920), (("32K", "32768K"), None, 512), ((), None, 512), (("480M",), 4 << 30, 1024)],
 )  # fmt: skip
 def test_memory_is_measured_beyond_the_caches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: tuple[str, ...], free: int | None, expected: int
