@@ -1,8 +1,9 @@
 """How fast attention and the row-wise kernels are, on one thread: `python tools/bench_attention.py`.
 
-Prefill in multiply-adds per second that causality asks for, beside the peak that this core reaches in a loop of nothing
-else; decoding in bytes of keys and values per second, beside plain reading; the rest in microseconds of a call. Times
-are those of the thread, the best of many. With --compile, seconds that each kernel takes to compile.
+Prefill, without a matrix unit, in multiply-adds per second that causality asks for, beside the peak of float32 that
+this core reaches in a loop of nothing else (pairs of bfloat16 may pass it); decoding in bytes of keys and values per
+second, beside plain reading; the rest in microseconds of a call. Times are those of the thread, the best of many. With
+--compile, seconds that each kernel takes to compile.
 """
 
 from __future__ import annotations
