@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from edgelm import bench
+from edgelm.kernels import matrix_unit
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tools"))
@@ -84,6 +85,7 @@ def test_an_engine_that_failed_is_told_from_one_that_was_not_run() -> None:
 def test_a_test_is_held_to_what_it_goes_through(type: str, n_prompt: int, unit: float, expected: float) -> None:
     work = {"type": type, "peak": "float32" if type[0] == "F" else "int8"}
     assert tables.roof(work, n_prompt, ROOFS | {"unit": unit}) == expected
+    assert tables.LEAST_OF_UNIT == matrix_unit.LEAST
 
 
 def test_what_is_said_stands_for_versions_and_names() -> None:
