@@ -91,7 +91,7 @@ def _float_scales(b: ir.IRBuilder, peaks: Value) -> tuple[Value, Value]:
     floats, integers = peaks.type, _integers(peaks)
     scales = b.fmul(peaks, repeat(floats, 1 / 127))
     scales = b.bitcast(b.and_(b.bitcast(scales, integers), repeat(integers, -4)), floats)  # so that MAGIC * d is exact
-    normal = b.fcmp_ordered(">=", scales, repeat(floats, TINY))
+    normal = b.fcmp_unordered(">=", scales, repeat(floats, TINY))  # a NaN stays
     inverses = b.select(normal, b.fdiv(repeat(floats, 1.0), scales), repeat(floats, 0.0))
     return b.select(normal, scales, repeat(floats, 0.0)), inverses
 
