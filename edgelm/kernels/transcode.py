@@ -29,11 +29,12 @@ def integers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(n, 16) float32 that are int8 times one scale for each row, as (scales (n,), int8 (n, 16)).
 
     Finds the largest integer by trial: different fractions of integers up to 128 are further apart than rounding takes
-    them. A scale may be negative, as only -128 fits. Rows that are no such multiples are rounded to 127 steps.
+    them. A scale may be negative, as only -128 fits. Rows that are no such multiples are rounded to 127 steps; of rows
+    with something that is not a number the scale is none.
     """
     with np.errstate(all="ignore"):
         peaks = np.abs(values).max(axis=1)
-        scales, quants = np.zeros_like(peaks), np.zeros(values.shape, np.int8)
+        scales, quants = np.where(np.isnan(peaks), peaks, np.float32(0)), np.zeros(values.shape, np.int8)
         todo = np.flatnonzero(peaks > 0)
         for largest in _LARGEST:
             if len(todo) == 0:

@@ -323,13 +323,15 @@ def test_many_weights_are_packed_at_once() -> None:
         assert np.array_equal(one.keep[offset : offset + one.n_bytes], alone.keep[: alone.n_bytes])
 
 
-def test_a_damaged_scale_stays_in_its_row() -> None:
-    """Not a number in one row: the other rows of its group are as they would be."""
-    tensor = weight("Q4_1", 16, 64)
-    product = Product(linear.pack(tensor), activations(9, 64))
-    sound = product.linear(linear.pack(tensor))
+@pytest.mark.parametrize("name", ["Q4_1", "TQ2_0", "IQ2_XXS", "Q8_K"])
+def test_a_damaged_scale_stays_in_its_row(name: str) -> None:
+    """Not a number in one row: the other rows of its group are as they would be. Also where weights are transcoded."""
+    tensor = weight(name, 16, columns(name, 2))
+    packed = linear.pack(tensor)
+    product = Product(packed, activations(9, packed.n_cols))
+    sound = product.linear(packed)
     data = tensor.data.copy()
-    data[3, :2] = 0xFF  # a float16 NaN
+    data.view(tensor.format.layout)["d"][3, 0] = np.nan
     damaged = QTensor("w", tensor.format, tensor.shape, data)
     result = product.linear(linear.pack(damaged))
     others = np.arange(16) != 3
