@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from edgelm.formats import QTensor
+from edgelm.kernels.units import INT8_BLOCK
 
 # Largest integers that 16 weights may be multiples of: the usual ones of codebooks first, then all that int8 holds.
 _LARGEST = tuple(dict.fromkeys([1, 43, 25, 9, 7, 15, 13, 11, 5, 3, 62, 52, 44, 36, 28, 12, 8, 6, 4, *range(1, 129)]))
@@ -20,7 +21,7 @@ def transcoded(tensor: QTensor, data: np.ndarray, format: str) -> np.ndarray:
     if format == "F32":
         return values.view(np.uint8)
     scales, quants = integers(values.reshape(-1, 16))
-    blocks = np.empty(len(scales) // 2, np.dtype([("d", "<f4", 2), ("q", "i1", 32)]))
+    blocks = np.empty(len(scales) // 2, INT8_BLOCK)
     blocks["d"], blocks["q"] = scales.reshape(-1, 2), quants.reshape(-1, 32)
     return blocks.view(np.uint8).reshape(len(values), -1)
 
