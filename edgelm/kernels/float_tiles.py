@@ -108,7 +108,7 @@ float_embed_code = address_of(NUMBERS, _float_embed, 5)
 
 @intrinsic(prefer_literal=True)
 def float_linear_code(typingctx, fmt):
-    """Address of the `tiles.Code` of a type of number."""
+    """Address of the `Code` of a type of number."""
     if not isinstance(fmt, types.StringLiteral):
         return None
     number = NUMBERS[fmt.literal_value]

@@ -261,7 +261,7 @@ def _spaced(b: ir.IRBuilder, first: Value, stride: Value, n: int) -> list[Value]
 
 @intrinsic
 def int16_linear_code(typingctx):
-    """Address of the `functions.Code` of int16."""
+    """Address of the `Code` of int16."""
 
     def codegen(context, b, sig, args):
         def function(emit, n_args, *numbers):

@@ -2,8 +2,9 @@
 
 A unit of work is up to UNITS_PER tokens times two groups of 16 rows: neighbours of one matrix, or the same group of the
 gate and the up projection, whose activation and product are then part of it. Few tokens are multiplied straight from
-the packed weights. More: eight blocks at a time are unpacked to a slab on the stack, and all tokens go over it; then
-those go over it again that have remainders there, listed once for all units with the same tokens.
+the packed weights. More: some blocks at a time are unpacked to a slab on the stack, unless they are floats; those
+tokens go over it first that have remainders there, listed once for all units with the same tokens, and then all.
+Many, where there is a matrix unit, go through that: `linear_amx`.
 
 `linear` builds the rows of the op table for these kernels.
 """
@@ -33,6 +34,8 @@ from edgelm.kernels.records import ENTRY, FLAG, MAX_TOKENS, RECORD
 from edgelm.kernels.simd import load_f32, load_i32, load_i64, load_u8, splat_f32, store
 from edgelm.kernels.slab_tiles import PAIR
 from edgelm.kernels.tiles import MAX_SLAB_BYTES, SLAB, linear_code
+from edgelm.kernels.units import UNITS
+from edgelm.kernels.weight_layout import FLOATS
 
 SLAB_SCRATCH, OUT_SCRATCH = 2 * max(MAX_SLAB_BYTES, SLAB_BYTES), MAX_TOKENS * PAIR
 POWERS_SCRATCH = 4 * MAX_TOKENS
@@ -153,7 +156,7 @@ def products(code, first, second, n_units, records, stride, n_tokens, slab, out,
 
 @njit
 def units(code, op, env, begin, end):
-    """The body of a kernel: units `begin` to `end` of the operation `op`. code: address of a `tiles.Code`."""
+    """The body of a kernel: units `begin` to `end` of the operation `op`. code: address of a `Code`."""
     if goes_through_unit(code, op, env):
         units_by_tiles(code, op, env, begin, end)
         return
@@ -180,73 +183,18 @@ def units(code, op, env, begin, end):
         )
 
 
-def linear_f32(op, env, begin, end):
-    units(float_linear_code("F32"), op, env, begin, end)
-
-
-def linear_f16(op, env, begin, end):
-    units(float_linear_code("F16"), op, env, begin, end)
-
-
-def linear_bf16(op, env, begin, end):
-    units(float_linear_code("BF16"), op, env, begin, end)
-
-
 def linear_int12(op, env, begin, end):
     units(int16_linear_code(), op, env, begin, end)
 
 
-def linear_q4_0(op, env, begin, end):
-    units(linear_code("Q4_0"), op, env, begin, end)
+def _kernel(code, name):
+    """The kernel of a format; code: an intrinsic that gives the address of its `Code`, by its name."""
+
+    def kernel(op, env, begin, end):
+        units(code(name), op, env, begin, end)
+
+    return kernel
 
 
-def linear_q4_1(op, env, begin, end):
-    units(linear_code("Q4_1"), op, env, begin, end)
-
-
-def linear_q5_0(op, env, begin, end):
-    units(linear_code("Q5_0"), op, env, begin, end)
-
-
-def linear_q5_1(op, env, begin, end):
-    units(linear_code("Q5_1"), op, env, begin, end)
-
-
-def linear_q8_0(op, env, begin, end):
-    units(linear_code("Q8_0"), op, env, begin, end)
-
-
-def linear_q2_k(op, env, begin, end):
-    units(linear_code("Q2_K"), op, env, begin, end)
-
-
-def linear_q3_k(op, env, begin, end):
-    units(linear_code("Q3_K"), op, env, begin, end)
-
-
-def linear_q4_k(op, env, begin, end):
-    units(linear_code("Q4_K"), op, env, begin, end)
-
-
-def linear_q5_k(op, env, begin, end):
-    units(linear_code("Q5_K"), op, env, begin, end)
-
-
-def linear_q6_k(op, env, begin, end):
-    units(linear_code("Q6_K"), op, env, begin, end)
-
-
-def linear_iq4_nl(op, env, begin, end):
-    units(linear_code("IQ4_NL"), op, env, begin, end)
-
-
-def linear_iq4_xs(op, env, begin, end):
-    units(linear_code("IQ4_XS"), op, env, begin, end)
-
-
-def linear_mxfp4(op, env, begin, end):
-    units(linear_code("MXFP4"), op, env, begin, end)
-
-
-def linear_int8(op, env, begin, end):
-    units(linear_code("INT8"), op, env, begin, end)
+_CODES = {**dict.fromkeys(FLOATS, float_linear_code), **dict.fromkeys(UNITS, linear_code)}
+globals().update((f"linear_{name.lower()}", _kernel(code, name)) for name, code in _CODES.items())

@@ -2,7 +2,7 @@
 
 Of each four rows, accumulator 2 i holds the first two with tokens 2 i and 2 i + 1: (row 0, token 0), (0, 1), (1, 0),
 (1, 1); accumulator 2 i + 1 holds the other two. A slab has its vectors in that order too. For every row and token
-the operations are those of `tiles`, in the same order: results are the same to the bit.
+the operations are those of `block_tile`, in the same order: results are the same to the bit.
 """
 
 from __future__ import annotations
