@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-import numpy as np
-
 from edgelm.errors import UnsupportedError
 from edgelm.kernels import compiler, int16, matrix_unit
-from edgelm.kernels.abi import Env, Row
+from edgelm.kernels.abi import Env, Row, float_bits, row_of
 from edgelm.kernels.packing import pack, pack_all
 from edgelm.kernels.records import LIMIT, MAX_TOKENS, activation_bytes
 from edgelm.kernels.weight_layout import Packed, alike, is_float
@@ -51,15 +49,6 @@ class Arg(IntEnum):
 # --- rows of the op table
 
 
-def _row(kernel: str, units: int, units_per: int, count: int, grain: int, args: list[int]) -> list[int]:
-    row = [0] * Row.SIZE
-    row[Row.KERNEL] = compiler.address(kernel)
-    row[Row.UNITS], row[Row.UNITS_PER], row[Row.COUNT] = units, units_per, int(count)
-    row[Row.GRAIN], row[Row.BARRIER] = grain, 1
-    row[Row.ARGS : Row.ARGS + len(args)] = args
-    return row
-
-
 def record_kind(format: str) -> str:
     """What kernels of a packed format multiply with: records of "int8" or "int16", or "float32" as they are."""
     return "int16" if format == "INT12" else "float32" if is_float(format) else "int8"
@@ -79,8 +68,8 @@ def row_quantize(
     Offsets into the workspace; strides in bytes. A unit is a token. limit: as in `records`, for int8.
     """
     kernel = "quantize:quantize" if kind == "int8" else f"quantize:quantize_{kind}"
-    args = [x_off, x_stride, n_cols, q_off, record_bytes(kind, n_cols), int(np.float32(limit).view(np.int32))]
-    return _row(kernel, 1, 1, count, max(1, 4096 // n_cols), args)
+    args = [x_off, x_stride, n_cols, q_off, record_bytes(kind, n_cols), float_bits(limit)]
+    return row_of(compiler.address(kernel), 1, 1, count, max(1, 4096 // n_cols), args)
 
 
 def linear_kernel(format: str) -> str:
@@ -160,7 +149,7 @@ def _linear(
         few = max(120, 512 * units // _SHARES)
         tokens = min(MAX_TOKENS, max(24, min(few, _CACHE // reads) // 12 * 12))  # so many fill tiles
     grain = max(1, _GRAIN // (2 * packed.group_bytes))
-    row = _row(linear_kernel(packed.format), units, tokens, count, grain, args)
+    row = row_of(compiler.address(linear_kernel(packed.format)), units, tokens, count, grain, args)
     row[Row.READS], row[Row.READ_BYTES] = packed.address, packed.span // units
     return row
 
@@ -173,6 +162,6 @@ def row_embed(
     Offsets into the workspace, strides in bytes. A unit is a token. Values are those of `QTensor.dequantize`.
     """
     ids = {"tokens": Env.TOKENS, "positions": Env.POSITIONS}[by]
-    bits = int(np.float32(scale).view(np.int32))
-    args = [packed.address, packed.stride, packed.n_cols, int(ids), offset, y_off, y_stride, bits]
-    return _row(f"embed_kernels:embed_{packed.format.lower()}", 1, 1, Env.N_TOKENS, 4, args)
+    args = [packed.address, packed.stride, packed.n_cols, int(ids), offset, y_off, y_stride, float_bits(scale)]
+    kernel = compiler.address(f"embed_kernels:embed_{packed.format.lower()}")
+    return row_of(kernel, 1, 1, Env.N_TOKENS, 4, args)

@@ -57,7 +57,7 @@ def units_by_tiles(code, op, env, begin, end):
     for i in range(0, POWERS_SCRATCH, 64):
         store(powers + i, splat_f32(1.0))
     n_tiles = load_i64(op + GROUP_UNITS) * load_i64(code + _BLOCKS) * load_i64(code + _PAIR_TILES)
-    configure(0, 0, 0)
+    configure()
     unit = begin
     while unit < end:
         _, first_token, n_tokens = tokens_of(op, env, unit)
@@ -72,7 +72,7 @@ def units_by_tiles(code, op, env, begin, end):
                 own = x + first_token * x_stride + tile * TILE
                 add_products(slab, some, own, x_stride, n_tokens, out + i * OUT_BYTES, tile, n_tiles, results)
         unit += n
-    release(0, 0, 0)
+    release()
 
 
 @njit
