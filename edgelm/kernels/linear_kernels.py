@@ -87,6 +87,18 @@ def list_remainders(records, stride, n_tokens, n_blocks, lists):
 
 
 @njit
+def direct(code, first, second, n_units, records, stride, n_tokens, out, step):
+    """`products` of few tokens, straight from the packed weights."""
+    t = 0
+    for size in range(0, 32, 8):
+        function, tokens = load_i64(code + _DIRECT + size), load_i64(code + _DIRECT_TOKENS + size)
+        while t + tokens <= n_tokens:
+            record, place = records + t * stride, out + t * PAIR
+            call_function(function, first, second, n_units, record, stride, place, first + step, second + step)
+            t += tokens
+
+
+@njit
 def products(code, first, second, n_units, records, stride, n_tokens, slab, out, rests, lists, known, step, results):
     """Sums of two groups at `first` and `second` with `n_tokens` records, as (token, 2, 16) float32 at `out`.
 
@@ -95,13 +107,7 @@ def products(code, first, second, n_units, records, stride, n_tokens, slab, out,
     asked for before that tile: it is in no near cache, and each line would be waited for.
     """
     if n_tokens <= load_i64(code + _DIRECT_MOST):
-        t = 0
-        for size in range(0, 32, 8):
-            direct, tokens = load_i64(code + _DIRECT + size), load_i64(code + _DIRECT_TOKENS + size)
-            while t + tokens <= n_tokens:
-                record, place = records + t * stride, out + t * PAIR
-                call_function(direct, first, second, n_units, record, stride, place, first + step, second + step)
-                t += tokens
+        direct(code, first, second, n_units, records, stride, n_tokens, out, step)
         finish(results, out, 0, 0, n_tokens)
         return
     zero = splat_f32(0.0)
@@ -163,7 +169,7 @@ def units(code, op, env, begin, end):
     n_units, x_stride = load_i64(op + GROUP_UNITS), load_i64(op + X_STRIDE)
     x = load_i64(env + _WORKSPACE) + load_i64(op + X)
     slab, out, rests, lists = scratch(SLAB_SCRATCH), scratch(OUT_SCRATCH), scratch(OUT_SCRATCH), scratch(LISTS_SCRATCH)
-    listed = -1  # chunk of tokens that `lists` are of
+    listed_chunk = -1  # of tokens: that `lists` are of
     results, powers = scratch(RESULTS), scratch(POWERS_SCRATCH)
     power, in_units = load_f32(code + _FACTOR), load_i64(code + _REST) != 0
     for unit in range(begin, end):
@@ -172,7 +178,7 @@ def units(code, op, env, begin, end):
         if unit + 1 == end:
             step = 0
         record = x + first_token * x_stride
-        known, listed = listed == chunk, chunk
+        known, listed_chunk = listed_chunk == chunk, chunk
         if not known:
             for t in range(n_tokens):
                 own_unit = load_f32(record + (t + 1) * x_stride - RECORD) if in_units else float32(1.0)
