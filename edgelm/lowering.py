@@ -57,6 +57,7 @@ class Resources:
     packed: Mapping[Matrix, Any]
     n_ctx: int
     packing: Any = None  # of all of `packed`, in that order, while it may still be under way
+    matrix_unit: bool = True  # whether many tokens go through it, if there is one
     ropes: list[Rope] = field(default_factory=list)  # the index is that of Env.COS and Env.SIN
     constants: dict[Any, Floats] = field(default_factory=dict)
 
@@ -240,7 +241,7 @@ class Lowering:
     def _linear_row(self, node: Node, linear: Node, residual: Value | None) -> None:
         """The value of `node`: that of a linear layer, plus the residual if there is one."""
         packed, bias, x = self._packed(linear), self._resources.bias(linear.args["bias"]), self._input(linear)
-        options = {"bias_address": bias, "count": COUNTS[linear.rows]}
+        options = {"bias_address": bias, "count": COUNTS[linear.rows], "by_unit": self._resources.matrix_unit}
         if linear is self._result:
             none = Value(OUTPUTS, 0, 0)  # logits are not in the workspace
             row = lambda: self._linear.row_linear(packed, x.offset, x.stride, 0, 0, **options, to_logits=True)  # noqa: E731
@@ -280,7 +281,7 @@ class Lowering:
         gate, x = activation.inputs[0], self._input(up)
         self._step(node, (x,), lambda y: self._linear.row_gated(
             self._packed(gate), self._packed(up), x.offset, x.stride, y.offset, y.stride,
-            activation=activation.args["function"], count=COUNTS[node.rows],
+            activation=activation.args["function"], count=COUNTS[node.rows], by_unit=self._resources.matrix_unit,
         ), name="gated", weights=self._read(gate, up))
 
     def _combine(self, node: Node, build: Callable[..., list[int]]) -> None:

@@ -84,7 +84,7 @@ class Program:
         self._whole = any(node.kind == "attention" and not node.args["causal"] for node in self._nodes)
         self.max_tokens = max(max_tokens, self.n_ctx) if self._whole else min(max_tokens, self.n_ctx)
         self._n_cols = self._nodes[-1].n_cols
-        self._resources = self._packed(shared, pack or self._into_memory)
+        self._resources = self._packed(shared, pack or self._into_memory, matrix_unit)
         self._factors = weights.factors()
         self._groups = config.cache_groups()
         self._lock, self._first_run = threading.Lock(), True
@@ -274,7 +274,7 @@ class Program:
         self._plans[kv_type] = made
         return made
 
-    def _packed(self, shared: Program | None, pack: Pack) -> Resources:
+    def _packed(self, shared: Program | None, pack: Pack, matrix_unit: bool) -> Resources:
         """Every weight matrix in the order of bytes that its kernel reads: those of `shared`, and what it has not."""
         from .lowering import Resources
 
@@ -284,7 +284,7 @@ class Program:
         packed, packing = _pack(self._nodes, there, pack)
         if shared is not None and packing is not None:
             packing.finish()
-        return Resources(self.config, packed, self.n_ctx, packing)
+        return Resources(self.config, packed, self.n_ctx, packing, matrix_unit)
 
 def _pack(nodes: list[Node], there: Mapping[Matrix, Any], pack: Pack) -> tuple[dict[Matrix, Any], Any]:
     """Every weight matrix of a graph in the order of bytes that its kernel reads, and the packing of those that were

@@ -121,6 +121,25 @@ def test_files_that_are_no_models(tmp_path: Path) -> None:
         edgelm.load(tmp_path / "x.gguf")
 
 
+@pytest.mark.parametrize("interpreter", ["reference", "program"])
+@pytest.mark.parametrize("fmt", ["Q4_0", "F32"])
+def test_a_weight_that_is_no_number_is_told(
+    fmt: str, interpreter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes through all that follows, up to where a token is chosen."""
+    arrays = tiny.arrays
+
+    def damaged(*args: Any) -> dict[str, Any]:
+        found = arrays(*args)
+        found["output_norm.weight"][1][5] = np.nan
+        return found
+
+    monkeypatch.setattr(tiny, "arrays", damaged)
+    path = tiny.tiny("llama-gqa", fmt=fmt, folder=tmp_path)
+    with edgelm.load(path, interpreter=interpreter) as model, pytest.raises(FormatError, match="not a number"):
+        model.generate("hello", max_tokens=2, **GREEDY)
+
+
 def test_a_table_of_positions_bounds_the_context(folder: Path) -> None:
     path = tiny.tiny("gpt2", folder=folder)
     with pytest.raises(UsageError, match="a table of 128 positions"):

@@ -21,6 +21,7 @@ from edgelm import gguf, mapped_file
 from edgelm.errors import SourceError
 from edgelm.formats import QTensor, by_name
 from edgelm.kernels import packing, streamed, tiles, weight_layout
+from edgelm.kernels.records import MAX_TOKENS
 from edgelm.kernels.units import UNITS
 
 TOKENS = [1, 2, 3, 5, 8, 13, 21]
@@ -62,8 +63,12 @@ PACKED = {
 }
 
 
-def test_every_unit_has_code_with_its_facts() -> None:
-    assert {name: vars(blocks) for name, blocks in tiles.BLOCKS.items()} == {n: vars(unit) for n, unit in UNITS.items()}
+def test_every_unit_has_code_and_bits_for_its_quants() -> None:
+    assert tiles.BLOCKS.keys() == UNITS.keys()
+    for unit in UNITS.values():
+        stored = sorted(bit for bits, lowest in unit.planes for bit in range(lowest, lowest + bits))
+        assert stored == list(range(len(stored)))
+        assert 1 << len(stored) == (1 << unit.bits if unit.table is None else len(unit.table))
 
 
 @pytest.mark.parametrize("name", [*(name for name in UNITS if name != "INT8"), "F32", "F16", "BF16", "TQ2_0"])
@@ -163,6 +168,18 @@ def test_a_first_run_without_packed_weights_gives_the_same_bits(
             first, second = (loaded.embed([tokens]) if loaded.is_encoder else loaded.logits(tokens) for _ in range(2))
             np.testing.assert_array_equal(first, second)
             assert under_way is None or under_way.finished
+
+
+@pytest.mark.parametrize("fmt", ["Q4_0", "F16"])
+def test_a_first_run_of_more_tokens_than_a_unit_of_work_has(
+    fmt: str, tmp_path: Path, cache: Path, not_begun: None
+) -> None:
+    """Through the matrix unit, where there is one."""
+    path = tiny.tiny("llama-gqa", fmt=fmt, folder=tmp_path, intermediate_size=128, max_position_embeddings=512)
+    tokens = TOKENS * 45
+    assert len(tokens) > MAX_TOKENS
+    with edgelm.load(path, threads=2) as loaded:
+        np.testing.assert_array_equal(*(loaded.logits(tokens) for _ in range(2)))
 
 
 @pytest.mark.parametrize("piece_bytes", [1, packing.LARGE_PIECE])

@@ -16,8 +16,10 @@ from edgelm import gguf
 from edgelm.arch import ARCHS, Config
 from edgelm.cache import Batch, Sequence
 from edgelm.errors import ContextFull, UsageError
+from edgelm.kernels import matrix_unit
 from edgelm.kernels.abi import Env, Row
 from edgelm.kernels.matrix_unit import LEAST
+from edgelm.kernels.records import MAX_TOKENS
 from edgelm.models import model_of
 from edgelm.program import Program
 from edgelm.reference import Reference
@@ -191,6 +193,19 @@ def test_going_back_and_forking_change_no_bit(exact: Make, kv_type: str) -> None
     sequence.truncate(70)
     assert np.array_equal(run(program, tokens[70:], sequence), expected[70:])
     assert np.array_equal(run(program, tokens[90:], fork), expected[90:])
+
+
+@pytest.mark.parametrize(("fmt", "by_unit"), [("Q4_0", True), ("Q4_0", False), ("F32", True)])
+def test_many_tokens_are_a_unit_of_work_only_where_the_matrix_unit_does_it(
+    make: Make, fmt: str, by_unit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere they are no more than caches hold; matrices of float32 never go through it."""
+    monkeypatch.setattr(matrix_unit, "permitted", lambda: True)
+    program = make("llama-gqa", fmt, matrix_unit=by_unit)
+    [plan] = program._plans.values()
+    products = plan.table[plan.table[:, Row.READS] != 0]
+    wanted = {MAX_TOKENS, MAX_TOKENS // 2} if fmt == "Q4_0" and by_unit else {120}
+    assert len(products) > 5 and set(products[:, Row.UNITS_PER].tolist()) == wanted
 
 
 @pytest.mark.parametrize("name", DECODERS)

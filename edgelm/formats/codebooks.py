@@ -22,8 +22,9 @@ _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder=
 _SIGNS = np.float32(1) - np.float32(2) * _BITS  # (256, 8): what 8 stored signs do
 _EVEN_SIGNS = _SIGNS[np.arange(128) | _BITS[:128].sum(axis=1, dtype=np.int64) % 2 << 7]  # (128, 8): what 7 do
 IQ4_LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
-_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)  # twice its values
-_E2M1_MIDDLES = (_E2M1[:7] + _E2M1[1:8]) / 2
+# Values of E2M1, twice.
+E2M1_TWICE = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+_E2M1_MIDDLES = (E2M1_TWICE[:7] + E2M1_TWICE[1:8]) / 2
 _IQ1_DELTA = np.float32(0.125)
 
 
@@ -145,7 +146,7 @@ class MXFP4(Format, id=39, block=32, n_bytes=17, layout="u1 e, 16u1 qs"):
     def dequantize(blocks: Blocks) -> Floats:
         # Half the scale, as the table holds twice the values. The smallest float32 are subnormal: exact as a float64.
         scale = np.ldexp(1.0, blocks["e"].astype(np.int32) - 128)
-        return f32(scale) * _E2M1[planes(blocks["qs"], 16, 4)]
+        return f32(scale) * E2M1_TWICE[planes(blocks["qs"], 16, 4)]
 
 
 class NVFP4(Format, id=40, block=64, n_bytes=36, layout="4u1 d, 32u1 qs"):
@@ -156,7 +157,7 @@ class NVFP4(Format, id=40, block=64, n_bytes=36, layout="4u1 d, 32u1 qs"):
         exponent, mantissa = (blocks["d"] >> 3 & 15).astype(np.int32), f32(blocks["d"] & 7)
         scale = np.ldexp(np.where(exponent == 0, mantissa, mantissa + 8), np.maximum(exponent, 1) - 11)
         scale = np.where(blocks["d"] == 0x7F, 0, scale).astype(np.float32)
-        return (scale[..., None] * _E2M1[planes(blocks["qs"], 8, 4)].reshape(-1, 4, 16)).reshape(-1, 64)
+        return (scale[..., None] * E2M1_TWICE[planes(blocks["qs"], 8, 4)].reshape(-1, 4, 16)).reshape(-1, 64)
 
 
 def _fields(words: NDArray[Any], *shifts: int) -> NDArray[Any]:

@@ -13,7 +13,10 @@ Operations that ask where a token stands can be told to ask the second environme
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
+
+import numpy as np
 
 WORD = 8  # bytes of one field of a row or of the environment
 
@@ -56,3 +59,17 @@ class Env(IntEnum):
 
 
 ENVS = 2  # environments, one behind the other; in the second, the tokens are those that want logits
+
+
+def row_of(kernel: int, units: int, units_per: int, count: int, grain: int, args: Sequence[int]) -> list[int]:
+    """A row that the rows after it wait for; kernel: its address."""
+    row = [0] * Row.SIZE
+    row[Row.KERNEL], row[Row.UNITS], row[Row.UNITS_PER], row[Row.COUNT] = kernel, units, units_per, int(count)
+    row[Row.GRAIN], row[Row.BARRIER] = grain, 1
+    row[Row.ARGS : Row.ARGS + len(args)] = args
+    return row
+
+
+def float_bits(x: float) -> int:
+    """A float32 as the low half of a field."""
+    return int(np.float32(x).view(np.uint32))

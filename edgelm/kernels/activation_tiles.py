@@ -24,13 +24,13 @@ REST = 2 * 4 * DEPTH  # bytes of the last inputs
 _TILES, _COUNT = WORD * Env.TILES, WORD * Row.COUNT
 
 
-def _write_line(context: Any, b: ir.IRBuilder, x: Value, place: Value, unused: Value) -> None:
+def _write_line(context: Any, b: ir.IRBuilder, x: Value, place: Value) -> None:
     if amx.has_tiles(context):
         low, high = (load_at(b, b.add(x, I64(64 * i)), F32x16) for i in range(2))
         store_at(b, to_bfloat16(b, low, high), place, 64)
 
 
-write_line = statement(_write_line, 3)  # (x, place, 0): 32 float32 as bfloat16
+write_line = statement(_write_line, 2)  # (x, place): 32 float32 as bfloat16
 
 
 @intrinsic
@@ -56,7 +56,7 @@ def write_tiles(x, n_cols, first, stride, token):
     own = first + token // ROWS * (ROWS * stride) + token % ROWS * 64
     whole = n_cols // DEPTH
     for i in range(whole):
-        write_line(x + 4 * DEPTH * i, own + TILE * i, 0)
+        write_line(x + 4 * DEPTH * i, own + TILE * i)
     if n_cols % (2 * DEPTH) != 0:
         rest = scratch(REST)
         for i in range(0, REST, 64):
@@ -64,4 +64,4 @@ def write_tiles(x, n_cols, first, stride, token):
         for i in range(whole * DEPTH, n_cols):
             store(rest + 4 * (i - whole * DEPTH), load_f32(x + 4 * i))
         for i in range(whole, (n_cols + 2 * DEPTH - 1) // (2 * DEPTH) * 2):
-            write_line(rest + 4 * DEPTH * (i - whole), own + TILE * i, 0)
+            write_line(rest + 4 * DEPTH * (i - whole), own + TILE * i)

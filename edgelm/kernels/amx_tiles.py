@@ -137,11 +137,11 @@ def multiply_code(typingctx):
 
 
 def _when_there(do: Any) -> Any:
-    def emit(context: Any, b: ir.IRBuilder, *unused: Value) -> None:
+    def emit(context: Any, b: ir.IRBuilder) -> None:
         if amx.has_tiles(context):
             do(b)
 
-    return statement(emit, 3)
+    return statement(emit, 0)
 
 
 configure, release = _when_there(amx.configure), _when_there(amx.release)

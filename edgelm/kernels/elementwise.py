@@ -6,26 +6,15 @@ of an input. Imports no Numba; the kernels are in `elementwise_kernels`.
 
 from __future__ import annotations
 
-import numpy as np
-
 from edgelm.kernels import compiler
-from edgelm.kernels.abi import WORD, Env, Row
+from edgelm.kernels.abi import WORD, Env, float_bits, row_of
 from edgelm.kernels.records import LIMIT, activation_bytes
 
 
 def _row(kernel: str, n_values: int, arguments: list[int], count: int = Env.N_TOKENS) -> list[int]:
     """A row whose units are rows of about n_values float32 each: a thread takes some 4000 at a time."""
-    row = [0] * Row.SIZE
-    row[Row.KERNEL] = compiler.address(f"elementwise_kernels:{kernel}")
-    row[Row.UNITS], row[Row.UNITS_PER], row[Row.COUNT] = 1, 1, int(count)
-    row[Row.GRAIN], row[Row.BARRIER] = max(1, 4096 // n_values), 1
-    row[Row.ARGS : Row.ARGS + len(arguments)] = arguments
-    return row
-
-
-def _bits(x: float) -> int:
-    """A float32 in the low half of a field."""
-    return int(np.float32(x).view(np.uint32))
+    address, grain = compiler.address(f"elementwise_kernels:{kernel}"), max(1, 4096 // n_values)
+    return row_of(address, 1, 1, count, grain, arguments)
 
 
 def row_rms_norm(
@@ -39,8 +28,8 @@ def row_rms_norm(
     """
     n_heads = max(1, heads)
     return _row("rms_norm", n_cols, [
-        x_off, x_stride, y_off, y_stride, n_cols // n_heads, n_heads, weight_address, 0, _bits(eps),
-        quantized_off, activation_bytes(n_cols), _bits(limit),
+        x_off, x_stride, y_off, y_stride, n_cols // n_heads, n_heads, weight_address, 0, float_bits(eps),
+        quantized_off, activation_bytes(n_cols), float_bits(limit),
     ], count)
 
 
@@ -50,8 +39,8 @@ def row_layer_norm(
 ) -> list[int]:
     """y (rows, n_cols) = x normed, times weight, plus bias; each address may be 0. Records as in row_rms_norm."""
     return _row("layer_norm", n_cols, [
-        x_off, x_stride, y_off, y_stride, n_cols, 1, weight_address, bias_address, _bits(eps),
-        quantized_off, activation_bytes(n_cols), _bits(limit),
+        x_off, x_stride, y_off, y_stride, n_cols, 1, weight_address, bias_address, float_bits(eps),
+        quantized_off, activation_bytes(n_cols), float_bits(limit),
     ], count)
 
 
@@ -83,14 +72,15 @@ def row_scale(
     x_off: int, x_stride: int, y_off: int, y_stride: int, n_cols: int, factor: float, *, count: int = Env.N_TOKENS
 ) -> list[int]:
     """y = x * factor."""
-    return _row("scale", n_cols, [x_off, x_stride, y_off, y_stride, n_cols, _bits(factor), _bits(1.0)], count)
+    return _row("scale", n_cols, [x_off, x_stride, y_off, y_stride, n_cols, float_bits(factor), float_bits(1.0)], count)
 
 
 def row_softcap(
     x_off: int, x_stride: int, y_off: int, y_stride: int, n_cols: int, cap: float, *, count: int = Env.N_TOKENS
 ) -> list[int]:
     """y = cap * tanh(x / cap)."""
-    return _row("tanh", n_cols, [x_off, x_stride, y_off, y_stride, n_cols, _bits(1.0 / cap), _bits(cap)], count)
+    factors = [float_bits(1.0 / cap), float_bits(cap)]
+    return _row("tanh", n_cols, [x_off, x_stride, y_off, y_stride, n_cols, *factors], count)
 
 
 def row_activation(
@@ -99,7 +89,7 @@ def row_activation(
     """y = f(x), f one of "silu", "gelu", "gelu_erf", "relu", "tanh"."""
     if kind not in ("silu", "gelu", "gelu_erf", "relu", "tanh"):
         raise ValueError(f"no such activation: {kind}")
-    return _row(kind, n_cols, [x_off, x_stride, y_off, y_stride, n_cols, _bits(1.0), _bits(1.0)], count)
+    return _row(kind, n_cols, [x_off, x_stride, y_off, y_stride, n_cols, float_bits(1.0), float_bits(1.0)], count)
 
 
 def row_copy(

@@ -9,7 +9,7 @@ Knows nothing of what the rows mean. `elementwise` makes the rows of the op tabl
 
 from __future__ import annotations
 
-from edgelm.kernels.abi import WORD, Env, Row
+from edgelm.kernels.abi import WORD, Env, Row, float_bits
 from edgelm.kernels.activation_tiles import in_tiles
 from edgelm.kernels.quantize import write_record
 from edgelm.kernels.rope import rotate
@@ -22,7 +22,6 @@ _COS, _SIN = WORD * Env.COS, WORD * Env.SIN
 _ARG = tuple(WORD * (Row.ARGS + i) for i in range(Row.SIZE - Row.ARGS))
 # Arguments that all kernels share.
 _X, _X_STRIDE, _Y, _Y_STRIDE, _N = _ARG[:5]
-FLOAT_ONE = 0x3F800000
 
 
 def _places(e, op, env, row):
@@ -229,7 +228,7 @@ def _rope(e, op, env, begin, end):
         angle = 4 * pairs * e.load_i32(e.load_word(env + _POSITIONS) + 4 * row)
         with e.loop(0, e.load_word(op + _ROPE_HEADS)) as head:
             at = 4 * n * head
-            rotate(e, x + at, y + at, n, pairs, e.load_word(op + _HALVES), cos + angle, sin + angle, FLOAT_ONE)
+            rotate(e, x + at, y + at, n, pairs, e.load_word(op + _HALVES), cos + angle, sin + angle, float_bits(1.0))
 
 
 _rope_code = intrinsic_of(_rope)

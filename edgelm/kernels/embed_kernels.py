@@ -10,6 +10,8 @@ from edgelm.kernels.functions import call_function
 from edgelm.kernels.int16_tiles import int16_embed_code
 from edgelm.kernels.simd import load_i32, load_i64
 from edgelm.kernels.tiles import embed_code
+from edgelm.kernels.units import UNITS
+from edgelm.kernels.weight_layout import FLOATS
 
 _WEIGHTS, _GROUP_STRIDE, _N_COLS, _IDS, _OFFSET, _Y, _Y_STRIDE, _SCALE = (WORD * (Row.ARGS + i) for i in range(8))
 _WORKSPACE = WORD * Env.WORKSPACE
@@ -27,73 +29,18 @@ def rows(code, op, env, begin, end):
         call_function(code, group, n_cols, row & 15, y + token * y_stride, scale)
 
 
-def embed_f32(op, env, begin, end):
-    rows(float_embed_code("F32"), op, env, begin, end)
-
-
-def embed_f16(op, env, begin, end):
-    rows(float_embed_code("F16"), op, env, begin, end)
-
-
-def embed_bf16(op, env, begin, end):
-    rows(float_embed_code("BF16"), op, env, begin, end)
-
-
 def embed_int12(op, env, begin, end):
     rows(int16_embed_code("F16"), op, env, begin, end)
 
 
-def embed_q4_0(op, env, begin, end):
-    rows(embed_code("Q4_0"), op, env, begin, end)
+def _kernel(code, name):
+    """The kernel of a format; code: an intrinsic that gives the address of what looks up a row, by its name."""
+
+    def kernel(op, env, begin, end):
+        rows(code(name), op, env, begin, end)
+
+    return kernel
 
 
-def embed_q4_1(op, env, begin, end):
-    rows(embed_code("Q4_1"), op, env, begin, end)
-
-
-def embed_q5_0(op, env, begin, end):
-    rows(embed_code("Q5_0"), op, env, begin, end)
-
-
-def embed_q5_1(op, env, begin, end):
-    rows(embed_code("Q5_1"), op, env, begin, end)
-
-
-def embed_q8_0(op, env, begin, end):
-    rows(embed_code("Q8_0"), op, env, begin, end)
-
-
-def embed_q2_k(op, env, begin, end):
-    rows(embed_code("Q2_K"), op, env, begin, end)
-
-
-def embed_q3_k(op, env, begin, end):
-    rows(embed_code("Q3_K"), op, env, begin, end)
-
-
-def embed_q4_k(op, env, begin, end):
-    rows(embed_code("Q4_K"), op, env, begin, end)
-
-
-def embed_q5_k(op, env, begin, end):
-    rows(embed_code("Q5_K"), op, env, begin, end)
-
-
-def embed_q6_k(op, env, begin, end):
-    rows(embed_code("Q6_K"), op, env, begin, end)
-
-
-def embed_iq4_nl(op, env, begin, end):
-    rows(embed_code("IQ4_NL"), op, env, begin, end)
-
-
-def embed_iq4_xs(op, env, begin, end):
-    rows(embed_code("IQ4_XS"), op, env, begin, end)
-
-
-def embed_mxfp4(op, env, begin, end):
-    rows(embed_code("MXFP4"), op, env, begin, end)
-
-
-def embed_int8(op, env, begin, end):
-    rows(embed_code("INT8"), op, env, begin, end)
+_CODES = {**dict.fromkeys(FLOATS, float_embed_code), **dict.fromkeys(UNITS, embed_code)}
+globals().update((f"embed_{name.lower()}", _kernel(code, name)) for name, code in _CODES.items())

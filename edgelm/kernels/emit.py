@@ -14,9 +14,9 @@ from llvmlite import ir
 
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
-F32x16, I32x16, I16x16, I16x32, I8x16, I8x64 = (
+F32x16, I64x8, I32x16, I16x16, I16x32, I8x16, I8x64 = (
     ir.VectorType(element, lanes)
-    for element, lanes in ((F32, 16), (I32, 16), (I16, 16), (I16, 32), (I8, 16), (I8, 64))
+    for element, lanes in ((F32, 16), (I64, 8), (I32, 16), (I16, 16), (I16, 32), (I8, 16), (I8, 64))
 )
 _IN_TURNS = ir.Constant(ir.VectorType(I32, 32), [i + 16 * odd for i in range(16) for odd in (0, 1)])
 
@@ -54,6 +54,11 @@ def spread(b: ir.IRBuilder, scalar: ir.Value, type_: ir.VectorType) -> ir.Value:
     """A vector with `scalar` in each lane."""
     one = b.insert_element(undefined(type_), scalar, I32(0))
     return b.shuffle_vector(one, undefined(type_), _zeros(type_))
+
+
+def shuffle(b: ir.IRBuilder, low: ir.Value, high: ir.Value, lanes: list[int]) -> ir.Value:
+    """Some lanes of two vectors, those of the second one counted on from those of the first."""
+    return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
 
 def call(b: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:

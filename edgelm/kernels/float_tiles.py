@@ -14,6 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from edgelm.kernels import isas
+from edgelm.kernels.abi import float_bits
 from edgelm.kernels.blocks import ROWS, at
 from edgelm.kernels.emit import (
     F32,
@@ -31,6 +32,7 @@ from edgelm.kernels.emit import (
     widen_f16,
 )
 from edgelm.kernels.functions import Code, address_of, code_address, function_address, tile_fields
+from edgelm.kernels.slab_tiles import PAIR, ROW
 from edgelm.kernels.weight_layout import FLOATS
 
 Value = ir.Value
@@ -74,8 +76,8 @@ def _float_tile(context: Any, b: ir.IRBuilder, number: Number, args: list[Value]
         first = b.add(first, b.mul(b.sub(second, first), outer.index))
         weights = [first, second][:n_groups]
         after = [b.add(next_first, b.mul(b.sub(next_second, next_first), outer.index)), next_second][:n_groups]
-        out = b.add(out, b.mul(outer.index, I64(64)))
-        places = {(g, t): at(b, out, 64 * (2 * t + g)) for g in range(n_groups) for t in range(n_tokens)}
+        out = b.add(out, b.mul(outer.index, I64(ROW)))
+        places = {(g, t): at(b, out, PAIR * t + ROW * g) for g in range(n_groups) for t in range(n_tokens)}
         acc = {key: cgutils.alloca_once(b, F32x16) for key in places}
         for key, place in places.items():
             b.store(load_at(b, place, F32x16, 64), acc[key])
@@ -108,7 +110,7 @@ float_embed_code = address_of(NUMBERS, _float_embed, 5)
 
 @intrinsic(prefer_literal=True)
 def float_linear_code(typingctx, fmt):
-    """Address of the `tiles.Code` of a type of number."""
+    """Address of the `Code` of a type of number."""
     if not isinstance(fmt, types.StringLiteral):
         return None
     number = NUMBERS[fmt.literal_value]
@@ -122,7 +124,7 @@ def float_linear_code(typingctx, fmt):
             Code.UNIT_BYTES: ROWS * number.n_bytes,
             Code.RECORD_BYTES: 4,
             Code.SLAB_BLOCKS: COLUMNS,
-            Code.FACTOR: 0x3F800000,  # 1.0
+            Code.FACTOR: float_bits(1.0),
             **tile_fields(isas.select(context).float_tokens, tile),
         }
         return code_address(b, number.name, fields)

@@ -115,7 +115,7 @@ def scratch(typingctx, n_bytes):
 
 
 def statement(emit: Callable[..., None], n_arguments: int) -> Any:
-    """What `emit(context, b, *words)` emits, of three or four words, as a function without result for Numba's code."""
+    """What `emit(context, b, *words)` emits, of up to four words, as a function without result for Numba's code."""
 
     def typed() -> Any:
         def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
@@ -124,6 +124,11 @@ def statement(emit: Callable[..., None], n_arguments: int) -> Any:
 
         return types.void(*[types.int64] * n_arguments), codegen
 
-    if n_arguments == 3:
-        return intrinsic(lambda typingctx, x, y, z: typed())
-    return intrinsic(lambda typingctx, x, y, z, w: typed())
+    of_words = (  # Numba takes the number of arguments from the function
+        lambda typingctx: typed(),
+        lambda typingctx, x: typed(),
+        lambda typingctx, x, y: typed(),
+        lambda typingctx, x, y, z: typed(),
+        lambda typingctx, x, y, z, w: typed(),
+    )
+    return intrinsic(of_words[n_arguments])

@@ -23,6 +23,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from edgelm.kernels.abi import float_bits
 from edgelm.kernels.amx import TILE, has_tiles
 from edgelm.kernels.blocks import ROWS, at
 from edgelm.kernels.emit import (
@@ -34,6 +35,7 @@ from edgelm.kernels.emit import (
     F32x16,
     I8x64,
     I16x16,
+    I16x32,
     I32x16,
     assembler,
     bfloat16_pairs,
@@ -54,12 +56,12 @@ from edgelm.kernels.functions import Code, address_of, code_address, function_ad
 from edgelm.kernels.int16 import BLOCK, PIECE, RECORD, SCALES, UNIT, VALUES, W_MAX, X_MAX
 from edgelm.kernels.isa import joined, parts
 from edgelm.kernels.lanes import Int, Rows
+from edgelm.kernels.records import MAGIC
+from edgelm.kernels.slab_tiles import PAIR, ROW
 from edgelm.kernels.tiles import AHEAD, behind, in_order, in_turn
 
 Value = ir.Value
 Pairs = Callable[[int], Value]  # the weights of pair i of a block's columns: I16x32
-I16x32 = ir.VectorType(I16, 32)
-MAGIC = 1.5 * 2.0**23  # adding it rounds to an integer, to nearest even, in the low bits
 PAIRS = BLOCK // 2
 SLAB_SCALES = 64 * PAIRS  # where in a block of a slab the scales lie
 SLAB_UNIT = SLAB_SCALES + 64
@@ -135,9 +137,9 @@ def _int16_direct(context: Any, b: ir.IRBuilder, fmt: Any, args: list[Value], n_
             pairs = [_unpacked(b, unit) for unit in units]
             scales = [load_at(b, at(b, unit, SCALES), F32x16, 64) for unit in units]
             _add_block(context, b, isa, pairs, scales, records, acc)
-        out_here = b.add(out, b.mul(outer.index, I64(64)))
+        out_here = b.add(out, b.mul(outer.index, I64(ROW)))
         for g, t in places:
-            store_at(b, b.load(acc[g, t]), at(b, out_here, 64 * (2 * t + g)), 64)
+            store_at(b, b.load(acc[g, t]), at(b, out_here, PAIR * t + ROW * g), 64)
 
 
 def _int16_tile(context: Any, b: ir.IRBuilder, fmt: Any, args: list[Value], n_tokens: int) -> None:
@@ -149,8 +151,8 @@ def _int16_tile(context: Any, b: ir.IRBuilder, fmt: Any, args: list[Value], n_to
     isa = machine(context)
     with cgutils.for_range(b, I64(2 // isa.groups), intp=I64) as outer:
         slabs = [b.add(first, b.mul(b.sub(second, first), outer.index)), second][: isa.groups]
-        out = b.add(out, b.mul(outer.index, I64(64)))
-        sums = {(g, t): at(b, out, 64 * (2 * t + g)) for t in range(n_tokens) for g in range(isa.groups)}
+        out = b.add(out, b.mul(outer.index, I64(ROW)))
+        sums = {(g, t): at(b, out, PAIR * t + ROW * g) for t in range(n_tokens) for g in range(isa.groups)}
         acc = {place: b.inttoptr(address, F32x16.as_pointer()) for place, address in sums.items()}
         with cgutils.for_range(b, n_blocks, intp=I64) as loop:
             blocks = [at(b, slab, 0, loop.index, SLAB_UNIT) for slab in slabs]
@@ -261,7 +263,7 @@ def _spaced(b: ir.IRBuilder, first: Value, stride: Value, n: int) -> list[Value]
 
 @intrinsic
 def int16_linear_code(typingctx):
-    """Address of the `functions.Code` of int16."""
+    """Address of the `Code` of int16."""
 
     def codegen(context, b, sig, args):
         def function(emit, n_args, *numbers):
@@ -278,7 +280,7 @@ def int16_linear_code(typingctx):
             Code.RECORD_BYTES: RECORD,
             Code.SLAB_BLOCKS: SLAB_BLOCKS,
             Code.SLAB_BYTES: SLAB_BYTES,
-            Code.FACTOR: 0x3F800000,  # 1.0
+            Code.FACTOR: float_bits(1.0),
             Code.PAIRS: function(_int16_pairs, 3) if has_tiles(context) else 0,
             Code.PAIR_TILES: 2,
         }
@@ -302,7 +304,7 @@ def _largest(b: ir.IRBuilder, values: list[Value]) -> Value:
 def _rounded(b: ir.IRBuilder, value: Value, factor: Value) -> Value:
     """float32 times a factor to int16, to nearest even."""
     scaled = b.fmul(value, spread(b, factor, F32x16))
-    bits = b.bitcast(b.fadd(scaled, repeat(F32x16, MAGIC)), I32x16)
+    bits = b.bitcast(b.fadd(scaled, repeat(F32x16, MAGIC)), I32x16)  # the integer, in the low bits
     return b.trunc(b.sub(bits, b.bitcast(repeat(F32x16, MAGIC), I32x16)), I16x16)
 
 

@@ -23,6 +23,7 @@ from edgelm.kernels.emit import (
     I64,
     I8x64,
     I32x16,
+    I64x8,
     indices,
     load_at,
     repeat,
@@ -33,7 +34,6 @@ from edgelm.kernels.records import MAGIC_BITS
 
 Value = ir.Value
 X_MAX = 127  # largest |activation|
-I64x8 = ir.VectorType(I64, 8)
 
 
 class Form(Enum):

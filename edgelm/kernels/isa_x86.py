@@ -11,11 +11,10 @@ from typing import Any, ClassVar
 from llvmlite import ir
 from llvmlite.binding import llvm_version_info
 
-from edgelm.kernels.emit import I8, I16, I8x64, I32x16, assembler, call, repeat
+from edgelm.kernels.emit import I8, I16, I8x64, I16x32, I32x16, assembler, call, repeat
 from edgelm.kernels.isa import X_MAX, Form, Isa, Narrow, Value, joined, parts
 from edgelm.kernels.records import BLOCK
 
-I16x32 = ir.VectorType(I16, 32)
 AMD = "sse4a"  # an extension that AMD's processors have, and nobody else's
 
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-import numpy as np
-
 from edgelm.errors import UnsupportedError
 from edgelm.kernels import compiler, int16, matrix_unit
-from edgelm.kernels.abi import Env, Row
+from edgelm.kernels.abi import Env, Row, float_bits, row_of
 from edgelm.kernels.packing import pack, pack_all
 from edgelm.kernels.records import LIMIT, MAX_TOKENS, activation_bytes
 from edgelm.kernels.weight_layout import Packed, alike, is_float
@@ -51,15 +49,6 @@ class Arg(IntEnum):
 # --- rows of the op table
 
 
-def _row(kernel: str, units: int, units_per: int, count: int, grain: int, args: list[int]) -> list[int]:
-    row = [0] * Row.SIZE
-    row[Row.KERNEL] = compiler.address(kernel)
-    row[Row.UNITS], row[Row.UNITS_PER], row[Row.COUNT] = units, units_per, int(count)
-    row[Row.GRAIN], row[Row.BARRIER] = grain, 1
-    row[Row.ARGS : Row.ARGS + len(args)] = args
-    return row
-
-
 def record_kind(format: str) -> str:
     """What kernels of a packed format multiply with: records of "int8" or "int16", or "float32" as they are."""
     return "int16" if format == "INT12" else "float32" if is_float(format) else "int8"
@@ -79,8 +68,8 @@ def row_quantize(
     Offsets into the workspace; strides in bytes. A unit is a token. limit: as in `records`, for int8.
     """
     kernel = "quantize:quantize" if kind == "int8" else f"quantize:quantize_{kind}"
-    args = [x_off, x_stride, n_cols, q_off, record_bytes(kind, n_cols), int(np.float32(limit).view(np.int32))]
-    return _row(kernel, 1, 1, count, max(1, 4096 // n_cols), args)
+    args = [x_off, x_stride, n_cols, q_off, record_bytes(kind, n_cols), float_bits(limit)]
+    return row_of(compiler.address(kernel), 1, 1, count, max(1, 4096 // n_cols), args)
 
 
 def linear_kernel(format: str) -> str:
@@ -99,15 +88,17 @@ def row_linear(
     residual_stride: int = 0,
     count: int = Env.N_TOKENS,
     to_logits: bool = False,
+    by_unit: bool = True,
 ) -> list[int]:
     """y = x @ W.T + bias + residual.
 
     x: (count, n_cols) activations as `record_kind(packed.format)` says. Offsets into the workspace,
     strides in bytes. Rows of y and of the residual must have room for whole groups of 16 columns, except with
-    `to_logits`: then y is `Env.LOGITS`, rows of n_rows float32 without gaps. The residual may be y.
+    `to_logits`: then y is `Env.LOGITS`, rows of n_rows float32 without gaps. The residual may be y. by_unit: whether
+    many tokens will go through the matrix unit, if there is one: `Env.TILES` says.
     """
-    units = -(-packed.n_groups // 2)
-    row = _linear(packed, units, (x_off, x_stride), (-1, 4 * packed.n_rows) if to_logits else (y_off, y_stride), count)
+    units, y = -(-packed.n_groups // 2), (-1, 4 * packed.n_rows) if to_logits else (y_off, y_stride)
+    row = _linear(packed, units, (x_off, x_stride), y, count, by_unit)
     row[Row.ARGS + Arg.BIAS] = bias_address
     row[Row.ARGS + Arg.RESIDUAL], row[Row.ARGS + Arg.RESIDUAL_STRIDE] = residual_off, residual_stride
     return row
@@ -122,6 +113,7 @@ def row_gated(
     y_stride: int,
     activation: str = "silu",
     count: int = Env.N_TOKENS,
+    by_unit: bool = True,
 ) -> list[int]:
     """y = activation(x @ gate.T) * (x @ up.T), "silu" or "gelu" (tanh form), else as `row_linear`.
 
@@ -130,7 +122,7 @@ def row_gated(
     """
     if not can_gate(gate, up):
         raise UnsupportedError(f"gate ({gate.format}) and up ({up.format}) projections do not fit into one kernel")
-    row = _linear(gate, gate.n_groups, (x_off, x_stride), (y_off, y_stride), count)
+    row = _linear(gate, gate.n_groups, (x_off, x_stride), (y_off, y_stride), count, by_unit)
     row[Row.ARGS + Arg.SECOND], row[Row.ARGS + Arg.ACTIVATION] = up.address, ACTIVATIONS[activation]
     return row
 
@@ -140,7 +132,9 @@ def can_gate(gate: Packed, up: Packed) -> bool:
     return alike(gate, up) and gate.stride == up.stride
 
 
-def _linear(packed: Packed, units: int, x: tuple[int, int], y: tuple[int, int], count: int) -> list[int]:
+def _linear(
+    packed: Packed, units: int, x: tuple[int, int], y: tuple[int, int], count: int, by_unit: bool
+) -> list[int]:
     """A row without what is special."""
     args = [0] * len(Arg)
     args[Arg.WEIGHTS], args[Arg.GROUP_STRIDE] = packed.address, packed.stride
@@ -148,13 +142,14 @@ def _linear(packed: Packed, units: int, x: tuple[int, int], y: tuple[int, int], 
     args[Arg.X], args[Arg.X_STRIDE] = x
     args[Arg.Y], args[Arg.Y_STRIDE] = y
     args[Arg.RESIDUAL] = -1
-    reads = 2 * packed.n_cols if record_kind(packed.format) == "int8" else x[1]  # there are few remainders
-    few = max(120, 512 * units // _SHARES)
-    tokens = min(MAX_TOKENS, max(24, min(few, _CACHE // reads) // 12 * 12))  # so many fill tiles
-    if matrix_unit.permitted():
+    if by_unit and not is_float(packed.format) and matrix_unit.permitted():
         tokens = MAX_TOKENS if units >= _UNITS else MAX_TOKENS // 2  # unpacked for all of them
+    else:
+        reads = 2 * packed.n_cols if record_kind(packed.format) == "int8" else x[1]  # there are few remainders
+        few = max(120, 512 * units // _SHARES)
+        tokens = min(MAX_TOKENS, max(24, min(few, _CACHE // reads) // 12 * 12))  # so many fill tiles
     grain = max(1, _GRAIN // (2 * packed.group_bytes))
-    row = _row(linear_kernel(packed.format), units, tokens, count, grain, args)
+    row = row_of(compiler.address(linear_kernel(packed.format)), units, tokens, count, grain, args)
     row[Row.READS], row[Row.READ_BYTES] = packed.address, packed.span // units
     return row
 
@@ -167,6 +162,6 @@ def row_embed(
     Offsets into the workspace, strides in bytes. A unit is a token. Values are those of `QTensor.dequantize`.
     """
     ids = {"tokens": Env.TOKENS, "positions": Env.POSITIONS}[by]
-    bits = int(np.float32(scale).view(np.int32))
-    args = [packed.address, packed.stride, packed.n_cols, int(ids), offset, y_off, y_stride, bits]
-    return _row(f"embed_kernels:embed_{packed.format.lower()}", 1, 1, Env.N_TOKENS, 4, args)
+    args = [packed.address, packed.stride, packed.n_cols, int(ids), offset, y_off, y_stride, float_bits(scale)]
+    kernel = compiler.address(f"embed_kernels:embed_{packed.format.lower()}")
+    return row_of(kernel, 1, 1, Env.N_TOKENS, 4, args)

@@ -30,12 +30,12 @@ from edgelm.kernels.simd import load_i64, splat_f32, store
 from edgelm.kernels.slab_tiles import PAIR
 
 BATCH = 16  # units side by side
-SLAB = 64  # tiles of a group that are made bfloat16 at a time, at most
+SLAB_TILES = 64  # tiles of a group that are made bfloat16 at a time, at most
 STEP = 16  # of which there are whole ones: units of all formats
 SOME = 128  # tokens whose sums stay in the first-level cache
 NEAR = 1 << 20  # bytes of activations that stay in the second-level cache
 OUT_BYTES = MAX_TOKENS * PAIR
-OUT_SCRATCH, SLAB_SCRATCH = BATCH * OUT_BYTES, 2 * SLAB * TILE
+OUT_SCRATCH, SLAB_SCRATCH = BATCH * OUT_BYTES, 2 * SLAB_TILES * TILE
 POWERS_SCRATCH = 4 * MAX_TOKENS
 _WORKSPACE = WORD * Env.WORKSPACE
 _PAIRS, _PAIR_TILES, _BLOCKS, _UNIT_BYTES = (
@@ -57,13 +57,13 @@ def units_by_tiles(code, op, env, begin, end):
     for i in range(0, POWERS_SCRATCH, 64):
         store(powers + i, splat_f32(1.0))
     n_tiles = load_i64(op + GROUP_UNITS) * load_i64(code + _BLOCKS) * load_i64(code + _PAIR_TILES)
-    configure(0, 0, 0)
+    configure()
     unit = begin
     while unit < end:
         _, first_token, n_tokens = tokens_of(op, env, unit)
         n = min(BATCH, end - unit, left_in_chunk(op, unit))
         near = NEAR // ((n_tokens + ROWS - 1) // ROWS * (TILE * STEP)) * STEP
-        at_once = min(max(near, STEP), SLAB)
+        at_once = min(max(near, STEP), SLAB_TILES)
         for tile in range(0, n_tiles, at_once):
             some = min(at_once, n_tiles - tile)
             for i in range(n):
@@ -72,7 +72,7 @@ def units_by_tiles(code, op, env, begin, end):
                 own = x + first_token * x_stride + tile * TILE
                 add_products(slab, some, own, x_stride, n_tokens, out + i * OUT_BYTES, tile, n_tiles, results)
         unit += n
-    release(0, 0, 0)
+    release()
 
 
 @njit
@@ -82,7 +82,7 @@ def unpack_groups(code, op, unit, tile, n, slab):
     unpack, block_tiles = load_i64(code + _PAIRS), load_i64(code + _PAIR_TILES)
     offset = tile // (load_i64(code + _BLOCKS) * block_tiles) * load_i64(code + _UNIT_BYTES)
     call_function(unpack, first + offset, n // block_tiles, slab)
-    call_function(unpack, second + offset, n // block_tiles, slab + SLAB * TILE)
+    call_function(unpack, second + offset, n // block_tiles, slab + SLAB_TILES * TILE)
 
 
 @njit
@@ -95,7 +95,7 @@ def add_products(slab, n, x, x_stride, n_tokens, out, tile, n_tiles, results):
         if tile + n == n_tiles:
             ask_for(results, first, some)
         call_function(
-            multiply_code(), slab, slab + SLAB * TILE, n, x + first * x_stride, ROWS * x_stride, place,
+            multiply_code(), slab, slab + SLAB_TILES * TILE, n, x + first * x_stride, ROWS * x_stride, place,
             (some + ROWS - 1) // ROWS, fresh,
         )
         if tile + n == n_tiles:

@@ -2,8 +2,9 @@
 
 A unit of work is up to UNITS_PER tokens times two groups of 16 rows: neighbours of one matrix, or the same group of the
 gate and the up projection, whose activation and product are then part of it. Few tokens are multiplied straight from
-the packed weights. More: eight blocks at a time are unpacked to a slab on the stack, and all tokens go over it; then
-those go over it again that have remainders there, listed once for all units with the same tokens.
+the packed weights. More: some blocks at a time are unpacked to a slab on the stack, unless they are floats; those
+tokens go over it first that have remainders there, listed once for all units with the same tokens, and then all.
+Many, where there is a matrix unit, go through that: `linear_amx`.
 
 `linear` builds the rows of the op table for these kernels.
 """
@@ -33,6 +34,8 @@ from edgelm.kernels.records import ENTRY, FLAG, MAX_TOKENS, RECORD
 from edgelm.kernels.simd import load_f32, load_i32, load_i64, load_u8, splat_f32, store
 from edgelm.kernels.slab_tiles import PAIR
 from edgelm.kernels.tiles import MAX_SLAB_BYTES, SLAB, linear_code
+from edgelm.kernels.units import UNITS
+from edgelm.kernels.weight_layout import FLOATS
 
 SLAB_SCRATCH, OUT_SCRATCH = 2 * max(MAX_SLAB_BYTES, SLAB_BYTES), MAX_TOKENS * PAIR
 POWERS_SCRATCH = 4 * MAX_TOKENS
@@ -84,6 +87,18 @@ def list_remainders(records, stride, n_tokens, n_blocks, lists):
 
 
 @njit
+def direct(code, first, second, n_units, records, stride, n_tokens, out, step):
+    """`products` of few tokens, straight from the packed weights."""
+    t = 0
+    for size in range(0, 32, 8):
+        function, tokens = load_i64(code + _DIRECT + size), load_i64(code + _DIRECT_TOKENS + size)
+        while t + tokens <= n_tokens:
+            record, place = records + t * stride, out + t * PAIR
+            call_function(function, first, second, n_units, record, stride, place, first + step, second + step)
+            t += tokens
+
+
+@njit
 def products(code, first, second, n_units, records, stride, n_tokens, slab, out, rests, lists, known, step, results):
     """Sums of two groups at `first` and `second` with `n_tokens` records, as (token, 2, 16) float32 at `out`.
 
@@ -92,13 +107,7 @@ def products(code, first, second, n_units, records, stride, n_tokens, slab, out,
     asked for before that tile: it is in no near cache, and each line would be waited for.
     """
     if n_tokens <= load_i64(code + _DIRECT_MOST):
-        t = 0
-        for size in range(0, 32, 8):
-            direct, tokens = load_i64(code + _DIRECT + size), load_i64(code + _DIRECT_TOKENS + size)
-            while t + tokens <= n_tokens:
-                record, place = records + t * stride, out + t * PAIR
-                call_function(direct, first, second, n_units, record, stride, place, first + step, second + step)
-                t += tokens
+        direct(code, first, second, n_units, records, stride, n_tokens, out, step)
         finish(results, out, 0, 0, n_tokens)
         return
     zero = splat_f32(0.0)
@@ -153,14 +162,14 @@ def products(code, first, second, n_units, records, stride, n_tokens, slab, out,
 
 @njit
 def units(code, op, env, begin, end):
-    """The body of a kernel: units `begin` to `end` of the operation `op`. code: address of a `tiles.Code`."""
+    """The body of a kernel: units `begin` to `end` of the operation `op`. code: address of a `Code`."""
     if goes_through_unit(code, op, env):
         units_by_tiles(code, op, env, begin, end)
         return
     n_units, x_stride = load_i64(op + GROUP_UNITS), load_i64(op + X_STRIDE)
     x = load_i64(env + _WORKSPACE) + load_i64(op + X)
     slab, out, rests, lists = scratch(SLAB_SCRATCH), scratch(OUT_SCRATCH), scratch(OUT_SCRATCH), scratch(LISTS_SCRATCH)
-    listed = -1  # chunk of tokens that `lists` are of
+    listed_chunk = -1  # of tokens: that `lists` are of
     results, powers = scratch(RESULTS), scratch(POWERS_SCRATCH)
     power, in_units = load_f32(code + _FACTOR), load_i64(code + _REST) != 0
     for unit in range(begin, end):
@@ -169,7 +178,7 @@ def units(code, op, env, begin, end):
         if unit + 1 == end:
             step = 0
         record = x + first_token * x_stride
-        known, listed = listed == chunk, chunk
+        known, listed_chunk = listed_chunk == chunk, chunk
         if not known:
             for t in range(n_tokens):
                 own_unit = load_f32(record + (t + 1) * x_stride - RECORD) if in_units else float32(1.0)
@@ -180,73 +189,18 @@ def units(code, op, env, begin, end):
         )
 
 
-def linear_f32(op, env, begin, end):
-    units(float_linear_code("F32"), op, env, begin, end)
-
-
-def linear_f16(op, env, begin, end):
-    units(float_linear_code("F16"), op, env, begin, end)
-
-
-def linear_bf16(op, env, begin, end):
-    units(float_linear_code("BF16"), op, env, begin, end)
-
-
 def linear_int12(op, env, begin, end):
     units(int16_linear_code(), op, env, begin, end)
 
 
-def linear_q4_0(op, env, begin, end):
-    units(linear_code("Q4_0"), op, env, begin, end)
+def _kernel(code, name):
+    """The kernel of a format; code: an intrinsic that gives the address of its `Code`, by its name."""
+
+    def kernel(op, env, begin, end):
+        units(code(name), op, env, begin, end)
+
+    return kernel
 
 
-def linear_q4_1(op, env, begin, end):
-    units(linear_code("Q4_1"), op, env, begin, end)
-
-
-def linear_q5_0(op, env, begin, end):
-    units(linear_code("Q5_0"), op, env, begin, end)
-
-
-def linear_q5_1(op, env, begin, end):
-    units(linear_code("Q5_1"), op, env, begin, end)
-
-
-def linear_q8_0(op, env, begin, end):
-    units(linear_code("Q8_0"), op, env, begin, end)
-
-
-def linear_q2_k(op, env, begin, end):
-    units(linear_code("Q2_K"), op, env, begin, end)
-
-
-def linear_q3_k(op, env, begin, end):
-    units(linear_code("Q3_K"), op, env, begin, end)
-
-
-def linear_q4_k(op, env, begin, end):
-    units(linear_code("Q4_K"), op, env, begin, end)
-
-
-def linear_q5_k(op, env, begin, end):
-    units(linear_code("Q5_K"), op, env, begin, end)
-
-
-def linear_q6_k(op, env, begin, end):
-    units(linear_code("Q6_K"), op, env, begin, end)
-
-
-def linear_iq4_nl(op, env, begin, end):
-    units(linear_code("IQ4_NL"), op, env, begin, end)
-
-
-def linear_iq4_xs(op, env, begin, end):
-    units(linear_code("IQ4_XS"), op, env, begin, end)
-
-
-def linear_mxfp4(op, env, begin, end):
-    units(linear_code("MXFP4"), op, env, begin, end)
-
-
-def linear_int8(op, env, begin, end):
-    units(linear_code("INT8"), op, env, begin, end)
+_CODES = {**dict.fromkeys(FLOATS, float_linear_code), **dict.fromkeys(UNITS, linear_code)}
+globals().update((f"linear_{name.lower()}", _kernel(code, name)) for name, code in _CODES.items())

@@ -11,7 +11,7 @@ from numba import int64, njit
 from edgelm.kernels.abi import WORD, Env, Row
 from edgelm.kernels.block_tile import ROW
 from edgelm.kernels.functions import scratch
-from edgelm.kernels.linear import Arg
+from edgelm.kernels.linear import ACTIVATIONS, Arg
 from edgelm.kernels.simd import add_f32, load_f32, load_f32x16, load_i64, mul_f32, prefetch_to_write, splat_f32, store
 from edgelm.kernels.slab_tiles import PAIR
 from edgelm.kernels.vector_math import gelu_f32, silu_f32
@@ -24,6 +24,7 @@ _WORKSPACE, _LOGITS, _COUNT, _UNITS, _UNITS_PER = (
     WORD * field for field in (Env.WORKSPACE, Env.LOGITS, Row.COUNT, Row.UNITS, Row.UNITS_PER)
 )
 GROUP_UNITS, X, X_STRIDE = _N_UNITS, _X, _X_STRIDE  # of a row
+_SILU = ACTIVATIONS["silu"]
 
 # Where results go, int64 each: address of the first token's, bytes from one token's to the next, rows that are left,
 # bias and residual of these (0: none), bytes from one token's residual to the next, factors of sums, activation or 0.
@@ -108,7 +109,7 @@ def finish(results, out, rests, first, n_tokens):
     if activation != 0:
         for t in range(first, first + n_tokens):
             gate, up = both_sums(out, rests, powers, t)
-            put(mul_f32(silu_f32(gate) if activation == 1 else gelu_f32(gate), up), left, y, 0, 0)
+            put(mul_f32(silu_f32(gate) if activation == _SILU else gelu_f32(gate), up), left, y, 0, 0)
             y += y_stride
     elif left >= 32:
         for t in range(first, first + n_tokens):

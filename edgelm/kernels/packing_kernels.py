@@ -15,8 +15,9 @@ from edgelm.kernels.functions import call_function
 from edgelm.kernels.int16_tiles import int16_pack_code
 from edgelm.kernels.simd import load_i16, load_i32, load_i64, prefetch, store
 from edgelm.kernels.tiles import pack_code
+from edgelm.kernels.units import UNITS
 from edgelm.kernels.walk import atomic_get, atomic_set
-from edgelm.kernels.weight_layout import Arg
+from edgelm.kernels.weight_layout import FLOATS, Arg
 
 _SOURCE, _ROW_BYTES, _N_ROWS, _N_COLS, _TARGET, _STRIDE, _STOP, _READ, _FILE, _BUFFER, _ROOM = (
     WORD * (Row.ARGS + arg) for arg in Arg
@@ -98,77 +99,22 @@ def floats(n_bytes, op, begin, end):
                         store(column + i * 64, load_i32(row + i * 4))
 
 
-def pack_f32(op, env, begin, end):
-    floats(4, op, begin, end)
+def _of_floats(n_bytes):
+    def kernel(op, env, begin, end):
+        floats(n_bytes, op, begin, end)
+
+    return kernel
 
 
-def pack_f16(op, env, begin, end):
-    floats(2, op, begin, end)
+def _of_blocks(code, name, columns):
+    """code: an intrinsic that gives the address of what packs a group, by the format's name."""
+
+    def kernel(op, env, begin, end):
+        groups(code(name), columns, op, begin, end)
+
+    return kernel
 
 
-def pack_bf16(op, env, begin, end):
-    floats(2, op, begin, end)
-
-
-def pack_int12_f16(op, env, begin, end):
-    groups(int16_pack_code("F16"), 1, op, begin, end)
-
-
-def pack_int12_bf16(op, env, begin, end):
-    groups(int16_pack_code("BF16"), 1, op, begin, end)
-
-
-def pack_q4_0(op, env, begin, end):
-    groups(pack_code("Q4_0"), 32, op, begin, end)
-
-
-def pack_q4_1(op, env, begin, end):
-    groups(pack_code("Q4_1"), 32, op, begin, end)
-
-
-def pack_q5_0(op, env, begin, end):
-    groups(pack_code("Q5_0"), 32, op, begin, end)
-
-
-def pack_q5_1(op, env, begin, end):
-    groups(pack_code("Q5_1"), 32, op, begin, end)
-
-
-def pack_q8_0(op, env, begin, end):
-    groups(pack_code("Q8_0"), 32, op, begin, end)
-
-
-def pack_q2_k(op, env, begin, end):
-    groups(pack_code("Q2_K"), 32, op, begin, end)
-
-
-def pack_q3_k(op, env, begin, end):
-    groups(pack_code("Q3_K"), 32, op, begin, end)
-
-
-def pack_q4_k(op, env, begin, end):
-    groups(pack_code("Q4_K"), 32, op, begin, end)
-
-
-def pack_q5_k(op, env, begin, end):
-    groups(pack_code("Q5_K"), 32, op, begin, end)
-
-
-def pack_q6_k(op, env, begin, end):
-    groups(pack_code("Q6_K"), 32, op, begin, end)
-
-
-def pack_iq4_nl(op, env, begin, end):
-    groups(pack_code("IQ4_NL"), 32, op, begin, end)
-
-
-def pack_iq4_xs(op, env, begin, end):
-    groups(pack_code("IQ4_XS"), 32, op, begin, end)
-
-
-def pack_mxfp4(op, env, begin, end):
-    groups(pack_code("MXFP4"), 32, op, begin, end)
-
-
-def pack_int8(op, env, begin, end):
-    groups(pack_code("INT8"), 32, op, begin, end)
+globals().update((f"pack_{name.lower()}", _of_floats(n_bytes)) for name, n_bytes in FLOATS.items())
+globals().update((f"pack_int12_{name.lower()}", _of_blocks(int16_pack_code, name, 1)) for name in ("F16", "BF16"))
+globals().update((f"pack_{name.lower()}", _of_blocks(pack_code, name, 32)) for name in UNITS)

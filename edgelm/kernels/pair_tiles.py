@@ -2,7 +2,7 @@
 
 Of each four rows, accumulator 2 i holds the first two with tokens 2 i and 2 i + 1: (row 0, token 0), (0, 1), (1, 0),
 (1, 1); accumulator 2 i + 1 holds the other two. A slab has its vectors in that order too. For every row and token
-the operations are those of `tiles`, in the same order: results are the same to the bit.
+the operations are those of `block_tile`, in the same order: results are the same to the bit.
 """
 
 from __future__ import annotations
@@ -13,22 +13,18 @@ from typing import Any
 from llvmlite import ir
 
 from edgelm.kernels.blocks import CHUNKS, at
-from edgelm.kernels.emit import I8, I32, I64, F32x16, I8x64, I32x16, load_at
+from edgelm.kernels.emit import I64, F32x16, I8x16, I8x64, I32x16, load_at, shuffle
 
 Value = ir.Value
-I8x16, I64x2 = ir.VectorType(I8, 16), ir.VectorType(I64, 2)
+I64x2 = ir.VectorType(I64, 2)
 ZIP = [[4 * i + 2 * half + j + k for i in range(4) for j in (0, 1) for k in (0, 16)] for half in range(2)]
 UNZIP = [[4 * i + token + j + k for i in range(4) for k in (0, 16) for j in (0, 2)] for token in range(2)]
-
-
-def _shuffled(b: ir.IRBuilder, low: Value, high: Value, lanes: list[int]) -> Value:
-    return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
 
 def both(b: ir.IRBuilder, values: list[Value], orders: list[list[int]]) -> list[Value]:
     """Each two values as two others, whose lanes are picked from both."""
     pairs = zip(values[::2], values[1::2], strict=True)
-    return [_shuffled(b, *pair, lanes) for pair in pairs for lanes in orders]
+    return [shuffle(b, *pair, lanes) for pair in pairs for lanes in orders]
 
 
 def paired(b: ir.IRBuilder, chunks: list[Value]) -> list[Value]:
@@ -39,7 +35,7 @@ def paired(b: ir.IRBuilder, chunks: list[Value]) -> list[Value]:
 def doubled(b: ir.IRBuilder, vectors: list[Value]) -> list[Value]:
     """Scales or minima of 16 rows as a slab holds them: each as two, for either accumulator of a pair of tokens."""
     orders = [[4 * i + 2 * half + j for i in range(4) for j in (0, 0, 1, 1)] for half in range(2)]
-    return [_shuffled(b, vector, vector, lanes) for vector in vectors for lanes in orders]
+    return [shuffle(b, vector, vector, lanes) for vector in vectors for lanes in orders]
 
 
 class PairTile:
@@ -68,7 +64,7 @@ class PairTile:
             pair = records[place : place + 2]
             for half in range(2):
                 inputs = [load_at(b, at(b, record, 16 * half), I64x2, 16) for record in pair]
-                inputs = [b.bitcast(_shuffled(b, *inputs, [i, 2 + i]), I8x16) for i in range(2)]
+                inputs = [b.bitcast(shuffle(b, *inputs, [i, 2 + i]), I8x16) for i in range(2)]
                 factor = self._of_tokens([tile.factor(record, half) for record in pair])
                 for g, group in enumerate(weights):
                     for odd in range(2):
@@ -84,4 +80,4 @@ class PairTile:
 
     def _of_tokens(self, values: list[Value]) -> Value:
         """Two vectors that each have one value in all lanes, as the lanes of an accumulator."""
-        return _shuffled(self.b, *values, [0, 16] * 8)
+        return shuffle(self.b, *values, [0, 16] * 8)

@@ -19,12 +19,16 @@ from edgelm.kernels.emit import (
     I32,
     I64,
     F32x16,
+    I8x16,
     I8x64,
+    I16x32,
     I32x16,
+    I64x8,
     call,
     emit_fma,
     load_at,
     repeat,
+    shuffle,
     spread,
     store_at,
     undefined,
@@ -45,22 +49,16 @@ from edgelm.kernels.records import (
 )
 from edgelm.kernels.simd import add_f32, fma, load_f32, load_f32x16, load_i64, mul_f32, splat_f32, store, sum_f32
 
-__all__ = ["activation_bytes", "quantize", "quantize_row"]
-
 Value = ir.Value
 TINY = 2.0**-126  # the smallest normal float32
 AT_ONCE = 4  # blocks: what is one number for half a block fills lanes then
-I8x16, I16x32, I32x4, I64x8 = (ir.VectorType(*type_) for type_ in ((I8, 16), (I16, 32), (I32, 4), (I64, 8)))
+I32x4 = ir.VectorType(I32, 4)
 _WORKSPACE = WORD * Env.WORKSPACE
 _X, _X_STRIDE, _N_COLS, _Q, _Q_STRIDE, _LIMIT = (WORD * (Row.ARGS + i) for i in range(6))
 
 
-def _shuffle(b: ir.IRBuilder, low: Value, high: Value, lanes: list[int]) -> Value:
-    return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
-
-
 def _pick(b: ir.IRBuilder, values: Value, lanes: list[int]) -> Value:
-    return _shuffle(b, values, undefined(values.type), lanes)
+    return shuffle(b, values, undefined(values.type), lanes)
 
 
 def _reduce(b: ir.IRBuilder, vectors: list[Value], combine: Any) -> Value:
@@ -70,7 +68,7 @@ def _reduce(b: ir.IRBuilder, vectors: list[Value], combine: Any) -> Value:
         piece //= 2
         even, odd = ([i for i in range(32) if i // piece % 2 == part] for part in range(2))
         pairs = zip(vectors[::2], vectors[1::2], strict=True)
-        vectors = [combine(*(_shuffle(b, *pair, lanes) for lanes in (even, odd))) for pair in pairs]
+        vectors = [combine(*(shuffle(b, *pair, lanes) for lanes in (even, odd))) for pair in pairs]
     (v,) = vectors
     while piece > 1:
         piece //= 2
@@ -91,7 +89,7 @@ def _float_scales(b: ir.IRBuilder, peaks: Value) -> tuple[Value, Value]:
     floats, integers = peaks.type, _integers(peaks)
     scales = b.fmul(peaks, repeat(floats, 1 / 127))
     scales = b.bitcast(b.and_(b.bitcast(scales, integers), repeat(integers, -4)), floats)  # so that MAGIC * d is exact
-    normal = b.fcmp_ordered(">=", scales, repeat(floats, TINY))
+    normal = b.fcmp_unordered(">=", scales, repeat(floats, TINY))  # a NaN stays
     inverses = b.select(normal, b.fdiv(repeat(floats, 1.0), scales), repeat(floats, 0.0))
     return b.select(normal, scales, repeat(floats, 0.0)), inverses
 
@@ -132,7 +130,7 @@ def _write_blocks(
     ]  # two fields of each block, as they lie from SCALE_LOW on
     for i in range(0, len(halves), 2):
         lanes = [i, i + 1, len(halves) + i, len(halves) + i + 1]
-        line = _shuffle(b, _shuffle(b, *fields[:2], lanes), _shuffle(b, *fields[2:], lanes), list(range(8)))
+        line = shuffle(b, shuffle(b, *fields[:2], lanes), shuffle(b, *fields[2:], lanes), list(range(8)))
         store_at(b, line, b.add(target, I64(RECORD * (i // 2) + SCALE_LOW)), 32)
 
 
@@ -146,7 +144,7 @@ def _write_floats(b: ir.IRBuilder, isa: Any, products: list[Value], scales: Valu
         quants.append(b.sub(b.bitcast(b.fadd(x, magic), I32x16), b.bitcast(magic, I32x16)))
     for i in range(0, len(quants), 2):
         bytes_ = [b.trunc(half, I8x16) for half in quants[i : i + 2]]
-        store_at(b, _shuffle(b, *bytes_, _order(False)), b.add(target, I64(RECORD * (i // 2))), 32)
+        store_at(b, shuffle(b, *bytes_, _order(False)), b.add(target, I64(RECORD * (i // 2))), 32)
     sums = _reduce(b, quants, b.add)
     total = b.fadd(*_low_and_high(b, b.fmul(scales, b.sitofp(sums, scales.type))))
     third, fourth = _low_and_high(b, b.bitcast(b.fmul(scales, repeat(scales.type, -MAGIC)), _integers(scales)))
@@ -168,7 +166,7 @@ def _write_whole(b: ir.IRBuilder, isa: Any, products: list[Value], scales: Value
         for block in range(i, min(i + 2, len(words))):
             own = _pick(b, b.bitcast(quants, I64x8), list(range(block % 2, 8, 2)))
             store_at(b, own, b.add(target, I64(RECORD * block)), 32)
-    sums = fours[0] if len(fours) == 1 else _shuffle(b, *fours, list(range(32)))  # in lanes of four: of two blocks
+    sums = fours[0] if len(fours) == 1 else shuffle(b, *fours, list(range(32)))  # in lanes of four: of two blocks
     while sums.type.count > max(n, 4):
         even, odd = ([i for i in range(sums.type.count) if i // 4 % 2 == part] for part in range(2))
         sums = b.add(_pick(b, sums, even), _pick(b, sums, odd))
@@ -197,7 +195,7 @@ def _low_and_high(b: ir.IRBuilder, values: Value) -> list[Value]:
 
 def _in_turn(b: ir.IRBuilder, low: Value, high: Value) -> Value:
     n = low.type.count
-    return _shuffle(b, low, high, [i + n * part for i in range(n) for part in range(2)])
+    return shuffle(b, low, high, [i + n * part for i in range(n) for part in range(2)])
 
 
 def _halves(b: ir.IRBuilder, source: Value, n_blocks: int) -> list[Value]:

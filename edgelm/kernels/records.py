@@ -3,7 +3,8 @@
 A record holds one row of activations: for each block of 32 inputs 64 bytes, one cache line,
 
     0   int8 (32,)   q: round to nearest even of x / d
-    32  float32      d of inputs 0-15: max|x| * (1 / 127) without its last two bits, 0 if that is no normal number
+    32  float32      d of inputs 0-15: max|x| * (1 / 127) without its last two bits; 0 if that is less than any normal
+                     number, NaN if one of them is: what is multiplied with that token is NaN, too
     36  float32      d of inputs 16-31
     40  float32      sum of d * q over the block, for weights that have a minimum
     44  float32      -MAGIC * d of inputs 0-15, exactly; at 48 of inputs 16-31

@@ -14,25 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
 
-from edgelm.kernels.emit import (
-    F16,
-    F32,
-    I1,
-    I8,
-    I16,
-    I32,
-    I64,
-    call,
-    emit_fma,
-    load_at,
-    prefetch_at,
-    spread,
-    store_at,
-    target,
-    widen_f16,
-)
-
-__all__ = ["F16", "F32", "I1", "I8", "I16", "I32", "I64", "call", "load_at", "store_at", "target"]  # of `emit`
+from edgelm.kernels.emit import F32, I8, I16, I32, I64, emit_fma, load_at, prefetch_at, spread, store_at
 
 
 class Vec(types.Type):
@@ -59,11 +41,7 @@ class _VecModel(models.PrimitiveModel):
 
 f32x16 = Vec("f32x16", F32, 16)
 i32x16 = Vec("i32x16", I32, 16)
-i16x16 = Vec("i16x16", I16, 16)  # also the bits of 16 float16 or bfloat16
-i8x16 = Vec("i8x16", I8, 16)
-i8x64 = Vec("i8x64", I8, 64)
-i1x16 = Vec("i1x16", I1, 16)
-VECS = {v.name: v for v in (f32x16, i32x16, i16x16, i8x16, i8x64, i1x16)}
+VECS = {v.name: v for v in (f32x16, i32x16)}
 
 
 # --- building blocks for code generators: plain functions over an IR builder -----------------------------------
@@ -101,14 +79,6 @@ load_i32 = _scalar_loader(types.int32, I32)
 load_u8 = _scalar_loader(types.uint8, I8)
 load_i16 = _scalar_loader(types.int16, I16)
 load_f32 = _scalar_loader(types.float32, F32)
-
-
-@intrinsic
-def load_f16(typingctx, address):
-    """The float16 at `address`, as float32."""
-    def codegen(context, b, sig, args):
-        return widen_f16(context, b, load_at(b, args[0], I16))
-    return types.float32(types.int64), codegen
 
 
 @intrinsic
@@ -176,22 +146,6 @@ def fma(typingctx, x, y, z):
     def codegen(context, b, sig, args):
         return emit_fma(context, b, *args)
     return f32x16(f32x16, f32x16, f32x16), codegen
-
-
-@intrinsic
-def to_f32(typingctx, x):
-    """int32 lanes to float32 lanes."""
-    def codegen(context, b, sig, args):
-        return b.sitofp(args[0], f32x16.llvm)
-    return f32x16(i32x16), codegen
-
-
-@intrinsic
-def to_i8(typingctx, x):
-    """The low byte of each int32 lane."""
-    def codegen(context, b, sig, args):
-        return b.trunc(args[0], i8x16.llvm)
-    return i8x16(i32x16), codegen
 
 
 def _halving(b: ir.IRBuilder, v: ir.Value, combine: Any) -> ir.Value:

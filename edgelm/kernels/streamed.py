@@ -38,8 +38,8 @@ def streamed(
     most_read = max(size // form.group_bytes * ROWS * tensor.data.strides[0] for tensor, form in weights)
     memory, failed = zeroed(2 * size + most_read), np.zeros(1, np.int64)
     buffers, room = (memory.ctypes.data, memory.ctypes.data + size), memory.ctypes.data + 2 * size
-    pieces, rows = list[list[list[int]]](), list[list[int]]()
-    piece_of: dict[int, int] = {}  # by the place of a row in `rows`
+    rows = list[list[int]]()
+    pieces = dict[int, list[list[int]]]()  # rows that pack what one of `rows`, by its index, multiplies
     for row in table.tolist():
         read = [address for address in (row[Row.READS], row[Row.ARGS + Arg.SECOND]) if address]
         if row[Row.READS] not in by_address or missing.keys().isdisjoint(read):
@@ -59,18 +59,22 @@ def streamed(
             rows.append(_product(row, form, 0, there, [form.address for _, form in found], form.stride))
         for first in range(there, form.n_groups, step):
             places = [buffers[len(pieces) % 2] + k * form.group_bytes for k in range(len(found))]
-            piece_of[len(rows)] = len(pieces)
-            pieces.append([_part(pack, first, step, place) for pack, place in zip(packs, places, strict=True)])
+            pieces[len(rows)] = [_part(pack, first, step, place) for pack, place in zip(packs, places, strict=True)]
             rows.append(_product(row, form, first, step, places, stride))
-    result = list[list[int]]()
-    if pieces:
-        pieces[0][-1][Row.BARRIER] = 1
-        result += pieces[0]
+    return np.array(_interleaved(rows, pieces), np.int64), memory, failed
+
+
+def _interleaved(rows: list[list[int]], pieces: dict[int, list[list[int]]]) -> list[list[int]]:
+    """A piece is packed before the row that multiplies the one before it: both are done at the same time."""
+    packing = iter(pieces.values())
+    result = next(packing, []).copy()
+    if result:
+        result[-1][Row.BARRIER] = 1
     for i, row in enumerate(rows):
-        if i in piece_of:
-            result += pieces[piece_of[i] + 1] if piece_of[i] + 1 < len(pieces) else []
+        if i in pieces:
+            result += next(packing, [])
         result.append(row)
-    return np.array(result, np.int64), memory, failed
+    return result
 
 
 def can_stream(forms: Iterable[Packed]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from edgelm.formats import QTensor
+from edgelm.kernels.units import INT8_BLOCK
 
 # Largest integers that 16 weights may be multiples of: the usual ones of codebooks first, then all that int8 holds.
 _LARGEST = tuple(dict.fromkeys([1, 43, 25, 9, 7, 15, 13, 11, 5, 3, 62, 52, 44, 36, 28, 12, 8, 6, 4, *range(1, 129)]))
@@ -20,7 +21,7 @@ def transcoded(tensor: QTensor, data: np.ndarray, format: str) -> np.ndarray:
     if format == "F32":
         return values.view(np.uint8)
     scales, quants = integers(values.reshape(-1, 16))
-    blocks = np.empty(len(scales) // 2, np.dtype([("d", "<f4", 2), ("q", "i1", 32)]))
+    blocks = np.empty(len(scales) // 2, INT8_BLOCK)
     blocks["d"], blocks["q"] = scales.reshape(-1, 2), quants.reshape(-1, 32)
     return blocks.view(np.uint8).reshape(len(values), -1)
 
@@ -29,11 +30,12 @@ def integers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(n, 16) float32 that are int8 times one scale for each row, as (scales (n,), int8 (n, 16)).
 
     Finds the largest integer by trial: different fractions of integers up to 128 are further apart than rounding takes
-    them. A scale may be negative, as only -128 fits. Rows that are no such multiples are rounded to 127 steps.
+    them. A scale may be negative, as only -128 fits. Rows that are no such multiples are rounded to 127 steps; of rows
+    with something that is not a number the scale is none.
     """
     with np.errstate(all="ignore"):
         peaks = np.abs(values).max(axis=1)
-        scales, quants = np.zeros_like(peaks), np.zeros(values.shape, np.int8)
+        scales, quants = np.where(np.isnan(peaks), peaks, np.float32(0)), np.zeros(values.shape, np.int8)
         todo = np.flatnonzero(peaks > 0)
         for largest in _LARGEST:
             if len(todo) == 0:

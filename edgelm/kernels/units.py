@@ -11,11 +11,15 @@ Apart from the code, so that a start, whose kernels are compiled already, import
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edgelm.formats import by_name
+from edgelm.formats.codebooks import E2M1_TWICE, IQ4_LEVELS
 
 ROWS = 16  # of a group
-
-_IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-_E2M1_TWICE = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+INT8_BLOCK = np.dtype([("d", "<f4", 2), ("q", "i1", 32)])  # of what formats without kernels of their own become
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,8 @@ class Unit:
 
     name: str
     file_bytes: int
+    file_blocks: int
     header: int
-    file_blocks: int = 1
     blocks: int = 8
     planes: tuple[tuple[int, int], ...] = ((4, 0),)
     bits: int = 4
@@ -50,28 +54,31 @@ class Unit:
         return self.header + self.blocks * self.quant_bytes
 
 
-_TWO_BITS, _FIVE_BITS, _EIGHT_BITS = ((2, 0),), ((4, 0), (1, 4)), ((8, 0),)
+def _of_file(name: str, **facts: Any) -> Unit:
+    """The unit of a format that files have."""
+    format = by_name(name)
+    return Unit(name, format.n_bytes, format.block // 32, **facts)
 
-# INT8 is what formats without kernels of their own become: two float32 scales, then 32 int8 (40 bytes a block).
+
+_TWO_BITS, _FIVE_BITS, _EIGHT_BITS = ((2, 0),), ((4, 0), (1, 4)), ((8, 0),)
+_LEVELS, _E2M1 = (tuple(table.astype(int).tolist()) for table in (IQ4_LEVELS, E2M1_TWICE))
+
 UNITS = {
     unit.name: unit
     for unit in (
-        Unit("Q8_0", file_bytes=34, header=64, blocks=2, planes=_EIGHT_BITS, bits=8),
-        Unit("Q4_0", file_bytes=18, header=64, blocks=2),
-        Unit("Q4_1", file_bytes=20, header=64, blocks=1, zero=False, minimum=True),
-        Unit("Q5_0", file_bytes=22, header=64, blocks=2, planes=_FIVE_BITS, bits=5),
-        Unit("Q5_1", file_bytes=24, header=64, blocks=1, planes=_FIVE_BITS, bits=5, zero=False, minimum=True),
-        Unit("Q4_K", file_bytes=144, file_blocks=8, header=256, zero=False, minimum=True),
-        Unit("Q5_K", file_bytes=176, file_blocks=8, header=256, planes=_FIVE_BITS, bits=5, zero=False, minimum=True),
-        Unit("Q6_K", file_bytes=210, file_blocks=8, header=320, planes=((4, 0), (2, 4)), bits=6, halves=2),
-        Unit("Q3_K", file_bytes=110, file_blocks=8, header=320, planes=((2, 0), (1, 2)), bits=3, halves=2),
-        Unit(
-            "Q2_K", file_bytes=84, file_blocks=8, header=320, planes=_TWO_BITS, bits=2, zero=False, halves=2,
-            minimum=True,
-        ),
-        Unit("IQ4_NL", file_bytes=18, header=64, blocks=2, bits=8, table=_IQ4_LEVELS),
-        Unit("IQ4_XS", file_bytes=136, file_blocks=8, header=192, bits=8, table=_IQ4_LEVELS),
-        Unit("MXFP4", file_bytes=17, header=32, blocks=2, bits=8, table=_E2M1_TWICE),
-        Unit("INT8", file_bytes=40, header=128, blocks=1, planes=_EIGHT_BITS, bits=8, halves=2),
+        _of_file("Q8_0", header=64, blocks=2, planes=_EIGHT_BITS, bits=8),
+        _of_file("Q4_0", header=64, blocks=2),
+        _of_file("Q4_1", header=64, blocks=1, zero=False, minimum=True),
+        _of_file("Q5_0", header=64, blocks=2, planes=_FIVE_BITS, bits=5),
+        _of_file("Q5_1", header=64, blocks=1, planes=_FIVE_BITS, bits=5, zero=False, minimum=True),
+        _of_file("Q4_K", header=256, zero=False, minimum=True),
+        _of_file("Q5_K", header=256, planes=_FIVE_BITS, bits=5, zero=False, minimum=True),
+        _of_file("Q6_K", header=320, planes=((4, 0), (2, 4)), bits=6, halves=2),
+        _of_file("Q3_K", header=320, planes=((2, 0), (1, 2)), bits=3, halves=2),
+        _of_file("Q2_K", header=320, planes=_TWO_BITS, bits=2, zero=False, halves=2, minimum=True),
+        _of_file("IQ4_NL", header=64, blocks=2, bits=8, table=_LEVELS),
+        _of_file("IQ4_XS", header=192, bits=8, table=_LEVELS),
+        _of_file("MXFP4", header=32, blocks=2, bits=8, table=_E2M1),
+        Unit("INT8", INT8_BLOCK.itemsize, 1, header=128, blocks=1, planes=_EIGHT_BITS, bits=8, halves=2),
     )
 }

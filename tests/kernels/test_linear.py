@@ -75,8 +75,9 @@ def has_remainder(x: np.ndarray, scale: np.ndarray, limit: float = LIMIT) -> np.
     return inexactness > limit * (in_units**2).mean(axis=1, keepdims=True)
 
 
+@np.errstate(invalid="ignore")
 def represented(x: np.ndarray, limit: float) -> np.ndarray:
-    """What a record stands for, as float64."""
+    """What a record stands for, as float64; of a token that has something else than numbers, anything."""
     units = unit(x)
     q, scale = quantized(x, units)
     first = (q * scale.astype(np.float64) * units).reshape(x.shape)
@@ -322,14 +323,31 @@ def test_many_weights_are_packed_at_once() -> None:
         assert np.array_equal(one.keep[offset : offset + one.n_bytes], alone.keep[: alone.n_bytes])
 
 
-def test_a_damaged_scale_stays_in_its_row() -> None:
-    """Not a number in one row: the other rows of its group are as they would be."""
-    tensor = weight("Q4_1", 16, 64)
-    product = Product(linear.pack(tensor), activations(9, 64))
-    sound = product.linear(linear.pack(tensor))
+@pytest.mark.parametrize("name", ["Q4_1", "TQ2_0", "IQ2_XXS", "Q8_K"])
+def test_a_damaged_scale_stays_in_its_row(name: str) -> None:
+    """Not a number in one row: the other rows of its group are as they would be. Also where weights are transcoded."""
+    tensor = weight(name, 16, columns(name, 2))
+    packed = linear.pack(tensor)
+    product = Product(packed, activations(9, packed.n_cols))
+    sound = product.linear(packed)
     data = tensor.data.copy()
-    data[3, :2] = 0xFF  # a float16 NaN
+    data.view(tensor.format.layout)["d"][3, 0] = np.nan
     damaged = QTensor("w", tensor.format, tensor.shape, data)
     result = product.linear(linear.pack(damaged))
     others = np.arange(16) != 3
     assert np.isnan(result[:, 3]).all() and np.array_equal(result[:, others], sound[:, others])
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q6_K", "IQ4_NL"])
+def test_what_is_no_number_stays_in_its_token(name: str, number: float) -> None:
+    """The results of its token are none either; those of the others are as they would be. Few tokens, and many."""
+    packed = linear.pack(weight(name, 37, columns(name, 9)))
+    x = activations(27, packed.n_cols)
+    x[::4, 7] *= 30
+    sound = Product(packed, x).linear(packed)
+    x[5, 70] = number
+    product, others = Product(packed, x), np.arange(len(x)) != 5
+    result = product.linear(packed)
+    assert not np.isfinite(result[5]).any() and np.array_equal(result[others], sound[others])
+    assert not np.isfinite(product.linear(packed, slice(5, 6))).any()

@@ -7,8 +7,9 @@ import pytest
 from op_rows import UNIT, Workspace
 from test_linear import HALVES, NATIVE, TRANSCODED, activations, columns, weight
 
-from edgelm.kernels import linear, matrix_unit
+from edgelm.kernels import elementwise, linear, matrix_unit
 from edgelm.kernels.abi import Env
+from edgelm.kernels.linear_amx import BATCH
 
 FLOATS = "F32", "F64", "I8", "I16", "I32", "I64"  # multiplied as float32
 BY_UNIT = [name for name in (*NATIVE, *TRANSCODED, *HALVES) if name not in FLOATS]
@@ -39,16 +40,17 @@ class Product:
         self.space.set(Env.TILES, 1)
         self.space.run(linear.row_quantize(*source, x.shape[1], self.offset, kind=self.kind))
 
-    def linear(self, **options: int) -> np.ndarray:
-        """(tokens, n_rows) results."""
+    def linear(self, portions: int | None = 3, **options: int) -> np.ndarray:
+        """(tokens, n_rows) results; portions: see `Workspace.run`."""
         y, stride, view = self.space.buffer(len(self.x), self.packed.n_rows)
-        self.space.run(linear.row_linear(self.packed, self.offset, self.stride, y, stride, **options))
+        row = linear.row_linear(self.packed, self.offset, self.stride, y, stride, **options)
+        self.space.run(row, portions=portions)
         return view.copy()
 
 
 def values(packed: linear.Packed) -> np.ndarray:
     """(rows, columns) float32: looked up, because float16 and bfloat16 are not what is in the file: `kernels.int16`."""
-    space, ids = Workspace(), np.arange(packed.n_rows, dtype=np.int32)
+    space, ids = Workspace(1 << 25), np.arange(packed.n_rows, dtype=np.int32)
     space.set(Env.N_TOKENS, len(ids))
     space.set(Env.TOKENS, ids)
     y, stride, view = space.buffer(len(ids), packed.n_cols)
@@ -56,9 +58,9 @@ def values(packed: linear.Packed) -> np.ndarray:
     return view.copy()
 
 
-def check(packed: linear.Packed, x: np.ndarray) -> None:
+def check(packed: linear.Packed, x: np.ndarray, portions: int | None = 3) -> None:
     """Products are those of what is rounded, but for the order of sums and single roundings the other way."""
-    result, weights = Product(packed, x).linear(), values(packed)
+    result, weights = Product(packed, x).linear(portions), values(packed)
     expected = rounded(x) @ rounded(weights).T
     size = np.abs(x.astype(np.float64)) @ np.abs(weights.astype(np.float64)).T + 1e-30
     assert result.dtype == np.float32 and np.isfinite(result).all()
@@ -81,6 +83,37 @@ def test_products_of_any_shape(name: str, n_rows: int, n_cols: int, n_tokens: in
     tensor = weight(name, n_rows, n_cols)
     x = activations(n_tokens, n_cols)
     check(linear.pack(tensor), x)
+
+
+@pytest.mark.parametrize("n_tokens", [130, 300])
+def test_units_of_work_side_by_side(n_tokens: int) -> None:
+    """As many as are done at once, then as many again and some, of one chunk of tokens after the other; each alone."""
+    assert 2 * BATCH * 32 < 1100
+    packed, x = linear.pack(weight("Q4_0", 1100, 4352)), activations(n_tokens, 4352)
+    check(packed, x, portions=None)
+    product = Product(packed, x)
+    side_by_side = product.linear(portions=None)
+    assert np.array_equal(product.linear(portions=200), side_by_side)
+
+
+@pytest.mark.parametrize("n_cols", [96, 128])
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+def test_norms_write_what_is_multiplied(norm: str, n_cols: int) -> None:
+    """The same as they write first and that is then made bfloat16."""
+    packed, space = linear.pack(weight("Q4_0", 40, n_cols)), Workspace()
+    source = space.put(activations(50, n_cols))
+    y, y_stride, normed = space.buffer(50, n_cols)
+    stride = linear.record_bytes("int8", n_cols)
+    tiles = space.take(64 * stride)
+    space.set(Env.N_TOKENS, 50)
+    space.set(Env.TILES, 1)
+    if norm == "rms_norm":
+        row = elementwise.row_rms_norm(*source, y, y_stride, n_cols, 0, 1e-5, quantized_off=tiles)
+    else:
+        row = elementwise.row_layer_norm(*source, y, y_stride, n_cols, 0, 0, 1e-5, quantized_off=tiles)
+    out, out_stride, result = space.buffer(50, 40)
+    space.run(row, linear.row_linear(packed, tiles, stride, out, out_stride))
+    assert np.array_equal(result, Product(packed, normed.copy()).linear())
 
 
 def test_a_token_does_not_depend_on_the_others() -> None:
