@@ -15,6 +15,7 @@ from .formats import QTensor
 from .gguf import GGUF
 from .model import Model, Runner, Settings
 from .models import model_of
+from .rope import factors_that_apply
 from .threads import default_threads
 from .weights import Weights
 
@@ -83,11 +84,14 @@ class GGUFModel(Model):
 
     @cached_property
     def fingerprint(self) -> str:
-        """By the model's shape and a sample of each tensor."""
+        """By the model's shape, a sample of each tensor, and the RoPE factors that the context window asks for."""
         digest = hashlib.sha256(repr(self.config).encode())
         for tensor in self.weights:
             digest.update(f"{tensor.name} {tensor.format.name} {tensor.shape}".encode())
             digest.update(tensor.data.reshape(-1)[:64].tobytes())
+        if factors := self.weights.factors():
+            for rope in filter(None, map(self.config.rope, range(self.config.n_layers))):
+                digest.update(factors_that_apply(rope, factors, self.n_ctx).encode())
         if self.interpreter == "program":
             self.gguf.forget()
         return digest.hexdigest()

@@ -59,3 +59,14 @@ def test_saved_sessions_of_other_models(load: Callable[..., Model], tmp_path: Pa
             other.session().load(tmp_path / "x")
     with pytest.raises(FormatError, match="context window has 4"):
         load(ctx_size=4).session().load(tmp_path / "x")
+
+
+def test_saved_sessions_of_other_rope_factors(load: Callable[..., Model], tmp_path: Path) -> None:
+    """LongRoPE turns keys by one list of factors or the other, as the context window says."""
+    short, still_short, long = (load("phi3-longrope", ctx_size=n) for n in (32, 30, 33))
+    session = short.session()
+    list(session.stream(PROMPT, max_tokens=1, **GREEDY))
+    session.save(tmp_path / "x")
+    still_short.session().load(tmp_path / "x")
+    with pytest.raises(FormatError, match="other RoPE factors"):
+        long.session().load(tmp_path / "x")
