@@ -281,7 +281,7 @@ def page_values(e, op, base, n_rows, page, page_start, values, ahead, sums):
 def merge(e, width, state, merged, block, sums):
     """Merges one block into a row's state and values: `block` is the address of its maximum and sum."""
     m, total = e.load_f32(block), e.load_f32(block + 4)
-    with e.when(m.is_not(MINUS_INFINITY)):  # it saw something of it
+    with e.when(m.is_(MINUS_INFINITY).is_(0)):  # it saw something of it; a maximum that is not a number too
         old = e.load_f32(state + TOTAL_MAX)
         grows, one = m > old, e.vector(1.0)
         smaller = e.apply(emit_exp2_negative, e.vector(e.select(grows, old, m) - e.select(grows, m, old)))

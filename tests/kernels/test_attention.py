@@ -269,6 +269,20 @@ def test_not_a_number_stays_in_its_sequence(kv_type, which, value):
         assert np.isnan(y[150:]).all()
 
 
+@ONE_TYPE
+@pytest.mark.parametrize("broken", [127, 130, 255])
+@pytest.mark.parametrize("portions", [None, 40])
+def test_not_a_number_stays_where_blocks_are_merged(kv_type, broken, portions):
+    """One key among many, also the last of its block, and however the blocks are divided: who sees it, says so."""
+    case = Case(kv_type=kv_type, portions=portions)
+    sequence, inputs = case.cache.new_sequence(), case.inputs(300)
+    inputs[1][broken] = np.nan
+    y = case.forward([(sequence, inputs)])
+    np.testing.assert_allclose(y[:broken], case.exact(*cut(inputs, 0, broken)), atol=case.tolerance)
+    assert np.isnan(y[broken:]).all()
+    assert np.isnan(case.forward([(sequence, case.inputs(1, seed=8))])).all()
+
+
 @ANY_TYPE
 @pytest.mark.parametrize("head_dim", [24, 32])
 def test_stored_as_the_cache_reads(kv_type, head_dim):
