@@ -225,9 +225,9 @@ class Sampler:
         if not self._compiled:
             return None
         try:
-            from .kernels.sampling import Chooser, repetitions
+            from .kernels.sampling import Chooser, compiled_repetitions
 
-            self._repeated = repetitions
+            self._repeated = compiled_repetitions() if self._dries else None
             n = Chooser.knows(steps)
             whole = [*steps, (f"mirostat_{p.mirostat}", (self._mu,))] if p.mirostat else steps
             wide = (n < len(whole) or not whole) and not (self._greedy or self._adapts) and Chooser.knows_all(whole)

@@ -227,8 +227,11 @@ def test_without_numba_the_filters_do_it_all(monkeypatch):
     _kernel.cache_clear()
     monkeypatch.setattr("edgelm.kernels.compiler.address", missing)
     row = np.random.default_rng(0).standard_normal(500).astype(np.float32)
-    params = Sampling(seed=1, repeat_penalty=1.2)
-    samplers = Sampler(params, 500, compiled=True), Sampler(params, 500, compiled=False)
-    assert samplers[0]._chooser is None
-    assert samplers[0](row) == samplers[1](row)
+    for more in ({"repeat_penalty": 1.2}, {"dry_multiplier": 0.8}, {"dry_multiplier": 0.8, "mirostat": 1}):
+        samplers = [Sampler(Sampling(seed=1, **more), 500, compiled=on) for on in (True, False)]
+        assert samplers[0]._chooser is None
+        for sampler in samplers:
+            for token in (5, 6, 7, 8, 5, 6, 7):
+                sampler.accept(token)
+        assert samplers[0](row) == samplers[1](row)
     _kernel.cache_clear()
