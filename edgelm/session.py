@@ -9,6 +9,7 @@ Knows tokens, a runner and a sampler; nothing of files, terminals or kernels.
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -194,7 +195,8 @@ class Session:
             token_text=lambda token: tokenizer.token_bytes(token).decode("utf-8", "replace"),
             encode=lambda text: tokenizer.encode(text, add_special=False, parse_special=False),
         )
-        self._answer += 1
+        with self._alone():
+            self._answer += 1
         counts = _Counts(prompt_tokens=len(tokens), dropped_tokens=dropped + more)
         return self._generate(tokens, request, sampler, counts, self._answer, progress)
 
@@ -310,13 +312,16 @@ class Session:
             raise UsageError("this session was closed; make another one with Model.session()")
 
     @contextmanager
-    def _alone(self, answer: int) -> Iterator[None]:
-        """The session to ourselves, and in order, whatever ended the last computation."""
+    def _alone(self, answer: int | None = None) -> Iterator[None]:
+        """The session to ourselves, and in order, whatever ended the last computation; for an answer if it may go on.
+
+        Who is to end the answer that is being read does so within: a call that is refused changes nothing.
+        """
         self._need_open()
         if not self._busy.acquire(blocking=False):
             raise UsageError("a session is used by two threads at once; give each thread a session of its own")
         try:
-            if answer != self._answer:
+            if answer is not None and answer != self._answer:
                 raise UsageError("this answer is over: the session was asked for something else in the meantime")
             if len(self._tokens) != self._sequence.length:  # interrupted between the two
                 self._truncate(min(len(self._tokens), self._sequence.length))
@@ -328,10 +333,10 @@ class Session:
 
     def truncate(self, n_tokens: int) -> None:
         """Takes everything from the `n_tokens`-th token on back. An answer that is being read ends."""
-        if not 0 <= n_tokens <= len(self._tokens):
-            raise UsageError(f"cannot go back to {n_tokens} tokens; the session has {len(self._tokens)}")
-        self._answer += 1
-        with self._alone(self._answer):
+        with self._alone():
+            if not 0 <= n_tokens <= len(self._tokens):
+                raise UsageError(f"cannot go back to {n_tokens} tokens; the session has {len(self._tokens)}")
+            self._answer += 1
             self._truncate(n_tokens)
 
     def reset(self) -> None:
@@ -340,17 +345,17 @@ class Session:
 
     def fork(self) -> Session:
         """Another session with the same text; what both have in common is stored once."""
-        other = Session(self.model)
-        other.defaults = self.defaults
-        with self._alone(self._answer):
+        with self._alone():
+            other = copy.copy(self)
             other._sequence, other._tokens = self._sequence.fork(), list(self._tokens)
+            other._busy, other._answer = threading.Lock(), 0
         return other
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the tokens and their cached keys and values to a file, for `load` with the same model."""
         from . import session_file
 
-        with self._alone(self._answer):
+        with self._alone():
             session_file.save(Path(path), self.model, self._tokens, self._sequence)
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -363,8 +368,8 @@ class Session:
         from . import session_file
 
         tokens, sequence = session_file.load(Path(path), self.model, self.model.new_cache())
-        self._answer += 1
-        with self._alone(self._answer):
+        with self._alone():
+            self._answer += 1
             self._sequence.release()
             self._tokens, self._sequence = tokens, sequence
 
@@ -372,8 +377,8 @@ class Session:
         """Gives the memory back, for good; again it does nothing. Collecting the session does the same."""
         if self._is_closed:
             return
-        self._answer += 1
-        with self._alone(self._answer):
+        with self._alone():
+            self._answer += 1
             self._sequence.release()
             self._tokens.clear()
             self._is_closed = True
