@@ -149,6 +149,20 @@ def test_division_of_positions_changes_no_bit(options, n_new):
         np.testing.assert_array_equal(result, results[0])
 
 
+@pytest.mark.parametrize("n_new", [5, SPLIT_TOKENS])
+def test_division_of_positions_for_several_tiles_changes_no_bit(n_new):
+    """Of many heads, a tile has two tokens; the window of the first begins a block before that of a later one."""
+    results = []
+    for seed in range(12):  # in two parts, divided elsewhere each time
+        case = Case(n_heads=71, n_kv_heads=1, head_dim=16, window=200, portions=1 if seed else None, seed=seed)
+        sequence = case.cache.new_sequence()
+        case.forward([(sequence, case.inputs(965))])
+        case.poisoned()
+        results.append(case.forward([(sequence, case.inputs(n_new, seed=5))]))
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
 @ONE_TYPE
 def test_threads_change_no_bit(kv_type):
     options = {"n_heads": 8, "n_kv_heads": 2, "head_dim": 32, "kv_type": kv_type}
