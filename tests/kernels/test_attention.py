@@ -44,13 +44,14 @@ def in_chunks(case: Case, inputs: tuple[np.ndarray, ...], sizes: list[int]) -> n
 
 
 @ANY_TYPE
-@pytest.mark.parametrize("head_dim", [2, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 192, 256, 576])
+@pytest.mark.parametrize("head_dim", [1, 2, 8, 16, 23, 24, 32, 48, 49, 64, 80, 96, 112, 128, 192, 256, 576])
 def test_head_dims(head_dim, kv_type):
     check(Case(head_dim=head_dim, kv_type=kv_type), 150)
 
 
 @ANY_TYPE
-@pytest.mark.parametrize(("head_dim", "v_head_dim"), [(8, 24), (40, 16), (192, 128), (64, 20)])
+@pytest.mark.parametrize(("head_dim", "v_head_dim"), [(8, 24), (40, 16), (192, 128), (64, 20), (33, 64), (64, 33),
+                                                      (7, 1)])
 def test_values_of_another_size(head_dim, v_head_dim, kv_type):
     check(Case(head_dim=head_dim, v_head_dim=v_head_dim, kv_type=kv_type), 140)
 
@@ -116,7 +117,7 @@ WAYS = [[1], [2], [3], [7], [16, 1], [64], [100, 1, 1, 5], [SPLIT_TOKENS], [SPLI
 @pytest.mark.parametrize("options", [
     {}, {"kv_type": "f32"}, {"window": 70}, {"softcap": 2.0}, {"n_heads": 4, "n_kv_heads": 1, "head_dim": 256},
     {"n_heads": 3, "n_kv_heads": 3, "head_dim": 80, "rope_dim": 32}, {"head_dim": 8, "v_head_dim": 24},
-    {"n_heads": 71, "n_kv_heads": 1, "head_dim": 16}, {"kv_type": "q8_0", "softcap": 2.0},
+    {"head_dim": 33, "v_head_dim": 21}, {"n_heads": 71, "n_kv_heads": 1, "head_dim": 16}, {"kv_type": "q8_0", "softcap": 2.0},
     {"kv_type": "q4_0", "window": 70}, {"kv_type": "q8_0/f16"}, {"kv_type": "f16/q4_0", "rope_dim": 32},
     {"kv_type": "q8_0", "head_dim": 80, "n_heads": 2}, {"kv_type": "q4_0/q8_0", "n_heads": 14, "head_dim": 256},
 ], ids=str)
@@ -234,6 +235,21 @@ def test_beside_other_sequences(options):
         np.testing.assert_array_equal(y, np.concatenate([result[step] for result in alone]))
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 70, "rope_dim": 64}, {"causal": False}, {"kv_type": "q8_0"}],
+                         ids=str)
+def test_of_tokens_that_want_an_output(options):
+    """Queries and results of some tokens alone, keys and values of all of them."""
+    for wanted in ([299], [0, 1, 2, 299], range(310), [5, 130, 131, 132, 300, 309], range(20, 307, 7)):
+        results = []
+        for outputs in (None, np.array(wanted)):
+            case = Case(**options)
+            sequences = [case.cache.new_sequence() for _ in range(2)]
+            case.forward([(sequences[1], case.inputs(400, seed=3))])
+            parts = list(zip(sequences, (case.inputs(300), case.inputs(10, seed=4)), strict=True))
+            results.append(case.forward(parts, outputs=outputs))
+        np.testing.assert_array_equal(results[1], results[0][wanted])
+
+
 def test_batch_of_single_tokens():
     """More sequences than positions are divided for, and fewer."""
     for count in (2, SPLIT_TOKENS, SPLIT_TOKENS + 1, 20):
@@ -298,10 +314,10 @@ def test_not_a_number_stays_where_blocks_are_merged(kv_type, broken, portions):
 
 
 @ANY_TYPE
-@pytest.mark.parametrize("head_dim", [24, 32])
+@pytest.mark.parametrize("head_dim", [23, 24, 32])
 def test_stored_as_the_cache_reads(kv_type, head_dim):
     """What store_kv writes is what Sequence.write does, to the bit, and only that is written."""
-    case = Case(kv_type=kv_type, head_dim=head_dim, v_head_dim=40, rope_dim=0)
+    case = Case(kv_type=kv_type, head_dim=head_dim, v_head_dim=40 + head_dim % 2, rope_dim=0)
     sequence, inputs = case.cache.new_sequence(), case.inputs(200)
     for x in inputs[1:]:  # outliers, nothing, next to nothing, and what no float16 holds
         x[::7, ::5] *= 300
