@@ -370,8 +370,8 @@ class Session:
         tokens, sequence = session_file.load(Path(path), self.model, self.model.new_cache())
         with self._alone():
             self._answer += 1
-            self._sequence.release()
-            self._tokens, self._sequence = tokens, sequence
+            before, self._tokens, self._sequence = self._sequence, tokens, sequence
+            before.release()
 
     def close(self) -> None:
         """Gives the memory back, for good; again it does nothing. Collecting the session does the same."""
