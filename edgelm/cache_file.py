@@ -1,8 +1,8 @@
 """A cached sequence as bytes: written and read back, page by page.
 
 Little-endian: magic and layout (`_layout`, equal bytes for caches that can exchange sequences); int64 length; int64
-first page kept, per group; the kept pages of each group in order, with unused positions zeroed; uint32 CRC-32 of all
-of that. Knows nothing of the text: who saves a session saves its tokens, and which model they belong to, beside this.
+first page kept, per group; the kept pages of each group in order, with unused positions and padding zeroed; uint32
+CRC-32 of all of that. Knows nothing of the text: who saves a session saves its tokens, and which model they belong to, beside this.
 """
 
 from __future__ import annotations
@@ -29,10 +29,8 @@ def save(sequence: Sequence, file: BinaryIO) -> None:
     file.write(head)
     for g, pool in enumerate(cache._pools):
         for i in range(sequence._first[g], n_pages):
-            page = pool.pages[int(sequence.table(g)[i])]
-            if i == sequence.length // PAGE:  # what lies beyond the end may be another sequence's text
-                page = _without_tail(pool.layout, page, sequence.length % PAGE)
-            data = page.tobytes()
+            page, n = pool.pages[int(sequence.table(g)[i])], min(sequence.length - PAGE * i, PAGE)
+            data = _only(pool.layout, page, n).tobytes()
             check = zlib.crc32(data, check)
             file.write(data)
     file.write(struct.pack("<I", check))
@@ -94,8 +92,10 @@ def _layout(cache: KVCache) -> bytes:
     return head + struct.pack(f"<{1 + len(fields)}q", len(fields), *fields)
 
 
-def _without_tail(layout: GroupLayout, page: NDArray[np.uint8], n: int) -> NDArray[np.uint8]:
-    """A copy of a page with only its first n positions, and without the padding of values."""
+def _only(layout: GroupLayout, page: NDArray[np.uint8], n: int) -> NDArray[np.uint8]:
+    """A page with only its first n positions, and without padding: what lies there may be another sequence's text."""
+    if n == PAGE and not any(array.stride > array.dim for array in (layout.keys, layout.values)):
+        return page
     clean = page.copy()
     for i in range(len(layout.group.layers)):
         keys, values = layout.views(clean, i)

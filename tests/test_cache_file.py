@@ -13,7 +13,7 @@ from test_cache import GROUPS, Group, append, rows
 
 from edgelm.cache import KVCache, Sequence
 from edgelm.errors import FormatError
-from edgelm.kv_types import KV_TYPES
+from edgelm.kv_types import KV_TYPES, PAGE
 
 
 def saved(kv_type: str = "f16", n: int = 300) -> tuple[KVCache, Sequence, bytes]:
@@ -40,13 +40,16 @@ def test_save_and_load(kv_type, n):
 
 
 @pytest.mark.parametrize("kv_type", [*KV_TYPES])
-def test_saved_bytes_hold_nothing_of_other_texts(kv_type):
-    cache, _, _ = saved(kv_type, n=70)
+@pytest.mark.parametrize("n", [10, PAGE, 100])
+def test_saved_bytes_hold_nothing_of_other_texts(kv_type, n):
+    """Neither behind the last position nor in the padding."""
+    cache, other, _ = saved(kv_type, n=300)
+    other.release()
     for pool in cache._pools:
-        for address in pool.free:
-            pool.pages[address][:] = 0xAB
+        for page in pool.pages.values():
+            page[:] = 0xAB
     sequence = cache.new_sequence()
-    append(sequence, rows(cache, 10, np.random.default_rng(6)))
+    append(sequence, rows(cache, n, np.random.default_rng(6)))
     assert b"\xab\xab\xab" not in sequence.to_bytes()
 
 
