@@ -143,7 +143,9 @@ class _Tables:
     def make_room(self, n_pages: int) -> None:
         for g, table in enumerate(self.pages):
             if n_pages > len(table):
-                self.pages[g] = np.concatenate([table, np.zeros(max(n_pages - len(table), len(table)), np.int64)])
+                larger = np.zeros(max(n_pages, 2 * len(table)), np.int64)  # costs memory where something is written
+                larger[: len(table)] = table
+                self.pages[g] = larger
 
     @staticmethod
     def drop(pool: Pool, table: NDArray[np.int64], which: range) -> None:
@@ -169,16 +171,13 @@ class Sequence:
         self._finaliser = weakref.finalize(self, cache._orphans.append, self._tables)
         self._finaliser.atexit = False
 
-    @classmethod
-    def _of_pages(cls, cache: KVCache, length: int, first: list[int], addresses: list[list[int]]) -> Sequence:
-        """A sequence that owns pages which were taken for it; per group those from page `first` on."""
-        self = cls(cache)
+    def _own(self, length: int, first: list[int], addresses: list[list[int]]) -> None:
+        """Makes an empty sequence, whose tables have room, the owner of pages that were taken for it: per group those
+        from page `first` on."""
         n_pages = -(-length // PAGE)
-        self._tables.make_room(n_pages)
         for table, start, pages in zip(self._tables.pages, first, addresses, strict=True):
             table[start:n_pages] = pages
         self._tables.n_pages, self.length, self._first = n_pages, length, list(first)
-        return self
 
     @property
     def floor(self) -> int:

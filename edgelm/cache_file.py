@@ -18,6 +18,8 @@ from .cache import KVCache, Sequence
 from .errors import FormatError
 from .pages import PAGE, GroupLayout
 
+MOST_TOKENS = 2**31 - 1  # positions are int32
+
 _MAGIC, _VERSION = b"edgelmKV", 2
 
 
@@ -46,8 +48,9 @@ def load(cache: KVCache, file: BinaryIO, max_length: int | None) -> Sequence:
         raise FormatError("saved KV cache: made for another model, KV type or version; compute the text again")
     counts = _need(file, 8 * (1 + len(cache.groups)), "its header")
     length, *first = struct.unpack(f"<{1 + len(cache.groups)}q", counts)
-    if length < 0 or (max_length is not None and length > max_length):
-        raise FormatError(f"saved KV cache: it claims {length} tokens, at most {max_length} fit")
+    most = MOST_TOKENS if max_length is None else max_length
+    if not 0 <= length <= most:
+        raise FormatError(f"saved KV cache: it claims {length} tokens, at most {most} fit")
     for group, page in zip(cache.groups, first, strict=True):
         # A dropped page inside the window would be a null pointer for the kernels.
         if page < 0 or (page > 0 and (not group.window or page * PAGE + group.window - 1 > length)):
@@ -55,7 +58,7 @@ def load(cache: KVCache, file: BinaryIO, max_length: int | None) -> Sequence:
     check = zlib.crc32(counts, zlib.crc32(head))
     # Addresses are collected as pages arrive: a lie about the length costs no memory.
     addresses: list[list[int]] = [[] for _ in first]
-    n_pages = -(-length // PAGE)
+    n_pages, sequence = -(-length // PAGE), Sequence(cache)
     try:
         for pool, start, taken in zip(cache._pools, first, addresses, strict=True):
             for i in range(start, n_pages):
@@ -67,13 +70,15 @@ def load(cache: KVCache, file: BinaryIO, max_length: int | None) -> Sequence:
                 pool.pages[taken[-1]][:] = np.frombuffer(data, np.uint8)
         if _need(file, 4, "its checksum") != struct.pack("<I", check):
             raise FormatError("saved KV cache: checksum mismatch; the file is damaged")
+        sequence._tables.make_room(n_pages)
     except BaseException:
         with cache._lock:
             for pool, taken in zip(cache._pools, addresses, strict=True):
                 for address in taken:
                     pool.drop(address)
         raise
-    return Sequence._of_pages(cache, length, first, addresses)
+    sequence._own(length, first, addresses)
+    return sequence
 
 
 def _need(file: BinaryIO, n: int, what: str) -> bytes:

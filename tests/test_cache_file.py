@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import io
+import struct
+import zlib
 
 import hypothesis.strategies as st
 import numpy as np
@@ -101,4 +103,35 @@ def test_claims_of_a_file_are_not_believed():
         with pytest.raises(FormatError):
             KVCache(GROUPS, undo=20).from_bytes(bytes(lie))
     sequence.release()
+    assert cache.n_pages == 0
+
+
+def test_lengths_that_windows_hide(monkeypatch):
+    """Where all layers have windows, a few pages are all that a text of any length has."""
+    groups = (Group((0,), window=90),)
+    cache, rng = KVCache(groups, undo=20), np.random.default_rng(4)
+    sequence = cache.new_sequence()
+    for _ in range(30):
+        append(sequence, rows(cache, 10, rng))
+    data, n_kept = sequence.to_bytes(), -(-300 // PAGE) - sequence._first[0]
+    at = data.index(struct.pack("<2q", 300, sequence._first[0]))
+    sequence.release()
+
+    def claiming(length: int) -> bytes:
+        counts = struct.pack("<2q", length, -(-length // PAGE) - n_kept)
+        body = data[:at] + counts + data[at + len(counts) : -4]
+        return body + struct.pack("<I", zlib.crc32(body))
+
+    assert cache.from_bytes(claiming(300)).length == 300
+    assert cache.from_bytes(claiming(2**20)).length == 2**20
+    for length in (2**31, 2**40, 2**62):
+        with pytest.raises(FormatError, match="at most 2147483647 fit"):
+            cache.from_bytes(claiming(length))
+
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("edgelm.cache.np.zeros", no_memory)
+    with pytest.raises(MemoryError):
+        cache.from_bytes(claiming(2**20))
     assert cache.n_pages == 0
