@@ -115,6 +115,16 @@ def test_wide_chains_leave_what_is_odd_to_the_filters(params):
                 assert samplers[0](plain) == samplers[1](plain)
 
 
+def test_the_largest_numbers_of_tokens():
+    most = 2**31 - 1
+    row = np.random.default_rng(0).standard_normal(500).astype(np.float32)
+    for params in ({"min_keep": most}, {"samplers": "tkp", "top_k": most}, {"samplers": "tkp", "top_k": -most}):
+        wide = {"top_k": 0, **params}
+        samplers = [Sampler(Sampling(seed=5, **wide), 500, compiled=on) for on in (True, False)]
+        assert samplers[0]._chooser.wide
+        assert [samplers[0](row) for _ in range(9)] == [samplers[1](row) for _ in range(9)]
+
+
 @pytest.mark.parametrize(
     ("params", "used"),
     [
