@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import UsageError
+from .kv_types import both, named
 from .pages import PAGE, CacheFull, GroupLayout, Pool
 
 if TYPE_CHECKING:
@@ -73,8 +74,8 @@ class KVCache:
     def __init__(
         self, groups: tuple[CacheGroup, ...], kv_type: str = "f16", max_bytes: int | None = None, undo: int = 512
     ) -> None:
-        self.groups, self.kv_type, self.max_bytes, self.undo = tuple(groups), kv_type, max_bytes, undo
-        self.layouts = tuple(GroupLayout(g, kv_type) for g in self.groups)
+        self.groups, self.kv_type, self.max_bytes, self.undo = tuple(groups), named(*both(kv_type)), max_bytes, undo
+        self.layouts = tuple(GroupLayout(g, self.kv_type) for g in self.groups)
         together = sum(layout.page_bytes for layout in self.layouts)
         self._pools = tuple(Pool(layout, together) for layout in self.layouts)
         self._lock = threading.Lock()

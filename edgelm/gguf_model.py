@@ -13,6 +13,7 @@ from .arch import Config
 from .errors import UnsupportedError, UsageError
 from .formats import QTensor
 from .gguf import GGUF
+from .kv_types import both, named
 from .model import Model, Runner, Settings
 from .models import model_of
 from .rope import factors_that_apply
@@ -42,7 +43,7 @@ class GGUFModel(Model):
         self.weights = Weights.from_gguf(self.config, file.tensors)
         self.n_ctx = memory.context_window(self.config, settings.ctx_size)
         self.interpreter = _choose(settings.interpreter)
-        self.kv_type = settings.kv_type or ("f32" if self.interpreter == "reference" else "f16")
+        self.kv_type = named(*both(settings.kv_type or ("f32" if self.interpreter == "reference" else "f16")))
         self._chat_template = settings.chat_template
         self.runner = self._new_runner("hidden" if self.is_encoder else "logits", progress)
         self.tokenizer = _tokenizer(file)  # last: weights may be packed meanwhile

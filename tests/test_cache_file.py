@@ -68,6 +68,12 @@ def test_files_of_other_caches_are_refused():
         KVCache(GROUPS).from_bytes(data, max_length=299)
 
 
+def test_two_names_of_a_type_are_one():
+    _, _, data = saved("q8_0")
+    cache = KVCache(GROUPS, "q8_0/q8_0", undo=20)
+    assert cache.kv_type == "q8_0" and cache.from_bytes(data).length == 300
+
+
 def test_truncated_files():
     cache, sequence, data = saved(n=100)
     sequence.release()
