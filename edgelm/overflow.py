@@ -69,6 +69,6 @@ def _drop_exchange(messages: list[Message], at: int) -> None:
 
 def shift(tokens: list[int], n_fixed: int) -> tuple[list[int], int]:
     """A full context without half of what follows the first `n_fixed` tokens, and how many tokens that is."""
-    n_fixed = min(n_fixed, len(tokens) - 2)
+    n_fixed = min(n_fixed, max(0, len(tokens) - 2))
     n_dropped = max(1, (len(tokens) - n_fixed) // 2)
     return tokens[:n_fixed] + tokens[n_fixed + n_dropped :], n_dropped

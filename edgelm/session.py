@@ -298,7 +298,10 @@ class Session:
         """Drops half of what may be dropped and computes what follows it again, at its new positions."""
         kept, dropped = overflow.shift(self._tokens, self._n_fixed(request))
         counts.dropped_tokens += dropped
-        self._prefill(kept, _Counts(), None)
+        if kept:
+            self._prefill(kept, _Counts(), None)
+        else:  # a window of one token
+            self._truncate(0)
 
     def _truncate(self, n_tokens: int) -> None:
         """Forgets all tokens from `n_tokens` on; all of them when layers with a window no longer allow less."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -282,6 +283,15 @@ def test_a_shift_goes_on(load: Callable[..., Model], interpreter: str) -> None:
     assert len(now) == 40 - (40 - 5) // 2 + 1
     if interpreter == "program":  # recomputed at its new positions: the same as if it had been the prompt
         assert read(model.session().stream(now, max_tokens=1, **GREEDY))[1] == [responses[first].token]
+
+
+def test_a_shift_in_a_window_of_one_token(load: Callable[..., Model]) -> None:
+    model = load(ctx_size=1)
+    responses = list(model.session().stream([5], overflow="shift", max_tokens=4, **GREEDY))
+    assert [r.dropped_tokens for r in responses] == [0, 1, 2, 3]
+    said = [5, *(r.token for r in responses)]
+    for before, token in itertools.pairwise(said):
+        assert read(model.session().stream([before], max_tokens=1, **GREEDY))[1] == [token]
 
 
 def test_a_conversation_that_does_not_fit(load: Callable[..., Model]) -> None:
