@@ -344,7 +344,10 @@ def test_faint_weights(kv_type):
     for factor in (0, 1, 30, 1000):
         sequence.truncate(0)
         y, want = case.forward([(sequence, (q * factor, k, v))]), case.exact(q * factor, k, v)
-        np.testing.assert_allclose(y, want, atol=1e-3 * abs(want).max(axis=1).max())
+        y, want = (x.reshape(300, case.n_heads, -1) for x in (y, want))
+        error = abs(y - want).max(axis=2) / abs(want).max(axis=2)
+        assert np.median(error) < 1e-4
+        assert error.max() < 4e-4 * max(factor, 1)  # queries have 15 bits: the error of a score grows with it
 
 
 def test_forks_and_truncation():
