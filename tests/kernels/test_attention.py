@@ -335,6 +335,18 @@ def test_stored_as_the_cache_reads(kv_type, head_dim):
         assert not sequence.read(layer, 200)[1].any()
 
 
+@ANY_TYPE
+def test_saved_bytes_hold_nothing_of_other_sequences(kv_type):
+    """Kernels write whole vectors, what follows the last value in its buffer too: none of that is saved."""
+    saved = []
+    for seed in (5, 6):
+        case = Case(kv_type=kv_type, v_head_dim=20)
+        a, b = case.cache.new_sequence(), case.cache.new_sequence()
+        case.forward([(a, case.inputs(PAGE)), (b, case.inputs(30, seed=seed))])
+        saved.append(a.to_bytes())
+    assert saved[0] == saved[1]
+
+
 @pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])
 def test_faint_weights(kv_type):
     """Scores so far apart that weights vanish, values of very different sizes: what counts is kept."""
