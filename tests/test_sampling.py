@@ -240,6 +240,16 @@ def test_dry_looks_back_as_far_as_it_is_told():
         assert bool(distribution(sampler, LOGITS[0]).logits[3] < LOGITS[0][3]) is forbidden
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_dry_of_a_long_repetition_stays_finite(compiled):
+    params = Sampling(dry_multiplier=5, dry_penalty_last_n=-1, seed=1)
+    sampler = Sampler(params, 500, compiled=compiled)
+    for token in (*range(400), *range(399)):
+        sampler.accept(token)
+    assert -math.inf < sampler._repetitions()[399] < -1e38
+    assert sampler(np.zeros(500, np.float32)) != 399
+
+
 def test_bias_and_end_of_generation():
     best = int(LOGITS[0].argmax())
     assert Sampler(Sampling(temperature=0, logit_bias={best: -math.inf, 12: 100}), VOCAB)(LOGITS[0]) == 12
