@@ -2,7 +2,8 @@
 
 Little-endian: magic and layout (`_layout`, equal bytes for caches that can exchange sequences); int64 length; int64
 first page kept, per group; the kept pages of each group in order, with unused positions and padding zeroed; uint32
-CRC-32 of all of that. Knows nothing of the text: who saves a session saves its tokens, and which model they belong to, beside this.
+CRC-32 of all of that. Knows nothing of the text: who saves a session saves its tokens, and which model they belong to,
+beside this.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ block its precision; so each block is first turned by an orthonormal Hadamard tr
 other blocks (docs/LOG.md: two to three times less divergence than without, or over whole heads). Queries are turned
 alike, which leaves q·k as it was, and the weighted sum of values is turned back (Ashkboos et al. 2024: QuaRot).
 
-Everything that is stored for a position depends on that position alone. Knows nothing of pages and sequences.
+Everything that is stored for a position, but padding, depends on that position alone. Knows nothing of pages and
+sequences.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ class BlockArray(KVArray):
 
 
 class Q8(BlockArray):
-    """Numbers from -127 to 127."""
+    """Numbers from -127 to 127; also -128, where the scale is subnormal and was rounded down."""
 
     bits = 8
 

@@ -41,8 +41,9 @@ def fit_messages(
 ) -> tuple[list[int], int]:
     """(tokens of the messages that fit, how many tokens were dropped with the others).
 
-    Whole messages are dropped, the oldest first, so that what is left is still a conversation. System messages and the
-    last message stay, with "truncate-middle" also the first of the others. What is left may still be too long.
+    Whole messages are dropped, the oldest first, so that what is left is still a conversation. System messages at the
+    beginning and the last message stay, with "truncate-middle" also the first after them. What is left may still be
+    too long.
     """
     tokens = render(messages)
     if len(tokens) <= n_ctx or request.overflow == "error":

@@ -3,7 +3,8 @@
 What is computed for a query head is fixed, whoever computes it beside what: for each block of BLOCK positions, counted
 from the beginning of the sequence, the scores, their maximum m, weights exp(score - m), the weights' sum and the sum of
 values so weighted, position by position; and then the blocks are merged in ascending order (Milakov & Gimelshein 2018,
-Dao et al. 2022). So a prompt gives the same bits at once, in chunks, token by token, or beside other sequences.
+Dao et al. 2022). So a prompt gives the same bits at once, in chunks, token by token, or beside other sequences; but
+not where a matrix unit takes prompts, see `attention_prompts`.
 
 Units are (KV head, tile of TILE tokens, one of TILE parts). With many tokens a part is a token, and a thread works on
 as many neighbouring ones at a time as it was given. With few tokens and a long past a part is some of the blocks:

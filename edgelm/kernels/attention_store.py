@@ -1,6 +1,7 @@
 """Stores keys and values in the pages of the KV cache, as `kv_types` says they lie there.
 
-What is stored for a position depends on its key and value alone. Knows nothing of how pages are managed.
+What is stored for a position depends on its key and value alone; but what is put into the padding of float values is
+whatever follows them. Knows nothing of how pages are managed.
 """
 
 from __future__ import annotations

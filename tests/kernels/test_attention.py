@@ -117,9 +117,10 @@ WAYS = [[1], [2], [3], [7], [16, 1], [64], [100, 1, 1, 5], [SPLIT_TOKENS], [SPLI
 @pytest.mark.parametrize("options", [
     {}, {"kv_type": "f32"}, {"window": 70}, {"softcap": 2.0}, {"n_heads": 4, "n_kv_heads": 1, "head_dim": 256},
     {"n_heads": 3, "n_kv_heads": 3, "head_dim": 80, "rope_dim": 32}, {"head_dim": 8, "v_head_dim": 24},
-    {"head_dim": 33, "v_head_dim": 21}, {"n_heads": 71, "n_kv_heads": 1, "head_dim": 16}, {"kv_type": "q8_0", "softcap": 2.0},
-    {"kv_type": "q4_0", "window": 70}, {"kv_type": "q8_0/f16"}, {"kv_type": "f16/q4_0", "rope_dim": 32},
-    {"kv_type": "q8_0", "head_dim": 80, "n_heads": 2}, {"kv_type": "q4_0/q8_0", "n_heads": 14, "head_dim": 256},
+    {"head_dim": 33, "v_head_dim": 21}, {"n_heads": 71, "n_kv_heads": 1, "head_dim": 16},
+    {"kv_type": "q8_0", "softcap": 2.0}, {"kv_type": "q4_0", "window": 70}, {"kv_type": "q8_0/f16"},
+    {"kv_type": "f16/q4_0", "rope_dim": 32}, {"kv_type": "q8_0", "head_dim": 80, "n_heads": 2},
+    {"kv_type": "q4_0/q8_0", "n_heads": 14, "head_dim": 256},
 ], ids=str)
 def test_chunks_change_no_bit(options):
     n = 2 * BLOCK + 77
