@@ -34,6 +34,8 @@ __all__ = [
     "PAGE", "Batch", "CacheFull", "CachedSequence", "GroupLayout", "KVCache", "Sequence", "SequenceCache", "paged",
 ]  # fmt: skip
 
+UNDO = 512  # positions that layers with a window keep for going back
+
 
 class CachedSequence(Protocol):
     """What sessions ask of the cached positions of one text, whoever computes and keeps them; see `Sequence`."""
@@ -72,7 +74,7 @@ class KVCache:
     """
 
     def __init__(
-        self, groups: tuple[CacheGroup, ...], kv_type: str = "f16", max_bytes: int | None = None, undo: int = 512
+        self, groups: tuple[CacheGroup, ...], kv_type: str = "f16", max_bytes: int | None = None, undo: int = UNDO
     ) -> None:
         self.groups, self.kv_type, self.max_bytes, self.undo = tuple(groups), named(*both(kv_type)), max_bytes, undo
         self.layouts = tuple(GroupLayout(g, self.kv_type) for g in self.groups)

@@ -22,7 +22,7 @@ from .weights import Weights
 
 if TYPE_CHECKING:
     from .chat import ChatTemplate
-    from .session import Progress
+    from .disk import Progress
     from .tokenizer import Tokenizer
 
 INTERPRETERS = ("auto", "program", "reference")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +31,9 @@ from .sampling import Sampler, logprobs
 if TYPE_CHECKING:
     import os
 
+    from .disk import Progress
     from .model import Model
-
-Message = Mapping[str, Any]
-Progress = Callable[[str, int, int], None]
+    from .overflow import Message
 
 
 @dataclass(frozen=True)

@@ -56,19 +56,14 @@ from edgelm.kernels.attention_layout import (
     v_stride,
     value_kind,
 )
-from edgelm.kernels.attention_quants import BLOCK as DIMS
-from edgelm.kernels.attention_quants import (
-    SCALES,
-    multiply_keys,
-    multiply_values,
-    quantize_query,
-    quantize_weights,
-)
+from edgelm.kernels.attention_quants import multiply_keys, multiply_values, quantize_query, quantize_weights
 from edgelm.kernels.attention_tiles import has_pairs, round_row, rounded
 from edgelm.kernels.hadamard import turn
 from edgelm.kernels.rope import rotate
 from edgelm.kernels.vector_math import LOG2_E, emit_exp2_negative, emit_exp2_rough, emit_tanh
 from edgelm.kernels.words import function
+from edgelm.kv_types import BLOCK as DIMS
+from edgelm.kv_types import block_bytes
 
 LOWEST = -3.4028234663852886e38  # of float32
 ROWS_AT_ONCE = 16  # of a softmax: their scores stay in the nearest cache
@@ -267,7 +262,7 @@ def page_values(e, op, base, n_rows, page, page_start, values, ahead, sums):
         return
     with e.choose(is_quantized(kind)) as (numbers, floats):
         with numbers:
-            stride, size = 4 * v_stride(e, op), SCALES + PAGE * DIMS // 8 * kind
+            stride, size = 4 * v_stride(e, op), block_bytes(kind)
             with e.loop(0, v_stride(e, op) // DIMS) as block:
                 at, own = size * block, sums + 4 * DIMS * block
                 weights = base + WEIGHTS + 4 * PAGE * page

@@ -12,6 +12,7 @@ length, and the intrinsic `x_f32` for Numba code, over f32x16.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from llvmlite import ir
@@ -38,7 +39,7 @@ ERF = (0.12837912142276764, -0.37612324953079224, 0.11280179768800735, -0.026711
 ERFC = (0.12868593633174896, 0.6350017786026001, 0.10648027062416077, -0.023968642577528954, 0.0037388051860034466,
         -0.0003462016466073692, 1.354183132207254e-05)
 
-LOG2_E = 1.4426950408889634
+LOG2_E = math.log2(math.e)
 LN2_HIGH, LN2_LOW = 0.693145751953125, 1.428606765330187e-06  # the first has 15 bits: its multiples are exact
 EXP_LARGEST, EXP_SMALLEST = 88.8, -104.0  # beyond these exp is infinite, or rounds to zero
 EXP_SMALLEST_NORMAL = -87.33654
