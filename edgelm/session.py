@@ -365,8 +365,9 @@ class Session:
         """Takes over what `save` wrote.
 
         Raises:
-            FormatError: the file is damaged or is of another model. The session is as it was then.
+            FormatError: the file is damaged or is of another model. The session is as it was then, as with the others.
             SourceError: the file cannot be opened.
+            CacheFull: there is no memory for what it holds.
         """
         from . import session_file
 
@@ -377,7 +378,7 @@ class Session:
             before.release()
 
     def close(self) -> None:
-        """Gives the memory back, for good; again it does nothing. Collecting the session does the same."""
+        """Gives the memory back to the model's other sessions; again it does nothing. Collecting it does the same."""
         if self._is_closed:
             return
         with self._alone():
