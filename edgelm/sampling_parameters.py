@@ -188,10 +188,17 @@ def _number(name: str, value: Any, kind: str, infinite: bool = False) -> Any:
     except (TypeError, ValueError, OverflowError):
         number = None
     if number is None or number != value or isinstance(value, str | bool):
-        raise UsageError(f"{name} is {value!r}; it must be {'a whole number' if kind == 'int' else 'a number'}")
+        raise UsageError(f"{name} is {_shown(value)}; it must be {'a whole number' if kind == 'int' else 'a number'}")
     if abs(number) > _LARGEST and not (infinite and math.isinf(number)):
-        raise UsageError(f"{name} must be finite, and at most {_LARGEST:g} in size")
+        raise UsageError(f"{name} is {_shown(value)}; it must be finite, and at most {_LARGEST:g}")
     return number
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.60}"
+    except ValueError:  # more digits than Python writes
+        return "too large"
 
 
 GREEDY = Sampling(temperature=0.0)

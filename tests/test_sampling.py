@@ -89,7 +89,7 @@ def test_logit_bias_of_another_form(text):
         {"repeat_last_n": -2}, {"mirostat": 3}, {"seed": -2}, {"min_keep": -1}, {"logit_bias": {1: math.nan}},
         {"logit_bias": {"a": 1}}, {"dry_base": -1}, {"adaptive_decay": 1.0}, {"top_k": True},
         {"top_k": 2**31}, {"top_k": 2**63}, {"top_k": -(10**400)}, {"min_keep": 2**63}, {"seed": 10**400},
-        {"repeat_last_n": 10**5000}, {"logit_bias": {10**400: 1}},
+        {"repeat_last_n": 10**5000}, {"logit_bias": {10**400: 1}}, {"temperature": 10**5000},
     ],
 )  # fmt: skip
 def test_a_value_that_cannot_be_meant_is_named(wrong):
