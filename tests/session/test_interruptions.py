@@ -55,6 +55,26 @@ def test_an_interrupt_between_the_cache_and_the_tokens(model: Model) -> None:
     )
 
 
+def test_an_interrupt_while_a_saved_session_is_taken_over(
+    model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    saved, session = model.session(), model.session()
+    list(saved.stream(PROMPT, max_tokens=3, **GREEDY))
+    saved.save(tmp_path / "x")
+    list(session.stream("the dog", max_tokens=3, **GREEDY))
+    release = session._sequence.release
+
+    def interrupted() -> None:
+        release()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session._sequence, "release", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.load(tmp_path / "x")
+    again, fresh = (read(s.stream(PROMPT, max_tokens=8, **GREEDY)) for s in (session, model.session()))
+    assert again[:2] == fresh[:2]
+
+
 def test_a_later_answer_ends_an_earlier_one(model: Model) -> None:
     session = model.session()
     first = session.stream(PROMPT, max_tokens=8, **GREEDY)
