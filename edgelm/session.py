@@ -196,9 +196,9 @@ class Session:
             encode=lambda text: tokenizer.encode(text, add_special=False, parse_special=False),
         )
         with self._alone():
-            self._answer += 1
+            answer = self._answer = self._answer + 1
         counts = _Counts(prompt_tokens=len(tokens), dropped_tokens=dropped + more)
-        return self._generate(tokens, request, sampler, counts, self._answer, progress)
+        return self._generate(tokens, request, sampler, counts, answer, progress)
 
     def _n_fixed(self, request: Request) -> int:
         """Tokens at the start that are never dropped: those asked for, and the BOS token."""
@@ -316,9 +316,9 @@ class Session:
 
     @contextmanager
     def _alone(self, answer: int | None = None) -> Iterator[None]:
-        """The session to ourselves, and in order, whatever ended the last computation; for an answer if it may go on.
+        """The session to ourselves, and in order, whatever ended the last computation; for an answer, if it may go on.
 
-        Who is to end the answer that is being read does so within: a call that is refused changes nothing.
+        Who ends the answer that is being read does so within: a call that is refused changes nothing.
         """
         self._need_open()
         if not self._busy.acquire(blocking=False):
