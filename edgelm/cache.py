@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import UsageError
+from .kv_types import both, named
 from .pages import PAGE, CacheFull, GroupLayout, Pool
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = [
     "PAGE", "Batch", "CacheFull", "CachedSequence", "GroupLayout", "KVCache", "Sequence", "SequenceCache", "paged",
 ]  # fmt: skip
+
+UNDO = 512  # positions that layers with a window keep for going back
 
 
 class CachedSequence(Protocol):
@@ -71,10 +74,10 @@ class KVCache:
     """
 
     def __init__(
-        self, groups: tuple[CacheGroup, ...], kv_type: str = "f16", max_bytes: int | None = None, undo: int = 512
+        self, groups: tuple[CacheGroup, ...], kv_type: str = "f16", max_bytes: int | None = None, undo: int = UNDO
     ) -> None:
-        self.groups, self.kv_type, self.max_bytes, self.undo = tuple(groups), kv_type, max_bytes, undo
-        self.layouts = tuple(GroupLayout(g, kv_type) for g in self.groups)
+        self.groups, self.kv_type, self.max_bytes, self.undo = tuple(groups), named(*both(kv_type)), max_bytes, undo
+        self.layouts = tuple(GroupLayout(g, self.kv_type) for g in self.groups)
         together = sum(layout.page_bytes for layout in self.layouts)
         self._pools = tuple(Pool(layout, together) for layout in self.layouts)
         self._lock = threading.Lock()
@@ -120,11 +123,9 @@ class KVCache:
 
     def _free(self, tables: _Tables) -> None:
         """Gives every page back. Under the lock."""
+        n_pages, tables.n_pages = tables.n_pages, 0
         for pool, table in zip(self._pools, tables.pages, strict=True):
-            for address in table[: tables.n_pages]:
-                if address:
-                    pool.drop(int(address))
-        tables.n_pages = 0
+            tables.drop(pool, table, range(n_pages))
 
     def _limit(self) -> int | None:
         """Bytes that may still be allocated. Under the lock."""
@@ -132,7 +133,11 @@ class KVCache:
 
 
 class _Tables:
-    """Page tables of a sequence: per group an int64 array of addresses, 0 where a page was dropped."""
+    """Page tables of a sequence: per group an int64 array of addresses, 0 where a page was dropped.
+
+    A KeyboardInterrupt may come anywhere but within a statement that calls nothing. So what is forgotten is forgotten
+    first and given back then: a page may be lost, but two sequences never write to the same one.
+    """
 
     def __init__(self, n_groups: int) -> None:
         self.pages = [np.zeros(8, np.int64) for _ in range(n_groups)]
@@ -141,7 +146,18 @@ class _Tables:
     def make_room(self, n_pages: int) -> None:
         for g, table in enumerate(self.pages):
             if n_pages > len(table):
-                self.pages[g] = np.concatenate([table, np.zeros(max(n_pages - len(table), len(table)), np.int64)])
+                larger = np.zeros(max(n_pages, 2 * len(table)), np.int64)  # costs memory where something is written
+                larger[: len(table)] = table
+                self.pages[g] = larger
+
+    @staticmethod
+    def drop(pool: Pool, table: NDArray[np.int64], which: range) -> None:
+        """Gives back those pages of a table that it still has. Under the lock."""
+        for i in which:
+            address = int(table[i])
+            if address:
+                table[i] = 0
+                pool.drop(address)
 
 
 class Sequence:
@@ -158,16 +174,13 @@ class Sequence:
         self._finaliser = weakref.finalize(self, cache._orphans.append, self._tables)
         self._finaliser.atexit = False
 
-    @classmethod
-    def _of_pages(cls, cache: KVCache, length: int, first: list[int], addresses: list[list[int]]) -> Sequence:
-        """A sequence that owns pages which were taken for it; per group those from page `first` on."""
-        self = cls(cache)
+    def _own(self, length: int, first: list[int], addresses: list[list[int]]) -> None:
+        """Makes an empty sequence, whose tables have room, the owner of pages that were taken for it: per group those
+        from page `first` on."""
         n_pages = -(-length // PAGE)
-        self._tables.make_room(n_pages)
         for table, start, pages in zip(self._tables.pages, first, addresses, strict=True):
             table[start:n_pages] = pages
         self._tables.n_pages, self.length, self._first = n_pages, length, list(first)
-        return self
 
     @property
     def floor(self) -> int:
@@ -211,15 +224,17 @@ class Sequence:
                 ]
                 # In turns, so that under a limit no group takes what the others need.
                 new = [[self._take(pool, taken) for pool in cache._pools] for _ in range(begin, end)]
-            except CacheFull:
+                for g, address in copies:
+                    pages = cache._pools[g].pages
+                    pages[address][:] = pages[int(tables.pages[g][shared])]
+            except BaseException:  # also an interrupt
                 for pool, address in taken:
                     pool.drop(address)
                 raise
             for g, address in copies:
-                pool, old = cache._pools[g], int(tables.pages[g][shared])
-                pool.pages[address][:] = pool.pages[old]
-                pool.drop(old)
+                old = int(tables.pages[g][shared])
                 tables.pages[g][shared] = address
+                cache._pools[g].drop(old)
             if new:
                 for table, addresses in zip(tables.pages, zip(*new, strict=True), strict=True):
                     table[begin:end] = addresses
@@ -242,12 +257,9 @@ class Sequence:
                     self._drop_before(g, keep)
 
     def _drop_before(self, g: int, page: int) -> None:
-        table, pool = self._tables.pages[g], self.cache._pools[g]
         with self.cache._lock:
-            for i in range(self._first[g], page):
-                pool.drop(int(table[i]))
-                table[i] = 0
-        self._first[g] = page
+            first, self._first[g] = self._first[g], page
+            self._tables.drop(self.cache._pools[g], self._tables.pages[g], range(first, page))
 
     def truncate(self, n: int) -> None:
         """Forgets all positions from n on.
@@ -260,17 +272,13 @@ class Sequence:
             raise UsageError(f"cannot truncate a sequence of {self.length} tokens to {n}")
         if 0 < n < self.floor:
             raise UsageError(f"cannot truncate to {n} tokens: positions before {self.floor} are no longer complete")
-        tables, keep = self._tables, -(-n // PAGE)
+        tables, first = self._tables, self._first if n else [0] * len(self._first)
         with self.cache._lock:
+            n_pages = tables.n_pages
+            keep = min(-(-n // PAGE), n_pages)
+            self.length, self._first, tables.n_pages = n, first, keep
             for pool, table in zip(self.cache._pools, tables.pages, strict=True):
-                for i in range(keep, tables.n_pages):
-                    if table[i]:
-                        pool.drop(int(table[i]))
-                        table[i] = 0
-            tables.n_pages = min(keep, tables.n_pages)
-        self.length = n
-        if n == 0:
-            self._first = [0] * len(self._first)
+                tables.drop(pool, table, range(keep, n_pages))
 
     def fork(self) -> Sequence:
         """Another sequence with the same contents, which shares all pages with this one until either writes."""

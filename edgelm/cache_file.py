@@ -1,8 +1,9 @@
 """A cached sequence as bytes: written and read back, page by page.
 
 Little-endian: magic and layout (`_layout`, equal bytes for caches that can exchange sequences); int64 length; int64
-first page kept, per group; the kept pages of each group in order, with unused positions zeroed; uint32 CRC-32 of all
-of that. Knows nothing of the text: who saves a session saves its tokens, and which model they belong to, beside this.
+first page kept, per group; the kept pages of each group in order, with unused positions and padding zeroed; uint32
+CRC-32 of all of that. Knows nothing of the text: who saves a session saves its tokens, and which model they belong to,
+beside this.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from .cache import KVCache, Sequence
 from .errors import FormatError
 from .pages import PAGE, GroupLayout
 
+MOST_TOKENS = 2**31 - 1  # positions are int32
+
 _MAGIC, _VERSION = b"edgelmKV", 2
 
 
@@ -29,10 +32,8 @@ def save(sequence: Sequence, file: BinaryIO) -> None:
     file.write(head)
     for g, pool in enumerate(cache._pools):
         for i in range(sequence._first[g], n_pages):
-            page = pool.pages[int(sequence.table(g)[i])]
-            if i == sequence.length // PAGE:  # what lies beyond the end may be another sequence's text
-                page = _without_tail(pool.layout, page, sequence.length % PAGE)
-            data = page.tobytes()
+            page, n = pool.pages[int(sequence.table(g)[i])], min(sequence.length - PAGE * i, PAGE)
+            data = _only(pool.layout, page, n).tobytes()
             check = zlib.crc32(data, check)
             file.write(data)
     file.write(struct.pack("<I", check))
@@ -48,8 +49,9 @@ def load(cache: KVCache, file: BinaryIO, max_length: int | None) -> Sequence:
         raise FormatError("saved KV cache: made for another model, KV type or version; compute the text again")
     counts = _need(file, 8 * (1 + len(cache.groups)), "its header")
     length, *first = struct.unpack(f"<{1 + len(cache.groups)}q", counts)
-    if length < 0 or (max_length is not None and length > max_length):
-        raise FormatError(f"saved KV cache: it claims {length} tokens, at most {max_length} fit")
+    most = MOST_TOKENS if max_length is None else max_length
+    if not 0 <= length <= most:
+        raise FormatError(f"saved KV cache: it claims {length} tokens, at most {most} fit")
     for group, page in zip(cache.groups, first, strict=True):
         # A dropped page inside the window would be a null pointer for the kernels.
         if page < 0 or (page > 0 and (not group.window or page * PAGE + group.window - 1 > length)):
@@ -57,7 +59,7 @@ def load(cache: KVCache, file: BinaryIO, max_length: int | None) -> Sequence:
     check = zlib.crc32(counts, zlib.crc32(head))
     # Addresses are collected as pages arrive: a lie about the length costs no memory.
     addresses: list[list[int]] = [[] for _ in first]
-    n_pages = -(-length // PAGE)
+    n_pages, sequence = -(-length // PAGE), Sequence(cache)
     try:
         for pool, start, taken in zip(cache._pools, first, addresses, strict=True):
             for i in range(start, n_pages):
@@ -69,13 +71,15 @@ def load(cache: KVCache, file: BinaryIO, max_length: int | None) -> Sequence:
                 pool.pages[taken[-1]][:] = np.frombuffer(data, np.uint8)
         if _need(file, 4, "its checksum") != struct.pack("<I", check):
             raise FormatError("saved KV cache: checksum mismatch; the file is damaged")
+        sequence._tables.make_room(n_pages)
     except BaseException:
         with cache._lock:
             for pool, taken in zip(cache._pools, addresses, strict=True):
                 for address in taken:
                     pool.drop(address)
         raise
-    return Sequence._of_pages(cache, length, first, addresses)
+    sequence._own(length, first, addresses)
+    return sequence
 
 
 def _need(file: BinaryIO, n: int, what: str) -> bytes:
@@ -94,8 +98,10 @@ def _layout(cache: KVCache) -> bytes:
     return head + struct.pack(f"<{1 + len(fields)}q", len(fields), *fields)
 
 
-def _without_tail(layout: GroupLayout, page: NDArray[np.uint8], n: int) -> NDArray[np.uint8]:
-    """A copy of a page with only its first n positions, and without the padding of values."""
+def _only(layout: GroupLayout, page: NDArray[np.uint8], n: int) -> NDArray[np.uint8]:
+    """A page with only its first n positions, and without padding: what lies there may be another sequence's text."""
+    if n == PAGE and not any(array.stride > array.dim for array in (layout.keys, layout.values)):
+        return page
     clean = page.copy()
     for i in range(len(layout.group.layers)):
         keys, values = layout.views(clean, i)

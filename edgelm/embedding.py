@@ -15,8 +15,8 @@ from .cache import Batch
 from .errors import ContextFull, UsageError
 
 if TYPE_CHECKING:
+    from .disk import Progress
     from .model import Model
-    from .session import Progress
 
 Floats = NDArray[np.float32]
 POOLINGS = ("none", "mean", "cls", "last")

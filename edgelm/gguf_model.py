@@ -13,14 +13,16 @@ from .arch import Config
 from .errors import UnsupportedError, UsageError
 from .formats import QTensor
 from .gguf import GGUF
+from .kv_types import both, named
 from .model import Model, Runner, Settings
 from .models import model_of
+from .rope import factors_that_apply
 from .threads import default_threads
 from .weights import Weights
 
 if TYPE_CHECKING:
     from .chat import ChatTemplate
-    from .session import Progress
+    from .disk import Progress
     from .tokenizer import Tokenizer
 
 INTERPRETERS = ("auto", "program", "reference")
@@ -41,7 +43,7 @@ class GGUFModel(Model):
         self.weights = Weights.from_gguf(self.config, file.tensors)
         self.n_ctx = memory.context_window(self.config, settings.ctx_size)
         self.interpreter = _choose(settings.interpreter)
-        self.kv_type = settings.kv_type or ("f32" if self.interpreter == "reference" else "f16")
+        self.kv_type = named(*both(settings.kv_type or ("f32" if self.interpreter == "reference" else "f16")))
         self._chat_template = settings.chat_template
         self.runner = self._new_runner("hidden" if self.is_encoder else "logits", progress)
         self.tokenizer = _tokenizer(file)  # last: weights may be packed meanwhile
@@ -83,11 +85,14 @@ class GGUFModel(Model):
 
     @cached_property
     def fingerprint(self) -> str:
-        """By the model's shape and a sample of each tensor."""
+        """By the model's shape, a sample of each tensor, and the RoPE factors that the context window asks for."""
         digest = hashlib.sha256(repr(self.config).encode())
         for tensor in self.weights:
             digest.update(f"{tensor.name} {tensor.format.name} {tensor.shape}".encode())
             digest.update(tensor.data.reshape(-1)[:64].tobytes())
+        if factors := self.weights.factors():
+            for rope in filter(None, map(self.config.rope, range(self.config.n_layers))):
+                digest.update(factors_that_apply(rope, factors, self.n_ctx).encode())
         if self.interpreter == "program":
             self.gguf.forget()
         return digest.hexdigest()

@@ -6,7 +6,8 @@ block its precision; so each block is first turned by an orthonormal Hadamard tr
 other blocks (docs/LOG.md: two to three times less divergence than without, or over whole heads). Queries are turned
 alike, which leaves q·k as it was, and the weighted sum of values is turned back (Ashkboos et al. 2024: QuaRot).
 
-Everything that is stored for a position depends on that position alone. Knows nothing of pages and sequences.
+Everything that is stored for a position, but padding, depends on that position alone. Knows nothing of pages and
+sequences.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from .errors import UsageError
 
 PAGE = 64  # positions of a page; kernels are written for it
 BLOCK = 32  # quantized values that share a scale
+SCALES = 2 * PAGE  # bytes of a block's scales, before its numbers
 Floats = NDArray[np.float32]
+
+
+def block_bytes(bits: int) -> int:
+    """Bytes of a quantized block of a page."""
+    return SCALES + PAGE * BLOCK // 8 * bits
 
 
 class KVArray:
@@ -98,16 +105,15 @@ class BlockArray(KVArray):
     def __init__(self, keys: bool, n_heads: int, dim: int) -> None:
         super().__init__(keys, n_heads, dim)
         self.stride = -(-dim // BLOCK) * BLOCK
-        self.block_bytes = PAGE * (2 + BLOCK * self.bits // 8)
-        self.n_bytes = n_heads * (self.stride // BLOCK) * self.block_bytes
+        self.n_bytes = n_heads * (self.stride // BLOCK) * block_bytes(self.bits)
         self.zero = 1 << (self.bits - 1)
 
     def _parts(self, page: NDArray[np.uint8]) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
         """Scales (n_heads, blocks, PAGE) and bytes in fours, as the class says; views of the page."""
-        blocks = page.reshape(self.n_heads, self.stride // BLOCK, self.block_bytes)
+        blocks = page.reshape(self.n_heads, self.stride // BLOCK, block_bytes(self.bits))
         n = BLOCK * self.bits // 8
         fours = (n // 4, PAGE, 4) if self.keys else (PAGE // 4, n, 4)
-        return blocks[:, :, : 2 * PAGE].view(np.float16), blocks[:, :, 2 * PAGE :].reshape(*blocks.shape[:2], *fours)
+        return blocks[:, :, :SCALES].view(np.float16), blocks[:, :, SCALES:].reshape(*blocks.shape[:2], *fours)
 
     def write(self, page: NDArray[np.uint8], first: int, x: Floats) -> None:
         padded = np.zeros((len(x), self.n_heads, self.stride), np.float32)
@@ -161,7 +167,7 @@ class BlockArray(KVArray):
 
 
 class Q8(BlockArray):
-    """Numbers from -127 to 127."""
+    """Numbers from -127 to 127; also -128, where the scale is subnormal and was rounded down."""
 
     bits = 8
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .arch import Config, Role, tensors
+from .cache import UNDO
 from .errors import UsageError
 from .formats import QTensor
 from .pages import PAGE, GroupLayout
@@ -20,8 +21,6 @@ from .program import TOKENS_AT_ONCE
 
 if TYPE_CHECKING:
     from .weights import Weights
-
-UNDO = 512  # positions that layers with a window keep for going back, see `KVCache`
 
 
 @dataclass(frozen=True)

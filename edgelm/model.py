@@ -25,7 +25,9 @@ from .memory import Memory
 
 if TYPE_CHECKING:
     from .chat import ChatTemplate
-    from .session import Message, Progress, Response, Session
+    from .disk import Progress
+    from .overflow import Message
+    from .session import Response, Session
     from .tokenizer import Tokenizer
 
 __all__ = ["Model", "Runner", "Settings", "generate", "load", "stream_generate"]

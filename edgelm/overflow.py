@@ -41,8 +41,9 @@ def fit_messages(
 ) -> tuple[list[int], int]:
     """(tokens of the messages that fit, how many tokens were dropped with the others).
 
-    Whole messages are dropped, the oldest first, so that what is left is still a conversation. System messages and the
-    last message stay, with "truncate-middle" also the first of the others. What is left may still be too long.
+    Whole messages are dropped, the oldest first, so that what is left is still a conversation. System messages at the
+    beginning and the last message stay, with "truncate-middle" also the first after them. What is left may still be
+    too long.
     """
     tokens = render(messages)
     if len(tokens) <= n_ctx or request.overflow == "error":
@@ -69,6 +70,6 @@ def _drop_exchange(messages: list[Message], at: int) -> None:
 
 def shift(tokens: list[int], n_fixed: int) -> tuple[list[int], int]:
     """A full context without half of what follows the first `n_fixed` tokens, and how many tokens that is."""
-    n_fixed = min(n_fixed, len(tokens) - 2)
+    n_fixed = min(n_fixed, max(0, len(tokens) - 2))
     n_dropped = max(1, (len(tokens) - n_fixed) // 2)
     return tokens[:n_fixed] + tokens[n_fixed + n_dropped :], n_dropped

@@ -8,7 +8,7 @@ LongRoPE, arXiv 2402.13753). It knows no kernel and no model.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ class RopeTable:
         self.rope = rope
         self.magnitude = magnitude(rope)
         self.frequencies = frequencies(rope, _choose(rope, factors, n_ctx))
-        self._cos, self._sin = self._compute(0, 0), self._compute(0, 0)
+        self._cos = self._sin = np.empty((0, rope.dim // 2), np.float32)
 
     def tables(self, n_positions: int) -> tuple[Floats, Floats]:
         """Cosines and sines of positions 0 … n_positions - 1: float32 (n_positions, dim / 2), magnitude folded in.
@@ -47,15 +47,18 @@ class RopeTable:
             self._cos.flags.writeable = self._sin.flags.writeable = False
         return self._cos[:n_positions], self._sin[:n_positions]
 
-    def _compute(self, start: int, stop: int) -> Floats:
-        return np.empty((stop - start, self.rope.dim // 2), np.float32)
+
+def factors_that_apply(rope: Rope, names: Container[str], n_ctx: int) -> str:
+    """Which of the factors that a model may have: its fixed ones, or LongRoPE's for a context up to or beyond the
+    original one."""
+    if "rope_freqs" in names:
+        return "rope_freqs"
+    return "rope_factors_long" if n_ctx > rope.orig_context else "rope_factors_short"
 
 
 def _choose(rope: Rope, factors: Mapping[str, NDArray[Any]], n_ctx: int) -> NDArray[np.float64]:
-    """The divisors that apply: the model's fixed ones, or LongRoPE's for a context up to or beyond the original one."""
-    name = "rope_freqs"
-    if name not in factors:
-        name = "rope_factors_long" if n_ctx > rope.orig_context else "rope_factors_short"
+    """The divisors that apply."""
+    name = factors_that_apply(rope, factors, n_ctx)
     chosen = np.asarray(factors.get(name, np.ones(rope.dim // 2)), np.float64)
     if chosen.shape != (rope.dim // 2,):
         raise FormatError(

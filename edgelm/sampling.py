@@ -2,7 +2,7 @@
 
 `Sampler` composes the filters of `filters` once, in the user's order, and keeps what changes from token to token: the
 tokens said, the random bits, mirostat's estimate. The usual chains run as one call of machine code where the process
-has such code anyway. Knows nothing of models; text only through a function that gives the text of a token.
+has such code anyway, for a model. Knows nothing of models; text only through a function that gives the text of a token.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ __all__ = [
     "parse_samplers",
 ]
 
-_MAX_LOG = 88.7228391  # natural logarithm of the largest float32
+_LARGEST = float(np.finfo(np.float32).max)
+_MAX_LOG = 88.7228391  # its natural logarithm
 
 
 class _Step(NamedTuple):
@@ -69,7 +70,7 @@ class Sampler:
         eog_ids: tokens that end the generation; `ignore_eos` excludes them.
         token_text: text of a token, for DRY's sequence breakers; without it there are none.
         encode: tokens of a text, for sequence breakers that need more than one token.
-        compiled: use machine code for the chains it can do; None: if this process runs compiled kernels anyway.
+        compiled: use machine code for the chains it can do; None: if this process has a model that is compiled.
 
     Attributes:
         seed: the seed in use, also when the parameters ask for a random one.
@@ -105,7 +106,7 @@ class Sampler:
         self._greedy = p.temperature <= 0 and p.dynatemp_range == 0
         self._adapts = "adaptive_p" in p.samplers and p.adaptive_target >= 0
         self._draws = not (p.mirostat or self._adapts)  # from what the filters leave, by its probability
-        self._compiled = "edgelm.kernels.compiler" in sys.modules if compiled is None else compiled
+        self._compiled = "edgelm.kernels.executor" in sys.modules if compiled is None else compiled
         self._mu = 2 * p.mirostat_tau
         self._xtc_uniform: float | None = None  # of this token, if it is drawn already
         self._chain = self._compose()
@@ -225,9 +226,9 @@ class Sampler:
         if not self._compiled:
             return None
         try:
-            from .kernels.sampling import Chooser, repetitions
+            from .kernels.sampling import Chooser, compiled_repetitions
 
-            self._repeated = repetitions
+            self._repeated = compiled_repetitions() if self._dries else None
             n = Chooser.knows(steps)
             whole = [*steps, (f"mirostat_{p.mirostat}", (self._mu,))] if p.mirostat else steps
             wide = (n < len(whole) or not whole) and not (self._greedy or self._adapts) and Chooser.knows_all(whole)
@@ -293,9 +294,9 @@ class Sampler:
         p = self.params
         n, base, allowed = p.dry_penalty_last_n, p.dry_base, p.dry_allowed_length
         history = np.frombuffer(self._said, np.int64)[-n if n > 0 else 0 :]
-        grows = max(1, int(_MAX_LOG / math.log(base))) if base > 1.000001 else 0  # no penalty beyond float32
+        grows = max(1, int(_MAX_LOG / math.log(base))) if base > 1.000001 else 0  # no power beyond float32
         found = continuations(history, self._breakers, allowed, allowed + grows, self._repeated)
-        return {i: -p.dry_multiplier * base ** (length - allowed) for i, length in found.items()}
+        return {i: -min(p.dry_multiplier * base ** (length - allowed), _LARGEST) for i, length in found.items()}
 
     def _xtc(self, c: Candidates) -> Candidates:
         p = self.params

@@ -167,11 +167,13 @@ def _biases(given: Any) -> tuple[tuple[int, float], ...]:
 
 _INF = math.inf
 _LARGEST = 1e30  # of all numbers: what is computed with them in float32 stays finite
+_MOST_TOKENS = 2**31 - 1
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("seed", -1, 2**64 - 1),
     ("top_p", 0, _INF), ("min_p", 0, _INF), ("typical_p", 0, _INF),
     ("xtc_probability", 0, 1), ("xtc_threshold", 0, 1),
-    ("min_keep", 0, _INF), ("dynatemp_range", 0, _INF), ("dynatemp_exponent", 0, _INF),
+    ("top_k", -_MOST_TOKENS, _MOST_TOKENS), ("min_keep", 0, _MOST_TOKENS),
+    ("dynatemp_range", 0, _INF), ("dynatemp_exponent", 0, _INF),
     ("repeat_last_n", -1, _INF), ("dry_penalty_last_n", -1, _INF),
     ("dry_multiplier", 0, _INF), ("dry_base", 0, _INF), ("dry_allowed_length", 0, _INF),
     ("adaptive_target", -1, 1), ("adaptive_decay", 0, 0.99),
@@ -186,10 +188,17 @@ def _number(name: str, value: Any, kind: str, infinite: bool = False) -> Any:
     except (TypeError, ValueError, OverflowError):
         number = None
     if number is None or number != value or isinstance(value, str | bool):
-        raise UsageError(f"{name} is {value!r}; it must be {'a whole number' if kind == 'int' else 'a number'}")
-    if kind == "float" and abs(number) > _LARGEST and not (infinite and math.isinf(number)):
-        raise UsageError(f"{name} is {value!r}; it must be finite, and at most {_LARGEST:g}")
+        raise UsageError(f"{name} is {_shown(value)}; it must be {'a whole number' if kind == 'int' else 'a number'}")
+    if abs(number) > _LARGEST and not (infinite and math.isinf(number)):
+        raise UsageError(f"{name} is {_shown(value)}; it must be finite, and at most {_LARGEST:g}")
     return number
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.60}"
+    except ValueError:  # more digits than Python writes
+        return "too large"
 
 
 GREEDY = Sampling(temperature=0.0)

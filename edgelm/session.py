@@ -2,16 +2,18 @@
 
 A session keeps what it has computed. Whatever it is asked to continue next, it reuses the longest prefix that it
 has already and computes the rest. Kernels sum in an order that does not depend on how a text was cut, so a
-cached answer is the answer that would have come without a cache.
+cached answer is the answer that would have come without a cache; to the last bit, unless a matrix unit computes
+prompts (`load(batch_invariant=True)` does without).
 
 Knows tokens, a runner and a sampler; nothing of files, terminals or kernels.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +31,9 @@ from .sampling import Sampler, logprobs
 if TYPE_CHECKING:
     import os
 
+    from .disk import Progress
     from .model import Model
-
-Message = Mapping[str, Any]
-Progress = Callable[[str, int, int], None]
+    from .overflow import Message
 
 
 @dataclass(frozen=True)
@@ -194,9 +195,10 @@ class Session:
             token_text=lambda token: tokenizer.token_bytes(token).decode("utf-8", "replace"),
             encode=lambda text: tokenizer.encode(text, add_special=False, parse_special=False),
         )
-        self._answer += 1
+        with self._alone():
+            answer = self._answer = self._answer + 1
         counts = _Counts(prompt_tokens=len(tokens), dropped_tokens=dropped + more)
-        return self._generate(tokens, request, sampler, counts, self._answer, progress)
+        return self._generate(tokens, request, sampler, counts, answer, progress)
 
     def _n_fixed(self, request: Request) -> int:
         """Tokens at the start that are never dropped: those asked for, and the BOS token."""
@@ -296,7 +298,10 @@ class Session:
         """Drops half of what may be dropped and computes what follows it again, at its new positions."""
         kept, dropped = overflow.shift(self._tokens, self._n_fixed(request))
         counts.dropped_tokens += dropped
-        self._prefill(kept, _Counts(), None)
+        if kept:
+            self._prefill(kept, _Counts(), None)
+        else:  # a window of one token
+            self._truncate(0)
 
     def _truncate(self, n_tokens: int) -> None:
         """Forgets all tokens from `n_tokens` on; all of them when layers with a window no longer allow less."""
@@ -310,13 +315,16 @@ class Session:
             raise UsageError("this session was closed; make another one with Model.session()")
 
     @contextmanager
-    def _alone(self, answer: int) -> Iterator[None]:
-        """The session to ourselves, and in order, whatever ended the last computation."""
+    def _alone(self, answer: int | None = None) -> Iterator[None]:
+        """The session to ourselves, and in order, whatever ended the last computation; for an answer, if it may go on.
+
+        Who ends the answer that is being read does so within: a call that is refused changes nothing.
+        """
         self._need_open()
         if not self._busy.acquire(blocking=False):
             raise UsageError("a session is used by two threads at once; give each thread a session of its own")
         try:
-            if answer != self._answer:
+            if answer is not None and answer != self._answer:
                 raise UsageError("this answer is over: the session was asked for something else in the meantime")
             if len(self._tokens) != self._sequence.length:  # interrupted between the two
                 self._truncate(min(len(self._tokens), self._sequence.length))
@@ -328,10 +336,10 @@ class Session:
 
     def truncate(self, n_tokens: int) -> None:
         """Takes everything from the `n_tokens`-th token on back. An answer that is being read ends."""
-        if not 0 <= n_tokens <= len(self._tokens):
-            raise UsageError(f"cannot go back to {n_tokens} tokens; the session has {len(self._tokens)}")
-        self._answer += 1
-        with self._alone(self._answer):
+        with self._alone():
+            if not 0 <= n_tokens <= len(self._tokens):
+                raise UsageError(f"cannot go back to {n_tokens} tokens; the session has {len(self._tokens)}")
+            self._answer += 1
             self._truncate(n_tokens)
 
     def reset(self) -> None:
@@ -340,40 +348,41 @@ class Session:
 
     def fork(self) -> Session:
         """Another session with the same text; what both have in common is stored once."""
-        other = Session(self.model)
-        other.defaults = self.defaults
-        with self._alone(self._answer):
+        with self._alone():
+            other = copy.copy(self)
             other._sequence, other._tokens = self._sequence.fork(), list(self._tokens)
+            other._busy, other._answer = threading.Lock(), 0
         return other
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the tokens and their cached keys and values to a file, for `load` with the same model."""
         from . import session_file
 
-        with self._alone(self._answer):
+        with self._alone():
             session_file.save(Path(path), self.model, self._tokens, self._sequence)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Takes over what `save` wrote.
 
         Raises:
-            FormatError: the file is damaged or is of another model. The session is as it was then.
+            FormatError: the file is damaged or is of another model. The session is as it was then, as with the others.
             SourceError: the file cannot be opened.
+            CacheFull: there is no memory for what it holds.
         """
         from . import session_file
 
         tokens, sequence = session_file.load(Path(path), self.model, self.model.new_cache())
-        self._answer += 1
-        with self._alone(self._answer):
-            self._sequence.release()
-            self._tokens, self._sequence = tokens, sequence
+        with self._alone():
+            self._answer += 1
+            before, self._tokens, self._sequence = self._sequence, tokens, sequence
+            before.release()
 
     def close(self) -> None:
-        """Gives the memory back, for good; again it does nothing. Collecting the session does the same."""
+        """Gives the memory back to the model's other sessions; again it does nothing. Collecting it does the same."""
         if self._is_closed:
             return
-        self._answer += 1
-        with self._alone(self._answer):
+        with self._alone():
+            self._answer += 1
             self._sequence.release()
             self._tokens.clear()
             self._is_closed = True

@@ -63,7 +63,10 @@ def _tokens(path: Path, file: BinaryIO, model: Model) -> list[int]:
     except (ValueError, KeyError, TypeError, RecursionError):
         raise FormatError(f"{path}: the header of this saved session is damaged") from None
     if fingerprint != model.fingerprint:
-        raise FormatError(f"{path} was saved with another model than {model.name}; load that one")
+        raise FormatError(
+            f"{path} was saved with another model than {model.name}, or with a --ctx-size that takes other RoPE "
+            "factors; load that one"
+        )
     if not isinstance(n_tokens, int) or not 0 <= n_tokens <= model.n_ctx:
         raise FormatError(f"{path} holds {n_tokens} tokens; the context window has {model.n_ctx}, see --ctx-size")
     data, check = file.read(4 * n_tokens), file.read(4)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import linecache
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 
 import hypothesis.strategies as st
 import numpy as np
@@ -14,6 +19,7 @@ from in_threads import in_threads
 
 from edgelm.cache import PAGE, Batch, CacheFull, GroupLayout, KVCache, Sequence
 from edgelm.errors import UsageError
+from edgelm.pages import Pool
 
 
 @dataclass(frozen=True)
@@ -335,6 +341,98 @@ def test_threads():
     in_threads(work, 4)
     gc.collect()
     assert cache.n_pages == 0
+
+
+def interrupt(call: Callable[[], None], at: int) -> bool:
+    """Calls, and has a KeyboardInterrupt come before the `at`-th line of the cache that runs; whether there were so
+    many lines. None comes before `try` and `with`, where Python takes none either: a lock would be kept."""
+    n_lines = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> object:
+        nonlocal n_lines
+        if frame.f_globals["__name__"] not in ("edgelm.cache", "edgelm.pages"):
+            return None
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).split()
+        if event == "line" and line[0] not in ("with", "try:"):
+            n_lines += 1
+            if n_lines == at:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def check_after_interrupt(cache: KVCache, sequences: list[Sequence], data: dict[int, tuple[np.ndarray, ...]]) -> None:
+    """No page is in a table and free, or in more tables than it is counted; what sequences hold is complete."""
+    for g, pool in enumerate(cache._pools):
+        used = [address for sequence in sequences for address in sequence.table(g).tolist() if address]
+        assert all(pool.counts.get(address, 0) >= used.count(address) for address in used)
+        assert not set(used) & set(pool.free) and len(set(pool.free)) == len(pool.free)
+        for sequence in sequences:
+            first = needed(cache, sequence, g)
+            assert sequence.length <= sequence.capacity and sequence.table(g)[first // PAGE :].all()
+            for layer in cache.groups[g].layers:
+                keys, _ = sequence.read(layer, sequence.length)
+                np.testing.assert_array_equal(keys[first:], data[layer][0][first : sequence.length])
+
+
+CALLS: dict[str, Callable[[Sequence], object]] = {
+    "reserve": lambda s: s.reserve(150), "advance": lambda s: s.advance(150), "fork": lambda s: s.fork(),
+    "truncate": lambda s: s.truncate(s.floor + 1), "reset": lambda s: s.truncate(0), "release": lambda s: s.release(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_interrupts_spoil_nothing(name):
+    """Wherever they come: a page may be lost, but none has two owners, and who was interrupted goes on."""
+    for at in itertools.count(1):
+        cache, rng = KVCache(GROUPS, undo=150), np.random.default_rng(4)
+        data = rows(cache, 700, rng)
+        trunk = cache.new_sequence()
+        for begin in range(0, 310, 10):
+            append(trunk, {layer: (k[begin : begin + 10], v[begin : begin + 10]) for layer, (k, v) in data.items()})
+        twin = trunk.fork()
+        if name == "advance":
+            trunk.reserve(150)
+            for layer, (k, v) in data.items():
+                trunk.write(layer, 310, k[310:460], v[310:460])
+        done = not interrupt(lambda trunk=trunk: CALLS[name](trunk), at)
+        if trunk._finaliser.alive:
+            check_after_interrupt(cache, [trunk, twin], data)
+            trunk.truncate(0)
+            append(trunk, {layer: (k[:200], v[:200]) for layer, (k, v) in data.items()})
+            check_after_interrupt(cache, [trunk, twin], data)
+        else:
+            trunk.truncate(trunk.length)
+            check_after_interrupt(cache, [twin], data)
+            with pytest.raises(UsageError, match="released"):
+                trunk.reserve(1)
+        if done:
+            break
+
+
+def test_an_interrupt_while_pages_are_taken_loses_none(monkeypatch):
+    cache = KVCache(GROUPS)
+    sequence, taken, take = cache.new_sequence(), itertools.count(), Pool.take
+
+    def interrupted(pool: Pool, limit: int | None) -> int:
+        if next(taken) == 7:
+            raise KeyboardInterrupt
+        return take(pool, limit)
+
+    sequence.reserve(PAGE)
+    monkeypatch.setattr(Pool, "take", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sequence.reserve(6 * PAGE)
+    assert cache.n_pages == len(GROUPS) and sequence.capacity == PAGE
 
 
 # --- batches

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import io
+import struct
+import zlib
 
 import hypothesis.strategies as st
 import numpy as np
@@ -13,7 +15,7 @@ from test_cache import GROUPS, Group, append, rows
 
 from edgelm.cache import KVCache, Sequence
 from edgelm.errors import FormatError
-from edgelm.kv_types import KV_TYPES
+from edgelm.kv_types import KV_TYPES, PAGE
 
 
 def saved(kv_type: str = "f16", n: int = 300) -> tuple[KVCache, Sequence, bytes]:
@@ -40,13 +42,16 @@ def test_save_and_load(kv_type, n):
 
 
 @pytest.mark.parametrize("kv_type", [*KV_TYPES])
-def test_saved_bytes_hold_nothing_of_other_texts(kv_type):
-    cache, _, _ = saved(kv_type, n=70)
+@pytest.mark.parametrize("n", [10, PAGE, 100])
+def test_saved_bytes_hold_nothing_of_other_texts(kv_type, n):
+    """Neither behind the last position nor in the padding."""
+    cache, other, _ = saved(kv_type, n=300)
+    other.release()
     for pool in cache._pools:
-        for address in pool.free:
-            pool.pages[address][:] = 0xAB
+        for page in pool.pages.values():
+            page[:] = 0xAB
     sequence = cache.new_sequence()
-    append(sequence, rows(cache, 10, np.random.default_rng(6)))
+    append(sequence, rows(cache, n, np.random.default_rng(6)))
     assert b"\xab\xab\xab" not in sequence.to_bytes()
 
 
@@ -61,6 +66,12 @@ def test_files_of_other_caches_are_refused():
         KVCache(GROUPS).from_bytes(b"GGUF" + data)
     with pytest.raises(FormatError, match="at most 299 fit"):
         KVCache(GROUPS).from_bytes(data, max_length=299)
+
+
+def test_two_names_of_a_type_are_one():
+    _, _, data = saved("q8_0")
+    cache = KVCache(GROUPS, "q8_0/q8_0", undo=20)
+    assert cache.kv_type == "q8_0" and cache.from_bytes(data).length == 300
 
 
 def test_truncated_files():
@@ -98,4 +109,35 @@ def test_claims_of_a_file_are_not_believed():
         with pytest.raises(FormatError):
             KVCache(GROUPS, undo=20).from_bytes(bytes(lie))
     sequence.release()
+    assert cache.n_pages == 0
+
+
+def test_lengths_that_windows_hide(monkeypatch):
+    """Where all layers have windows, a few pages are all that a text of any length has."""
+    groups = (Group((0,), window=90),)
+    cache, rng = KVCache(groups, undo=20), np.random.default_rng(4)
+    sequence = cache.new_sequence()
+    for _ in range(30):
+        append(sequence, rows(cache, 10, rng))
+    data, n_kept = sequence.to_bytes(), -(-300 // PAGE) - sequence._first[0]
+    at = data.index(struct.pack("<2q", 300, sequence._first[0]))
+    sequence.release()
+
+    def claiming(length: int) -> bytes:
+        counts = struct.pack("<2q", length, -(-length // PAGE) - n_kept)
+        body = data[:at] + counts + data[at + len(counts) : -4]
+        return body + struct.pack("<I", zlib.crc32(body))
+
+    assert cache.from_bytes(claiming(300)).length == 300
+    assert cache.from_bytes(claiming(2**20)).length == 2**20
+    for length in (2**31, 2**40, 2**62):
+        with pytest.raises(FormatError, match="at most 2147483647 fit"):
+            cache.from_bytes(claiming(length))
+
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("edgelm.cache.np.zeros", no_memory)
+    with pytest.raises(MemoryError):
+        cache.from_bytes(claiming(2**20))
     assert cache.n_pages == 0

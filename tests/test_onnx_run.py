@@ -230,6 +230,16 @@ def test_without_onnxruntime(root: Path) -> None:
     assert "edgelm.errors.UnsupportedError" in done.stderr and "pip install edgelm[onnx]" in done.stderr
 
 
+def test_an_answer_loads_no_numba(root: Path) -> None:
+    path = str(tiny_onnx.folder(root / "alone", "optimum"))
+    program = (
+        "import sys, edgelm; edgelm.load(sys.argv[1]).generate('the', max_tokens=3, seed=1)\n"
+        "print([m for m in ('numba', 'llvmlite', 'edgelm.kernels.sampling') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_an_onnxruntime_that_is_too_old(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 

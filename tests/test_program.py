@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from in_threads import in_threads
 from numpy.typing import NDArray
 from tiny import ALL, VARIANTS, tiny
 
+import edgelm
 from edgelm import gguf
 from edgelm.arch import ARCHS, Config
 from edgelm.cache import Batch, Sequence
@@ -72,6 +74,17 @@ def run(program: Program, tokens: NDArray[np.int32], sequence: Sequence | None =
 
 def nmse(value: NDArray[np.float32], truth: NDArray[np.float32]) -> float:
     return float(np.mean((value - truth) ** 2) / np.mean(truth**2))
+
+
+def test_batch_invariant_models_do_without_a_matrix_unit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether there is one is asked here of nobody."""
+    path = tiny("llama-gqa", folder=folder)
+    monkeypatch.setattr("edgelm.environment.permitted", lambda: True)
+    for settings, least in (({}, LEAST), ({"batch_invariant": False}, LEAST), ({"batch_invariant": True}, 0)):
+        with edgelm.load(path, interpreter="program", **settings) as model:
+            runners: list[Any] = [model.runner, model.hidden_runner]
+            for runner in runners:
+                assert runner._environment._fields[:, Env.TILES].tolist() == [least, least]
 
 
 # --- against the reference ---

@@ -88,6 +88,8 @@ def test_logit_bias_of_another_form(text):
         {"top_p": -0.1}, {"min_p": -1}, {"xtc_probability": 1.1}, {"repeat_penalty": 0}, {"repeat_penalty": -1},
         {"repeat_last_n": -2}, {"mirostat": 3}, {"seed": -2}, {"min_keep": -1}, {"logit_bias": {1: math.nan}},
         {"logit_bias": {"a": 1}}, {"dry_base": -1}, {"adaptive_decay": 1.0}, {"top_k": True},
+        {"top_k": 2**31}, {"top_k": 2**63}, {"top_k": -(10**400)}, {"min_keep": 2**63}, {"seed": 10**400},
+        {"repeat_last_n": 10**5000}, {"logit_bias": {10**400: 1}}, {"temperature": 10**5000},
     ],
 )  # fmt: skip
 def test_a_value_that_cannot_be_meant_is_named(wrong):
@@ -236,6 +238,16 @@ def test_dry_looks_back_as_far_as_it_is_told():
         for token in history:
             sampler.accept(token)
         assert bool(distribution(sampler, LOGITS[0]).logits[3] < LOGITS[0][3]) is forbidden
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_dry_of_a_long_repetition_stays_finite(compiled):
+    params = Sampling(dry_multiplier=5, dry_penalty_last_n=-1, seed=1)
+    sampler = Sampler(params, 500, compiled=compiled)
+    for token in (*range(400), *range(399)):
+        sampler.accept(token)
+    assert -math.inf < sampler._repetitions()[399] < -1e38
+    assert sampler(np.zeros(500, np.float32)) != 399
 
 
 def test_bias_and_end_of_generation():

@@ -5,6 +5,7 @@ Imports no Numba; the kernels are in `attention_kernels`, which also says how th
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +25,7 @@ LARGEST_HEAD = 1024
 AHEAD = 4  # tokens: queries of so much later are fetched, and the lines of their results
 COUNTER = 64  # bytes of a counter of finished blocks, one for each of SPLIT_TOKENS tokens and each KV head
 PARTIAL = 64  # bytes of a maximum and a sum, before the values that belong to them
-LOG2_E = 1.4426950408889634  # scores are taken in units of ln 2
+LOG2_E = math.log2(math.e)  # scores are taken in units of ln 2
 CAUSAL, HALVES, OF_OUTPUTS = 1, 2, 4  # flags, and the types of keys and values beside them:
 KINDS = {"f32": 0, "f16": 1, "q4_0": 4, "q8_0": 8}  # the latter two are the bits of a number
 KEY_KIND, VALUE_KIND = 1 << 8, 1 << 16

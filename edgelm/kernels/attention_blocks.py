@@ -56,19 +56,14 @@ from edgelm.kernels.attention_layout import (
     v_stride,
     value_kind,
 )
-from edgelm.kernels.attention_quants import BLOCK as DIMS
-from edgelm.kernels.attention_quants import (
-    SCALES,
-    multiply_keys,
-    multiply_values,
-    quantize_query,
-    quantize_weights,
-)
+from edgelm.kernels.attention_quants import multiply_keys, multiply_values, quantize_query, quantize_weights
 from edgelm.kernels.attention_tiles import has_pairs, round_row, rounded
 from edgelm.kernels.hadamard import turn
 from edgelm.kernels.rope import rotate
 from edgelm.kernels.vector_math import LOG2_E, emit_exp2_negative, emit_exp2_rough, emit_tanh
 from edgelm.kernels.words import function
+from edgelm.kv_types import BLOCK as DIMS
+from edgelm.kv_types import block_bytes
 
 LOWEST = -3.4028234663852886e38  # of float32
 ROWS_AT_ONCE = 16  # of a softmax: their scores stay in the nearest cache
@@ -267,7 +262,7 @@ def page_values(e, op, base, n_rows, page, page_start, values, ahead, sums):
         return
     with e.choose(is_quantized(kind)) as (numbers, floats):
         with numbers:
-            stride, size = 4 * v_stride(e, op), SCALES + PAGE * DIMS // 8 * kind
+            stride, size = 4 * v_stride(e, op), block_bytes(kind)
             with e.loop(0, v_stride(e, op) // DIMS) as block:
                 at, own = size * block, sums + 4 * DIMS * block
                 weights = base + WEIGHTS + 4 * PAGE * page
@@ -281,7 +276,7 @@ def page_values(e, op, base, n_rows, page, page_start, values, ahead, sums):
 def merge(e, width, state, merged, block, sums):
     """Merges one block into a row's state and values: `block` is the address of its maximum and sum."""
     m, total = e.load_f32(block), e.load_f32(block + 4)
-    with e.when(m.is_not(MINUS_INFINITY)):  # it saw something of it
+    with e.when(m.is_(MINUS_INFINITY).is_(0)):  # it saw something of it; a maximum that is not a number too
         old = e.load_f32(state + TOTAL_MAX)
         grows, one = m > old, e.vector(1.0)
         smaller = e.apply(emit_exp2_negative, e.vector(e.select(grows, old, m) - e.select(grows, m, old)))

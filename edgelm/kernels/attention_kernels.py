@@ -3,7 +3,8 @@
 What is computed for a query head is fixed, whoever computes it beside what: for each block of BLOCK positions, counted
 from the beginning of the sequence, the scores, their maximum m, weights exp(score - m), the weights' sum and the sum of
 values so weighted, position by position; and then the blocks are merged in ascending order (Milakov & Gimelshein 2018,
-Dao et al. 2022). So a prompt gives the same bits at once, in chunks, token by token, or beside other sequences.
+Dao et al. 2022). So a prompt gives the same bits at once, in chunks, token by token, or beside other sequences; but
+not where a matrix unit takes prompts, see `attention_prompts`.
 
 Units are (KV head, tile of TILE tokens, one of TILE parts). With many tokens a part is a token, and a thread works on
 as many neighbouring ones at a time as it was given. With few tokens and a long past a part is some of the blocks:
@@ -83,9 +84,9 @@ def attend(e, op, env, base, token, n_tokens, kv_head, head, n_heads, begin, end
     k = e.load_word(op + K_OFFSET) + head_bytes(e, key_kind(e, op), k_stride(e, op)) * kv_head
     v = e.load_word(op + V_OFFSET) + head_bytes(e, value_kind(e, op), width) * kv_head
     first, last = blocks(e, low, high)
-    begin, end, last_page = e.max(begin, first), e.min(end, last), (high - 1) // PAGE
+    first, last, last_page = e.max(begin, first), e.min(end, last), (high - 1) // PAGE
     next_head = k + head_bytes(e, key_kind(e, op), k_stride(e, op))
-    with e.loop(begin, end) as block:
+    with e.loop(first, last) as block:
         start = BLOCK * block
         from_, to = e.max(start, low // PAGE * PAGE), e.min(start + BLOCK, high)
         with e.loop(from_, to, PAGE) as at:
@@ -93,8 +94,8 @@ def attend(e, op, env, base, token, n_tokens, kv_head, head, n_heads, begin, end
             block_scores(e, op, base, n_rows, (at - start) // PAGE, at, to - at, page + k, page + v)
         block_softmax(e, op, base, n_rows, start, to - start)
         whole = partial.is_(0)
-        alone = whole & block.is_(begin)  # nothing to be merged with
-        later, keys = e.select(block < end - 1, block + 1, begin), e.select(block < end - 1, k, next_head)
+        alone = whole & block.is_(first)  # nothing to be merged with
+        later, keys = e.select(block < last - 1, block + 1, first), e.select(block < last - 1, k, next_head)
         sums = base + e.select(alone, MERGED, e.word(SUMS))
         block_values(e, op, base, n_rows, start, from_, to, pages, later, last_page, v, keys, sums)
         with e.loop(0, n_rows) as r:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from edgelm.kernels.abi import WORD, Env, Row
 from edgelm.kernels.attention import BLOCK, CAUSAL, KEY_KIND, KINDS, VALUE_KIND
-from edgelm.kernels.attention_quants import BLOCK as DIMS
-from edgelm.kernels.attention_quants import SCALES
 from edgelm.kernels.attention_quants import WEIGHTS as WEIGHTS_OF_ROW
 from edgelm.kernels.emit import I1
 from edgelm.kernels.words import Value, function
+from edgelm.kv_types import BLOCK as DIMS
+from edgelm.kv_types import PAGE, block_bytes
 
-PAGE = 64
 ROWS = 192  # of a tile: as many tokens as a thread takes at a time, of three heads
 TILE_FLOATS = 24576  # values of all its queries: 96 KiB
 CONVERT_ROWS = 12  # from so many rows on, half floats are converted once for all of them
@@ -86,7 +85,7 @@ def v_stride(e, op):
 def head_bytes(e, kind, stride):
     """Bytes of a head's keys, or values, in a page."""
     floats = stride * e.select(kind.is_(KINDS["f32"]), e.word(4 * PAGE), 2 * PAGE)
-    return e.select(is_quantized(kind), stride // DIMS * (SCALES + PAGE * DIMS // 8 * kind), floats)
+    return e.select(is_quantized(kind), stride // DIMS * block_bytes(kind), floats)
 
 
 def pages_of(e, env, token, group):

@@ -15,9 +15,8 @@ from edgelm.kernels.emit import F32, I8, I16, I32, I64, I8x16, I8x64, I32x16, lo
 from edgelm.kernels.isa import Form
 from edgelm.kernels.isas import select as select_isa
 from edgelm.kernels.words import Emitter, Value, function
+from edgelm.kv_types import BLOCK, PAGE, SCALES, block_bytes
 
-PAGE, BLOCK = 64, 32  # as in kv_types
-SCALES = 2 * PAGE  # bytes of a block's scales, before its numbers
 LARGEST = 127 * 128 + 63  # of whole numbers of 15 bits
 TINY = 2.0**-126  # the smallest normal float32
 NOTHING = 2.0**-60  # a weight that counts for nothing beside the largest, which is 1; products of smaller are slow
@@ -28,10 +27,6 @@ MAGNITUDE, INFINITY = 0x7FFFFFFF, 0x7F800000
 QUERY_LOW, QUERY_OFFSET, QUERY = BLOCK, 2 * BLOCK, 4 * BLOCK
 # Weights of a page: bytes of 64 positions, minus `zero` times their sum, and their scale.
 WEIGHTS_LOW, WEIGHTS_OFFSET, WEIGHTS_SCALE, WEIGHTS = PAGE, 2 * PAGE, 2 * PAGE + 4, 160
-
-
-def block_bytes(bits: int) -> int:
-    return SCALES + PAGE * BLOCK * bits // 8
 
 
 def _form(e: Emitter, bits: int) -> Form:

@@ -1,12 +1,13 @@
 """Stores keys and values in the pages of the KV cache, as `kv_types` says they lie there.
 
-What is stored for a position depends on its key and value alone. Knows nothing of how pages are managed.
+What is stored for a position depends on its key and value alone; but what is put into the padding of float values is
+whatever follows them. Knows nothing of how pages are managed.
 """
 
 from __future__ import annotations
 
 from edgelm.kernels.abi import WORD
-from edgelm.kernels.attention import COUNTER, HALVES, LARGEST_HEAD, SPLIT_TOKENS
+from edgelm.kernels.attention import COUNTER, HALVES, KINDS, LARGEST_HEAD, SPLIT_TOKENS
 from edgelm.kernels.attention_layout import (
     ARGS,
     COS,
@@ -36,9 +37,9 @@ COLUMNS = 16  # tokens whose keys are stored at once, if they come after each ot
 
 
 @function
-def store_column(e, x, n, half, to):
+def store_column(e, x, n, kind, to):
     """n float32 at x to a column of a page of keys. x is overwritten."""
-    with e.choose(half.is_not(0)) as (f16, f32):
+    with e.choose(kind.is_(KINDS["f16"])) as (f16, f32):
         with f16:
             with e.loop(0, n // 16 * 16, 16) as i:
                 bits = e.narrow(e.load(x + 4 * i))
@@ -62,7 +63,7 @@ def _transposed(e, rows):
 
 
 @function
-def store_columns(e, x, n, half, to):
+def store_columns(e, x, n, kind, to):
     """16 rows of n float32 at x, a multiple of 16, to as many neighbouring columns of a page of keys."""
     def write(size, convert):
         with e.loop(0, n, 16) as i:
@@ -70,7 +71,7 @@ def store_columns(e, x, n, half, to):
             for row, columns in enumerate(_transposed(e, rows)):
                 e.store(to + size * PAGE * (i + row), columns)
 
-    with e.choose(half.is_not(0)) as (f16, f32):
+    with e.choose(kind.is_(KINDS["f16"])) as (f16, f32):
         with f16:
             write(2, e.narrow)
         with f32:
@@ -113,7 +114,7 @@ def store_keys(e, op, env, x, head, token, n, page, column):
         with numbers:
             store_blocks(e, x, dim, width, kind, column, 1, to)
         with floats:
-            first = to + e.select(kind.is_(0), e.word(4), 2) * column
+            first = to + e.select(kind.is_(KINDS["f32"]), e.word(4), 2) * column
             with e.choose(n > 1) as (many, one):
                 with many:
                     store_columns(e, x, dim, kind, first)
@@ -131,9 +132,9 @@ def store_value(e, op, env, x, head, token, page, column):
         with e.loop(0, n, 16) as i:
             e.store(x + 4 * i, e.load(source + 4 * i))
         store_blocks(e, x, n, width, kind, column, 0, to)
-    with e.when(kind.is_(0)), e.loop(0, n, 16) as i:
+    with e.when(kind.is_(KINDS["f32"])), e.loop(0, n, 16) as i:
         e.store(to + 4 * width * column + 4 * i, e.load(source + 4 * i))
-    with e.when(kind.is_(1)), e.loop(0, n, 16) as i:
+    with e.when(kind.is_(KINDS["f16"])), e.loop(0, n, 16) as i:
         e.store(to + 2 * width * column + 2 * i, e.narrow(e.load(source + 4 * i)))
 
 

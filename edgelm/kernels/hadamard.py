@@ -10,8 +10,8 @@ from llvmlite import ir
 
 from edgelm.kernels.emit import F32x16
 from edgelm.kernels.words import Value, function
+from edgelm.kv_types import BLOCK
 
-BLOCK = 32  # as in kv_types
 FACTOR = float(np.float32(1) / np.sqrt(np.float32(BLOCK)))
 
 

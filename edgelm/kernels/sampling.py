@@ -11,12 +11,15 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.kernels import compiler
+
+if TYPE_CHECKING:
+    from edgelm.repetition import Find
 
 KERNEL = "sampling_kernels:choose"
 WIDE_KERNEL = "sampling_wide_kernels:choose"
@@ -64,6 +67,12 @@ def repetitions(history: NDArray[np.int64], shortest: int, longest: int) -> tupl
     _kernel(REPETITIONS)(history.ctypes.data, len(history), found.ctypes.data, _MOST_PLACES)
     n = int(found[2])
     return (found[3 : 3 + 2 * n : 2].tolist(), found[4 : 4 + 2 * n : 2].tolist()) if n >= 0 else None
+
+
+def compiled_repetitions() -> Find:
+    """`repetitions`, when there is machine code for it; ImportError where there is none, nor Numba to make it."""
+    _kernel(REPETITIONS)
+    return repetitions
 
 
 class Chooser:

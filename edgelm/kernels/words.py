@@ -26,7 +26,6 @@ from numba.core import cgutils
 
 from edgelm.kernels.emit import (
     F32,
-    I8,
     I16,
     I32,
     I64,
@@ -40,6 +39,7 @@ from edgelm.kernels.emit import (
     prefetch_at,
     repeat,
     spread,
+    stack,
     store_at,
     widen_f16,
 )
@@ -270,10 +270,7 @@ class Emitter:
 
     def prefetch(self, address: Value) -> None:
         """Has the cache line fetched into the second-level cache, if the address is one; does nothing if not."""
-        pointer = self.b.inttoptr(address.llvm, I8.as_pointer())
-        fn = self.b.module.globals.get("llvm.prefetch.p0i8") or ir.Function(
-            self.b.module, ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32]), "llvm.prefetch.p0i8")
-        self.b.call(fn, [pointer, I32(0), I32(2), I32(1)])
+        prefetch_at(self.b, address.llvm)
 
     def prefetch_to_write(self, address: Value) -> None:
         """The same in the nearest cache, to be written."""
@@ -281,10 +278,7 @@ class Emitter:
 
     def stack(self, n_bytes: int) -> Value:
         """Address of memory that lasts until the function returns; aligned to 64 bytes, not cleared."""
-        with self.b.goto_entry_block():
-            slot = self.b.alloca(ir.ArrayType(I8, n_bytes))
-            slot.align = 64
-        return Value(self, self.b.ptrtoint(slot, I64))
+        return Value(self, stack(self.b, n_bytes))
 
     def atomic_add(self, address: Value, n: Value) -> Value:
         """Adds n to a word, returns what was there. What other threads wrote before they added is then seen."""

@@ -72,8 +72,11 @@ class Case:
             for address in pool.free:
                 pool.pages[address][:] = 0xFF
 
-    def forward(self, parts: list[tuple[Sequence, tuple[np.ndarray, ...]]], layer: int = 2) -> np.ndarray:
-        """Attention of the next tokens of some sequences: parts of q, k and v; the result of all of them."""
+    def forward(
+        self, parts: list[tuple[Sequence, tuple[np.ndarray, ...]]], layer: int = 2, outputs: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Attention of the next tokens of some sequences: parts of q, k and v; the result of all of them, or of those
+        tokens alone that want an output."""
         for sequence, (q, _, _) in parts:
             sequence.reserve(len(q))
         batch = Batch.of((sequence, [0] * len(q), "none") for sequence, (q, _, _) in parts)
@@ -82,10 +85,11 @@ class Case:
         n_scratch = scratch_bytes(layout, self.n_heads, N_CTX) if self.n_scratch is None else self.n_scratch
         columns = (self.n_heads + self.n_kv_heads) * (self.head_dim + self.v_head_dim) + 4 * 16
         ws = Workspace(4 * n * columns + n_scratch + (1 << 14), self.seed + n)
-        q_off, q_stride = ws.put(np.concatenate([x[0] for _, x in parts]))
+        q = np.concatenate([x[0] for _, x in parts])
+        q_off, q_stride = ws.put(q if outputs is None else q[outputs])
         k_off, k_stride = ws.put(np.concatenate([x[1] for _, x in parts]))
         v_off, v_stride = ws.put(np.concatenate([x[2] for _, x in parts]))
-        y_off, y_stride, y = ws.buffer(n, self.n_heads * self.v_head_dim)
+        y_off, y_stride, y = ws.buffer(n if outputs is None else len(outputs), self.n_heads * self.v_head_dim)
         beside = ws.take(4096)  # nothing may be written after the result
         scratch = ws.take(n_scratch)
         after = ws.take(4096)
@@ -99,12 +103,15 @@ class Case:
         ws.set(Env.LENGTHS, np.array([s.length + len(x[0]) for s, x in parts], np.int32))
         ws.set(Env.COS, np.array([0, self.cos.ctypes.data]))
         ws.set(Env.SIN, np.array([0, self.sin.ctypes.data]))
+        if outputs is not None:
+            ws.set_outputs(outputs, batch.positions, batch.rows)
         rope = {"rope": 1, "rope_dim": self.rope_dim, "halves": self.halves} if self.rope_dim else {}
         index = layer - 1
         rows = (
             row_store_kv(layout, 1, index, k_off, k_stride, v_off, v_stride, scratch_off=scratch, **rope),
             row_attention(layout, 1, index, self.n_heads, q_off, q_stride, y_off, y_stride, scale=self.scale,
-                          scratch_off=scratch, n_scratch=n_scratch, softcap=self.softcap, causal=self.causal, **rope),
+                          scratch_off=scratch, n_scratch=n_scratch, softcap=self.softcap, causal=self.causal, **rope,
+                          count=Env.N_TOKENS if outputs is None else Env.N_OUTPUTS),
         )
         if self.executor is None:
             ws.run(*rows, portions=self.portions)

@@ -57,6 +57,15 @@ class Workspace:
             value = value.ctypes.data
         self.env[field] = value
 
+    def set_outputs(self, outputs: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> None:
+        """The environment of tokens that want an output, from where all tokens stand; after all other fields."""
+        self.set(Env.N_OUTPUTS, len(outputs))
+        of_tokens = self.env.copy()
+        self.set(Env.N_TOKENS, len(outputs))
+        self.set(Env.POSITIONS, positions[outputs])
+        self.set(Env.ROWS, rows[outputs])
+        self.env_of_outputs[:], self.env[:] = self.env, of_tokens
+
     def run(self, *rows: list[int], portions: int | None = 3) -> None:
         """portions: into how many ranges the units of a row are divided, at least; None: one."""
         for row in rows:

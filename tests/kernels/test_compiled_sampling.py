@@ -115,6 +115,16 @@ def test_wide_chains_leave_what_is_odd_to_the_filters(params):
                 assert samplers[0](plain) == samplers[1](plain)
 
 
+def test_the_largest_numbers_of_tokens():
+    most = 2**31 - 1
+    row = np.random.default_rng(0).standard_normal(500).astype(np.float32)
+    for params in ({"min_keep": most}, {"samplers": "tkp", "top_k": most}, {"samplers": "tkp", "top_k": -most}):
+        wide = {"top_k": 0, **params}
+        samplers = [Sampler(Sampling(seed=5, **wide), 500, compiled=on) for on in (True, False)]
+        assert samplers[0]._chooser.wide
+        assert [samplers[0](row) for _ in range(9)] == [samplers[1](row) for _ in range(9)]
+
+
 @pytest.mark.parametrize(
     ("params", "used"),
     [
@@ -227,8 +237,11 @@ def test_without_numba_the_filters_do_it_all(monkeypatch):
     _kernel.cache_clear()
     monkeypatch.setattr("edgelm.kernels.compiler.address", missing)
     row = np.random.default_rng(0).standard_normal(500).astype(np.float32)
-    params = Sampling(seed=1, repeat_penalty=1.2)
-    samplers = Sampler(params, 500, compiled=True), Sampler(params, 500, compiled=False)
-    assert samplers[0]._chooser is None
-    assert samplers[0](row) == samplers[1](row)
+    for more in ({"repeat_penalty": 1.2}, {"dry_multiplier": 0.8}, {"dry_multiplier": 0.8, "mirostat": 1}):
+        samplers = [Sampler(Sampling(seed=1, **more), 500, compiled=on) for on in (True, False)]
+        assert samplers[0]._chooser is None
+        for sampler in samplers:
+            for token in (5, 6, 7, 8, 5, 6, 7):
+                sampler.accept(token)
+        assert samplers[0](row) == samplers[1](row)
     _kernel.cache_clear()

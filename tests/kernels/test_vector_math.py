@@ -34,7 +34,8 @@ CASES = [
     ("exp", np.exp, (-104, -87.3), 1.0, 2.0**-126),
     ("exp_negative", np.exp, (-87.3, 0), 1.0, 0.0),
     ("exp2_negative", np.exp2, (-125.9, 0), 1.0, 0.0),
-    ("exp2_rough", np.exp2, (-125.9, 0), 1.5e-5 * 2**24, 0.0),
+    ("exp2_rough", np.exp2, (-125.9, 0), 3.1e-6 * 2**24, 0.0),
+    ("exp2_rougher", np.exp2, (-125.9, 0), 7.6e-5 * 2**24, 0.0),
     ("tanh", np.tanh, (-0.7, 0.7), 2.0, 0.0),
     ("tanh", np.tanh, (-20, 20), 2.0, 0.0),
     ("erf", erf, (-1.1, 1.1), 2.0, 0.0),
@@ -64,8 +65,7 @@ def compiled(name):
     return apply
 
 
-NAMES = ("exp", "exp_negative", "exp2_negative", "exp2_rough", "tanh", "erf", "silu", "gelu", "gelu_erf", "relu")
-FUNCTIONS = {name: compiled(name) for name in NAMES}
+FUNCTIONS = {name: compiled(name) for name in dict.fromkeys([case[0] for case in CASES] + ["relu"])}
 
 
 @pytest.mark.parametrize(("name", "exact", "bounds", "ulps", "floor"), CASES)
@@ -88,11 +88,12 @@ def test_edges():
     }
     for name, values in want.items():
         np.testing.assert_allclose(FUNCTIONS[name](x), np.array(values, np.float32), rtol=2e-7, err_msg=name)
-    for name, low in (("exp_negative", -90.0), ("exp2_negative", -126.5), ("exp2_rough", -126.5)):
+    for name, low, error in (("exp_negative", -90.0, 0), ("exp2_negative", -126.5, 0), ("exp2_rough", -126.5, 0),
+                             ("exp2_rougher", -126.5, 7.6e-5)):
         y = FUNCTIONS[name](np.array([0.0, -inf, low, -1e30], np.float32))
-        if name == "exp2_rough":  # what is subnormal becomes 0 with its rounding to bfloat16
+        if "rough" in name:  # what is subnormal becomes 0 with its rounding to bfloat16
             y[y < 2.0**-126] = 0
-        np.testing.assert_array_equal(y, [1, 0, 0, 0])
+        np.testing.assert_allclose(y, [1, 0, 0, 0], rtol=error)
         assert np.isnan(FUNCTIONS[name](np.array([nan], np.float32)))
     assert np.array_equal(np.signbit(FUNCTIONS["tanh"](x[:2])), [False, True])
 

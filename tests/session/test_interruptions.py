@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,6 +55,26 @@ def test_an_interrupt_between_the_cache_and_the_tokens(model: Model) -> None:
     )
 
 
+def test_an_interrupt_while_a_saved_session_is_taken_over(
+    model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    saved, session = model.session(), model.session()
+    list(saved.stream(PROMPT, max_tokens=3, **GREEDY))
+    saved.save(tmp_path / "x")
+    list(session.stream("the dog", max_tokens=3, **GREEDY))
+    release = session._sequence.release
+
+    def interrupted() -> None:
+        release()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session._sequence, "release", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.load(tmp_path / "x")
+    again, fresh = (read(s.stream(PROMPT, max_tokens=8, **GREEDY)) for s in (session, model.session()))
+    assert again[:2] == fresh[:2]
+
+
 def test_a_later_answer_ends_an_earlier_one(model: Model) -> None:
     session = model.session()
     first = session.stream(PROMPT, max_tokens=8, **GREEDY)
@@ -62,9 +85,13 @@ def test_a_later_answer_ends_an_earlier_one(model: Model) -> None:
     assert read(second)[0] == model.generate("the dog", max_tokens=4, **GREEDY)
 
 
-def test_one_session_in_two_threads_is_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_session_in_two_threads_is_refused(
+    model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And the answer that the other thread reads does not notice."""
     session, inside, go_on = model.session(), threading.Event(), threading.Event()
-    forward = model.runner.forward
+    forward, expected = model.runner.forward, model.generate(PROMPT, max_tokens=3, **GREEDY)
+    model.session().save(tmp_path / "x")
 
     def slow(batch: Batch) -> Any:
         inside.set()
@@ -72,13 +99,20 @@ def test_one_session_in_two_threads_is_refused(model: Model, monkeypatch: pytest
         return forward(batch)
 
     monkeypatch.setattr(model.runner, "forward", slow)
-    thread = threading.Thread(target=lambda: list(session.stream(PROMPT, max_tokens=1, **GREEDY)))
-    thread.start()
-    assert inside.wait(600)
-    with pytest.raises(UsageError, match="two threads at once"):
-        session.save("nowhere")
-    go_on.set()
-    thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(lambda: read(session.stream(PROMPT, max_tokens=3, **GREEDY))[0])
+        assert inside.wait(600)
+        refused: list[Callable[[], object]] = [
+            lambda: session.save("nowhere"), lambda: session.load(tmp_path / "x"), lambda: session.truncate(0),
+            session.reset, session.fork, session.close, lambda: session.stream(PROMPT),
+        ]  # fmt: skip
+        try:
+            for use in refused:
+                with pytest.raises(UsageError, match="two threads at once"):
+                    use()
+        finally:
+            go_on.set()
+        assert answer.result() == expected
 
 
 def test_sessions_in_several_threads(model: Model) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from answers import GREEDY, PROMPT, read, says
 
 from edgelm.cache import KVCache
 from edgelm.errors import ContextFull, TemplateError, UsageError
+from edgelm.kernels.matrix_unit import LEAST
 from edgelm.model import Model
 
 # ------------------------------------------------------------------------------------------------------------ an answer
@@ -112,14 +114,17 @@ def test_cached_is_uncached(model: Model) -> None:
         assert cached[:2] == fresh[:2]
 
 
-def test_cached_logits_are_the_uncached_ones_bit_for_bit(model: Model, interpreter: str) -> None:
+def test_cached_logits_are_the_uncached_ones_bit_for_bit(load: Callable[..., Model], interpreter: str) -> None:
+    """With a matrix unit, if that is asked for."""
     if interpreter == "reference":
         pytest.skip("NumPy's products depend on the shape of the batch")
+    model, prompt = load(batch_invariant=True), 6 * PROMPT
+    assert len(model.tokenize(prompt)) > LEAST
     session = model.session()
-    list(session.stream(PROMPT, max_tokens=9, **GREEDY))
-    list(session.stream(PROMPT + "the dog", max_tokens=0))
-    responses = list(session.stream(PROMPT + "the fox", max_tokens=6, logprobs=5, **GREEDY))
-    fresh = list(model.session().stream(PROMPT + "the fox", max_tokens=6, logprobs=5, **GREEDY))
+    list(session.stream(prompt, max_tokens=9, **GREEDY))
+    list(session.stream(prompt + "the dog", max_tokens=0))
+    responses = list(session.stream(prompt + "the fox", max_tokens=6, logprobs=5, **GREEDY))
+    fresh = list(model.session().stream(prompt + "the fox", max_tokens=6, logprobs=5, **GREEDY))
     assert responses[0].cached_tokens > 0
     assert [(r.token, r.logprob, r.logprobs) for r in responses] == [(r.token, r.logprob, r.logprobs) for r in fresh]
 
@@ -282,6 +287,15 @@ def test_a_shift_goes_on(load: Callable[..., Model], interpreter: str) -> None:
     assert len(now) == 40 - (40 - 5) // 2 + 1
     if interpreter == "program":  # recomputed at its new positions: the same as if it had been the prompt
         assert read(model.session().stream(now, max_tokens=1, **GREEDY))[1] == [responses[first].token]
+
+
+def test_a_shift_in_a_window_of_one_token(load: Callable[..., Model]) -> None:
+    model = load(ctx_size=1)
+    responses = list(model.session().stream([5], overflow="shift", max_tokens=4, **GREEDY))
+    assert [r.dropped_tokens for r in responses] == [0, 1, 2, 3]
+    said = [5, *(r.token for r in responses)]
+    for before, token in itertools.pairwise(said):
+        assert read(model.session().stream([before], max_tokens=1, **GREEDY))[1] == [token]
 
 
 def test_a_conversation_that_does_not_fit(load: Callable[..., Model]) -> None:

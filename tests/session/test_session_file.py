@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,3 +60,27 @@ def test_saved_sessions_of_other_models(load: Callable[..., Model], tmp_path: Pa
             other.session().load(tmp_path / "x")
     with pytest.raises(FormatError, match="context window has 4"):
         load(ctx_size=4).session().load(tmp_path / "x")
+
+
+def test_saved_sessions_of_other_rope_factors(load: Callable[..., Model], tmp_path: Path) -> None:
+    """LongRoPE turns keys by one list of factors or the other, as the context window says."""
+    short, still_short, long = (load("phi3-longrope", ctx_size=n) for n in (32, 30, 33))
+    session = short.session()
+    list(session.stream(PROMPT, max_tokens=1, **GREEDY))
+    session.save(tmp_path / "x")
+    still_short.session().load(tmp_path / "x")
+    with pytest.raises(FormatError, match="other RoPE factors"):
+        long.session().load(tmp_path / "x")
+
+
+def test_saved_sessions_of_a_type_with_two_names(load: Callable[..., Model], tmp_path: Path, interpreter: str) -> None:
+    one, other = (load(kv_type=name) for name in ("q8_0", "q8_0/q8_0"))
+    session = one.session()
+    list(session.stream(PROMPT, max_tokens=1, **GREEDY))
+    session.save(tmp_path / "x")
+    other.session().load(tmp_path / "x")
+    assert other.kv_type == "q8_0"
+    if interpreter == "program":
+        runner: Any = other.runner
+        list(other.session().stream(PROMPT, max_tokens=1, **GREEDY))
+        assert list(runner._plans) == ["q8_0"]
