@@ -44,9 +44,13 @@ class GGUFModel(Model):
         self.kv_type = settings.kv_type or ("f32" if self.interpreter == "reference" else "f16")
         self._chat_template = settings.chat_template
         self.runner = self._new_runner("hidden" if self.is_encoder else "logits", progress)
-        self.tokenizer = _tokenizer(file)  # last: weights may be packed meanwhile
-        if settings.chat_template is not None:
-            _ = self.template  # a wrong one is said now
+        try:
+            self.tokenizer = _tokenizer(file)  # last: weights may be packed meanwhile
+            if settings.chat_template is not None:
+                _ = self.template  # a wrong one is said now
+        except BaseException:
+            self.close()
+            raise
         if self.interpreter == "program":
             file.forget()  # everything was read
         self._cache = self.runner.new_cache(self.kv_type)
@@ -152,9 +156,8 @@ class GGUFModel(Model):
 
         # The window may be large and never be filled: room for a conversation is what has to be there.
         need = memory.estimate(self.config, (), min(self.n_ctx, 4096), self.kv_type)
-        forms, place = packed.load(
-            self.gguf, tensors, self._settings.packed, need.total, default_threads(), progress, pairs
-        )
+        n_threads = self._settings.threads_batch or self._settings.threads or default_threads()
+        forms, place = packed.load(self.gguf, tensors, self._settings.packed, need.total, n_threads, progress, pairs)
         if not isinstance(place, Path):
             return forms, place
         self.packed_file = place

@@ -91,8 +91,12 @@ class Program:
         n = max(self.n_threads, self.n_threads_batch)
         self._environment = Environment(self.max_tokens, len(self._groups), n, yield_address(), matrix_unit)
         self._plans: dict[str, Plan] = {}
-        self._plan(kv_type)
-        self._executor = Executor(n)
+        try:
+            self._plan(kv_type)
+            self._executor = Executor(n)
+        except BaseException:
+            self._stop_packing()
+            raise
 
     @property
     def n_bytes(self) -> int:
@@ -150,8 +154,13 @@ class Program:
             self._resources.packing.finish()
 
     def close(self) -> None:
-        """Ends the threads. A later call starts new ones."""
+        """Ends the threads, those that pack weights, too. A later call starts new ones."""
+        self._stop_packing()
         self._executor.close()
+
+    def _stop_packing(self) -> None:
+        if self._resources.packing is not None:
+            self._resources.packing.stop()
 
     # --- a call ---
 
@@ -285,6 +294,7 @@ class Program:
         if shared is not None and packing is not None:
             packing.finish()
         return Resources(self.config, packed, self.n_ctx, packing)
+
 
 def _pack(nodes: list[Node], there: Mapping[Matrix, Any], pack: Pack) -> tuple[dict[Matrix, Any], Any]:
     """Every weight matrix of a graph in the order of bytes that its kernel reads, and the packing of those that were

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
+import threading
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +20,13 @@ from blocks import random_blocks
 
 import edgelm
 from edgelm import gguf, mapped_file
-from edgelm.errors import SourceError
+from edgelm.errors import SourceError, TemplateError
 from edgelm.formats import QTensor, by_name
 from edgelm.kernels import packing, streamed, tiles, weight_layout
 from edgelm.kernels.units import UNITS
 
 TOKENS = [1, 2, 3, 5, 8, 13, 21]
+HANGS = 600  # seconds: no limit of speed
 
 
 def weight(name: str, n_rows: int, n_cols: int) -> QTensor:
@@ -149,6 +152,14 @@ def not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streamed, "BUFFER", 1)
 
 
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each group of a weight is packed behind the caller by itself, where the file is read."""
+    if not packing.read_address():
+        pytest.skip("the file is mapped")
+    monkeypatch.setattr(packing, "LARGE_PIECE", 1)
+
+
 @pytest.mark.parametrize("fmt", ["Q4_0", "Q4_K", "F16", "TQ2_0"])
 @pytest.mark.parametrize("arch", ["llama-gqa", "gpt2", "phi3", "qwen2", "bert-mean"])
 def test_a_first_run_without_packed_weights_gives_the_same_bits(
@@ -177,7 +188,7 @@ def test_what_is_packed_when_a_run_comes_is_used(
         with edgelm.load(model) as loaded:
             under_way = loaded.runner._resources.packing
             pieces, under_way._pieces = under_way._pieces, under_way._pieces[:n]
-            under_way._work()
+            under_way._work(under_way._ending)
             under_way._pieces = pieces
             np.testing.assert_array_equal(loaded.logits(TOKENS), expected)
             loaded.wait()
@@ -223,14 +234,101 @@ def test_rows_that_cannot_be_read_are_told(model: Path, tmp_path: Path) -> None:
             some.pack_rows(0, [3])
 
 
-def test_what_fails_behind_the_caller_is_raised_by_the_second_run(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any) -> int:
+def test_what_fails_behind_the_caller_is_raised_by_the_second_run(
+    model: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run needs no other thread."""
+    find, failed = gguf.GGUF.find, threading.Event()
+
+    def fail(self: gguf.GGUF, rows: np.ndarray) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            return find(self, rows)
+        failed.set()
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(packing, "_pack_piece", fail)
-    with edgelm.load(model) as loaded, pytest.raises(OSError, match="the disk is gone"):
-        for _ in range(2):
+    monkeypatch.setattr(gguf.GGUF, "find", fail)
+    with edgelm.load(model, threads=2) as loaded:
+        assert failed.wait(HANGS) and len(loaded.logits(TOKENS))
+        with pytest.raises(OSError, match="the disk is gone"):
             loaded.logits(TOKENS)
+
+
+def test_an_interrupt_ends_the_waiting_and_not_the_packing(
+    model: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with edgelm.load(model) as loaded:
+        expected = loaded.logits(TOKENS)
+    find, interrupted, caught = gguf.GGUF.find, threading.Event(), threading.Event()
+
+    def interrupt(self: gguf.GGUF, rows: np.ndarray) -> Any:
+        if not interrupted.is_set():
+            interrupted.set()
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            caught.wait(HANGS)
+        return find(self, rows)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
+    try:
+        monkeypatch.setattr(gguf.GGUF, "find", interrupt)
+        with edgelm.load(model, threads=1) as loaded:
+            with pytest.raises(KeyboardInterrupt):
+                loaded.wait()
+            caught.set()
+            np.testing.assert_array_equal(loaded.logits(TOKENS), expected)
+            loaded.wait()
+            np.testing.assert_array_equal(loaded.logits(TOKENS), expected)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def packing_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "edgelm-packing"]
+
+
+def test_a_closed_model_packs_no_more_and_goes_on_when_it_is_used(
+    model: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with edgelm.load(model) as loaded:
+        expected = loaded.logits(TOKENS)
+    find, endings, known = gguf.GGUF.find, list[threading.Event](), threading.Event()
+
+    def wait(self: gguf.GGUF, rows: np.ndarray) -> Any:
+        assert known.wait(HANGS) and endings[0].wait(HANGS), "until it is to end"
+        return find(self, rows)
+
+    monkeypatch.setattr(gguf.GGUF, "find", wait)
+    with edgelm.load(model, threads=3) as loaded:
+        under_way = loaded.runner._resources.packing
+        endings.append(under_way._ending)
+        known.set()
+    assert not under_way.finished and not packing_threads()
+    for _ in range(2):
+        np.testing.assert_array_equal(loaded.logits(TOKENS), expected)
+    loaded.close()
+
+
+def test_a_model_that_cannot_be_loaded_packs_no_more(
+    model: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find, stop, stopped = gguf.GGUF.find, packing.Packing.stop, threading.Event()
+
+    def spy(self: packing.Packing) -> None:
+        stopped.set()
+        stop(self)
+
+    monkeypatch.setattr(gguf.GGUF, "find", lambda self, rows: stopped.wait(HANGS) and find(self, rows))
+    monkeypatch.setattr(packing.Packing, "stop", spy)
+    with pytest.raises(TemplateError):
+        edgelm.load(model, chat_template="{% nonsense %}", threads=2)
+    assert stopped.is_set() and not packing_threads()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"), [({"threads": 3}, 3), ({"threads": 3, "threads_batch": 1}, 1), ({"threads_batch": 2}, 2)]
+)
+def test_packing_takes_as_many_threads_as_prompts(model: Path, settings: dict[str, int], expected: int) -> None:
+    with edgelm.load(model, **settings) as loaded:
+        assert loaded.runner._resources.packing.n_threads == loaded.runner.n_threads_batch == expected
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

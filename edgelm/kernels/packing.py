@@ -94,7 +94,6 @@ def pack_behind(
     memory = Memory(n_bytes)
     packing = Packing(memory, tensors, forms, n_threads, None, lend, find, LARGE_PIECE)
     packing.start()
-    weakref.finalize(packing, _stop, packing._failures, packing._stop, packing._threads)  # at exit, before memory goes
     return [form.within(memory.bytes) for form in forms], packing
 
 
@@ -136,18 +135,33 @@ class Packing:
         self._under_way = set[int]()  # pieces, by index, that a thread is at
         self._open = threading.Event()  # pieces may be begun
         self._open.set()
+        self._ending = threading.Event()  # those of `_threads` are to end, each after its piece
+        self._end = weakref.finalize(self, _end, self._failures, self._stop, self._threads)  # at exit, too
 
     def start(self) -> None:
-        """Begins on threads of its own, one fewer than there may be: whoever waits for the end packs, too."""
+        """Begins on threads of its own, one fewer than there may be until somebody waits for the end."""
         compiler.compile_all(dict.fromkeys(map(_kernel, self.tensors, self.forms)))
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self.n_threads - 1)]
-        for thread in self._threads:
-            thread.start()
+        self._start_threads(self.n_threads - 1)
+
+    def _start_threads(self, n: int) -> list[threading.Thread]:
+        """The threads that there are, after as many were started as had been missing to `n`."""
+        with self._lock:
+            while len(self._threads) < n:
+                thread = threading.Thread(
+                    target=self._work, args=(self._ending,), name="edgelm-packing", daemon=True
+                )
+                thread.start()
+                self._threads.append(thread)
+            return self._threads.copy()
 
     def run(self) -> None:
-        """From its start to its end."""
-        self.start()
-        self.finish()
+        """From its start to its end; an interrupt or a failure ends the threads."""
+        try:
+            self.start()
+            self.finish()
+        except BaseException:
+            self._end()
+            raise
 
     def _after_fork(self) -> None:
         """Begins again in a process that was forked: the threads have stayed behind, with what they were at."""
@@ -190,22 +204,36 @@ class Packing:
             raise unreadable()
 
     def finish(self) -> None:
-        """Packs what is left; raises what any of the threads could not do."""
+        """Returns when all is packed; raises what any of the threads could not do.
+
+        An interrupt only ends the waiting, since it comes to none of them: the next call waits for what is left.
+        """
         self._after_fork()
-        self._work()
-        for thread in self._threads:
-            thread.join()
+        while not self.finished and not self._failures:
+            for thread in self._start_threads(self.n_threads):
+                thread.join()
         if self._failures:
             raise self._failures[0]
 
-    def _work(self) -> None:
+    def stop(self) -> None:
+        """Ends the threads, each after the piece that it is at; `finish` goes on with what is left."""
+        self._after_fork()
+        with self._lock:
+            threads, ending = self._threads.copy(), self._ending
+            self._threads.clear()
+            self._ending = threading.Event()
+        ending.set()
+        for thread in threads:
+            thread.join()
+
+    def _work(self, ending: threading.Event) -> None:
         try:
             while not self._failures:
                 self._open.wait()
                 with self._lock:
                     if not self._open.is_set():
                         continue
-                    if self._next == len(self._pieces):
+                    if ending.is_set() or self._next == len(self._pieces):
                         return
                     at, self._next = self._next, self._next + 1
                     self._under_way.add(at)
@@ -219,11 +247,11 @@ class Packing:
                     self._done += n_bytes
                     if self._progress is not None:
                         self._progress(self._done, self._total)
-        except BaseException as failure:  # an interrupt, too: the other threads have to end
+        except BaseException as failure:  # the other threads have to end
             self._failures.append(failure)
 
 
-def _stop(failures: list[BaseException], stop: np.ndarray, threads: list[threading.Thread]) -> None:
+def _end(failures: list[BaseException], stop: np.ndarray, threads: list[threading.Thread]) -> None:
     failures.append(Stopped())
     stop[0] = 1
     for thread in threads:
