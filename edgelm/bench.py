@@ -26,6 +26,7 @@ import numpy as np
 
 from edgelm.errors import UsageError
 from edgelm.flags import cache_type, given
+from edgelm.kernels import child
 from edgelm.kv_types import both
 
 if TYPE_CHECKING:
@@ -313,9 +314,10 @@ def print_startup(path: str, repetitions: int, output: str, packed: str | None =
     With the bytecode of its modules, which pip makes when it installs them and a checkout's first run, too.
     """
     firsts, ends = [], []
-    command = [sys.executable, "-m", "edgelm", "run", path, "-p", "Hello", "-n", "2", "--temp", "0", "-q"]
+    command = child.command("-m", "edgelm", "run", path, "-p", "Hello", "-n", "2", "--temp", "0", "-q")
     command += [] if packed is None else ["--packed", packed]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment = child.environment()
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     for _ in range(repetitions + 1):  # the first one compiles what is not compiled, and is not counted
         began = time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:

@@ -23,6 +23,7 @@ from .kernels.matrix_unit import ROWS
 from .kernels.records import LIMIT, PRODUCT_LIMIT
 from .pages import GroupLayout
 from .placement import ALIGN, Step, Value, allocate, schedule
+from .threads import processes
 
 Floats = NDArray[np.float32]
 COUNTS = {TOKENS: int(Env.N_TOKENS), OUTPUTS: int(Env.N_OUTPUTS)}
@@ -372,7 +373,7 @@ def plan(
             step.row()
         _cap(lowering)
     kernels = [*executor.KERNELS, *wanted, *([sampling.KERNEL] if hidden is None else [])]  # logits will be sampled
-    compiler.compile_all(kernels, lambda name, done, total: progress("compiling kernels", done, total))
+    compiler.compile_all(kernels, progress, lambda: processes(compiler.PROCESS_BYTES))
     compiler.forget_llvm()
     table = np.array([step.row() for step in steps], np.int64).reshape(len(steps), Row.SIZE)
     levels = np.array([step.level for step in steps])

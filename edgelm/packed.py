@@ -34,6 +34,7 @@ from .free_memory import free_memory
 from .gguf import GGUF
 from .graph import Recorder, gates, in_order, matrices
 from .models import model_of
+from .threads import default_threads
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -134,14 +135,13 @@ class PackedFile:
         """
         from .kernels import packing
 
-        report = None if progress is None else lambda done, total: progress("packing weights", done, total)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             need_disk(path.parent, DATA + self.n_bytes, "name another place")
             with replacing(path, sync=True) as file:
                 file.truncate(DATA + self.n_bytes)
-                lend, find = self.file.lend, self.file.find
-                packing.Packing(_Writer(file), self.tensors, self.forms, n_threads, report, lend, find).run()
+                lend, find, n = self.file.lend, self.file.find, n_threads or default_threads()
+                packing.Packing(_Writer(file), self.tensors, self.forms, n, progress, lend, find).run()
                 file.seek(0)
                 file.write(self._head)
         except OSError as error:
@@ -249,7 +249,7 @@ def load(
             there, and makes one, with a warning, only if the weights do not fit into memory. Anything else is the path
             of a file.
         n_more: bytes that will be needed besides.
-        progress: called as progress("packing weights", done, total).
+        progress: called as progress(stage, done, total) while kernels are compiled and weights packed.
         pairs: as for `weight_layout.arrange`.
 
     Raises:
@@ -275,6 +275,5 @@ def load(
             )
         return packed_file.map(packed_file.write(path, n_threads, progress)), path
     if streamed.can_stream(packed_file.forms):
-        return packing.pack_behind(tensors, n_threads, file.lend, pairs, file.find)
-    report = None if progress is None else lambda done, total: progress("packing weights", done, total)
-    return packing.pack_all(tensors, n_threads, report, file.lend, pairs), None
+        return packing.pack_behind(tensors, n_threads, file.lend, pairs, file.find, progress)
+    return packing.pack_all(tensors, n_threads, progress, file.lend, pairs), None

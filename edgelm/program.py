@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -250,10 +249,9 @@ class Program:
         return True
 
     def _into_memory(self, tensors: list[QTensor], pairs: list[tuple[int, int]]) -> tuple[list[Any], Any]:
-        from .kernels.linear import pack_all
+        from .kernels.packing import pack_all
 
-        report = partial(self._progress, "packing weights")
-        return pack_all(tensors, progress=report, pairs=pairs), None
+        return pack_all(tensors, self.n_threads_batch, self._progress, pairs=pairs), None
 
     def _view(self, place: tuple[int, int], n_rows: int) -> NDArray[np.float32]:
         """Rows of a value in the workspace."""

@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from .free_memory import free_memory
+
 CPUS = Path("/sys/devices/system/cpu")
 SLOW_CPUS = Path("/sys/devices/cpu_atom/cpus")  # of Intel's hybrid processors, which tell no capacities
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -26,6 +28,13 @@ def default_threads() -> int:
         return max(1, cores if quota is None else min(cores, quota))
     count = os.cpu_count() or 2
     return max(1, count // 2 if count > 2 else count)
+
+
+def processes(n_bytes: int) -> int:
+    """How many processes of `n_bytes` each may work beside this one: as many as threads, if they fit into memory; at
+    least 1."""
+    free = free_memory()
+    return max(1, default_threads() if free is None else min(default_threads(), free // n_bytes))
 
 
 def _fast_cores(cpus: set[int]) -> int:

@@ -144,6 +144,20 @@ def test_bench_says_what_a_process_takes(model: Path) -> None:
     assert "| context 100 | peak |" in table and "after 100 tokens" in table and "estimate" in table
 
 
+@pytest.mark.parametrize("flags", [("--memory", "-c", "32"), ("--startup", "-r", "1")])
+def test_what_is_measured_executes_nothing_in_the_current_folder(
+    flags: tuple[str, ...], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    for name in ("edgelm", "json", "numpy"):
+        (folder / f"{name}.py").write_text(f"open({str(folder / 'executed')!r}, 'w')\n")
+    monkeypatch.chdir(folder)
+    result = CliRunner().invoke(main, ["bench", str(model), *flags, "-o", "json"])
+    assert not (folder / "executed").exists()
+    assert result.exit_code == 0, result.output
+
+
 def test_bench_memory_of_a_model_with_a_table_of_positions(tmp_path: Path) -> None:
     model = str(tiny.tiny("gpt2", folder=tmp_path))
     most = json.loads(CliRunner().invoke(main, ["bench", model, "--memory", "-o", "json"]).stdout)["n_ctx"]

@@ -109,7 +109,7 @@ def test_pieces_of_a_file_are_lent_and_forgotten(
     file = gguf.read(tmp_path / "m.gguf")
     most = 0
 
-    def watch(done: int, total: int) -> None:
+    def watch(stage: str, done: int, total: int) -> None:
         nonlocal most
         most = max(most, mapped_kib(tmp_path / "m.gguf"))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgelm import threads
+from edgelm import free_memory, threads
 
 
 @pytest.fixture
@@ -85,6 +85,17 @@ def test_quota(machine: Path, monkeypatch: pytest.MonkeyPatch, limits: dict[str,
 def test_at_least_one(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     may_use(monkeypatch)
     assert threads.default_threads() == 1
+
+
+@pytest.mark.parametrize(("available_kb", "expected"), [(1 << 30, 4), (2500, 2), (10, 1)])
+def test_no_more_processes_than_fit(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, available_kb: int, expected: int
+) -> None:
+    write(machine / "meminfo", f"MemAvailable: {available_kb} kB")
+    monkeypatch.setattr(free_memory, "MEMINFO", machine / "meminfo")
+    monkeypatch.setattr(free_memory, "OWN_CGROUP", machine / "own")
+    may_use(monkeypatch, 0, 1, 2, 3)
+    assert threads.processes(1 << 20) == expected
 
 
 def test_this_machine() -> None:

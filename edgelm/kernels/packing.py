@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
+from edgelm.disk import Progress
 from edgelm.errors import SourceError
 from edgelm.formats import QTensor
 from edgelm.kernels import compiler
@@ -72,7 +73,7 @@ def pack(tensor: QTensor) -> Packed:
 def pack_all(
     tensors: Sequence[QTensor],
     n_threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     lend: Lend = nullcontext,
     pairs: Pairs = (),
 ) -> list[Packed]:
@@ -84,24 +85,26 @@ def pack_all(
 
 
 def pack_behind(
-    tensors: Sequence[QTensor], n_threads: int | None, lend: Lend, pairs: Pairs, find: Find
+    tensors: Sequence[QTensor], n_threads: int | None, lend: Lend, pairs: Pairs, find: Find,
+    progress: Progress | None = None,
 ) -> tuple[list[Packed], Packing]:
     """As `pack_all`, but the weights are only there when the packing, which goes on behind the caller, is finished.
 
-    find: see `GGUF.find`.
+    find: see `GGUF.find`. progress: called before that, while kernels are compiled.
     """
     forms, n_bytes = arrange(tensors, pairs)
     memory = Memory(n_bytes)
     packing = Packing(memory, tensors, forms, n_threads, None, lend, find, LARGE_PIECE)
-    packing.start()
+    packing.start(progress)
     return [form.within(memory.bytes) for form in forms], packing
 
 
 class Packing:
     """Packs weights to where `forms` of `arrange` say, piece by piece in that order, by several threads at once.
 
-    `progress(bytes done, bytes in all)`, of packed weights, is called from one thread at a time. `lend(rows)` is where
+    `progress("packing weights", bytes done, bytes in all)` is called from one thread at a time. `lend(rows)` is where
     rows of a weight can be read, for as long as that takes, and `find(rows)` where they lie in a file: see `GGUF`.
+    n_threads: None for one on each core.
     """
 
     def __init__(
@@ -110,7 +113,7 @@ class Packing:
         tensors: Sequence[QTensor],
         forms: Sequence[Packed],
         n_threads: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
         lend: Lend = nullcontext,
         find: Find = lambda rows: None,
         piece_bytes: int = PIECE,
@@ -124,7 +127,7 @@ class Packing:
             for step in [max(1, piece_bytes // form.stride)]
             for first in range(0, form.n_groups, step)
         ]
-        self.n_threads = n_threads or os.cpu_count() or 1
+        self.n_threads = n_threads or compiler.n_cores()
         self._stop = np.zeros(1, np.int64)
         self._begin()
 
@@ -138,9 +141,10 @@ class Packing:
         self._ending = threading.Event()  # those of `_threads` are to end, each after its piece
         self._end = weakref.finalize(self, _end, self._failures, self._stop, self._threads)  # at exit, too
 
-    def start(self) -> None:
-        """Begins on threads of its own, one fewer than there may be until somebody waits for the end."""
-        compiler.compile_all(dict.fromkeys(map(_kernel, self.tensors, self.forms)))
+    def start(self, progress: Progress | None = None) -> None:
+        """Begins on threads of its own, one fewer than there may be until somebody waits for the end; progress: of
+        kernels that are compiled before."""
+        compiler.compile_all(map(_kernel, self.tensors, self.forms), progress, lambda: self.n_threads)
         self._start_threads(self.n_threads - 1)
 
     def _start_threads(self, n: int) -> list[threading.Thread]:
@@ -157,7 +161,7 @@ class Packing:
     def run(self) -> None:
         """From its start to its end; an interrupt or a failure ends the threads."""
         try:
-            self.start()
+            self.start(self._progress)
             self.finish()
         except BaseException:
             self._end()
@@ -246,7 +250,7 @@ class Packing:
                     self._under_way.remove(at)
                     self._done += n_bytes
                     if self._progress is not None:
-                        self._progress(self._done, self._total)
+                        self._progress("packing weights", self._done, self._total)
         except BaseException as failure:  # the other threads have to end
             self._failures.append(failure)
 
