@@ -152,10 +152,9 @@ def print_speed(
     results: list[Result] = []
     facts: dict[str, Any] = {}
     for n_threads in counts or (None,):
-        with bars(quiet) as progress:
-            model = load(
-                path, ctx_size=longest, threads=n_threads, threads_batch=n_threads, progress=progress, **settings
-            )
+        with bars(quiet) as progress, load(
+            path, ctx_size=longest, threads=n_threads, threads_batch=n_threads, progress=progress, **settings
+        ) as model:
             facts, roof = facts or about(model), read_bandwidth(model.n_threads)
             for test in tests:
                 progress(f"{test.name}, {model.n_threads} threads", 0, 0)
@@ -164,6 +163,7 @@ def print_speed(
                 if output == "jsonl":
                     progress.close()
                     print(json.dumps(record(facts, results[-1])), flush=True)
+        del model  # before the next one: memory may be enough for one alone
     if output == "json":
         print(json.dumps([record(facts, r) for r in results], indent=2))
     elif output == "csv":

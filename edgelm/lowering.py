@@ -366,6 +366,7 @@ def plan(
 
     lowering = Lowering(in_order([for_outputs(nodes[-1])]), resources, layouts)
     steps = schedule(lowering.steps)
+    lowering.steps.clear()  # they know it: a cycle would hold the weights until somebody looks for cycles
     hidden = lowering.hidden
     n_bytes = allocate(steps, -(-n_rows // ROWS) * ROWS, hidden)
     with compiler.only_wanted() as wanted:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import pickle
 import subprocess
 import sys
 import tomllib
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,25 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     heavy = ["numpy", "numba", "llvmlite", "tokenizers", "jinja2", "click", "rich", "huggingface_hub"]
     done = subprocess.run([sys.executable, "-c", program % heavy], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("arch", ["llama-gqa", "gemma2", "bert-mean"])
+def test_the_memory_of_a_model_goes_with_the_last_reference(arch: str, folder: Path) -> None:
+    """Nothing that holds weights is in a cycle, which a process may look for late."""
+    path = tiny.tiny(arch, folder=folder)
+    gc.collect()
+    gc.disable()
+    try:
+        with edgelm.load(path, threads=2) as loaded:
+            if not loaded.is_encoder:
+                loaded.generate("hello", max_tokens=3, **GREEDY)
+            loaded.embed(["hello"])
+            runners = (loaded.runner, loaded.hidden_runner)
+            held = [weakref.ref(one) for one in (loaded, *runners, *(runner._resources for runner in runners))]
+        del loaded, runners
+        assert not [one for one in held if one() is not None]
+    finally:
+        gc.enable()
 
 
 def test_loading_a_reference_model_loads_no_numba(decoder: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import click
@@ -14,6 +16,7 @@ from click.testing import CliRunner, Result
 from hostile.cases import CASES
 from tiny import tiny
 
+from edgelm import model as edgelm_model
 from edgelm.cli import main
 from edgelm.terminal import NO_MEMORY, json_text, printable, readable, told
 
@@ -134,6 +137,25 @@ def test_bench_prints_llama_bench_records(model: Path) -> None:
         assert record["stddev_ts"] >= 0
     table = edgelm("bench", model, "-p", 16, "-n", 0, "-pg", "8,2", "-d", 8, "-t", 1, "-r", 1, "-q").stdout
     assert "pp 16 @ d8" in table and "pp 8+tg 2 @ d8" in table
+
+
+def test_bench_holds_one_model_at_a_time(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, held = edgelm_model.load, list[weakref.ref[object]]()
+
+    def watched(*source: object, **settings: object) -> object:
+        assert not any(ref() for ref in held), "its memory is free by now, without a search for cycles"
+        loaded = load(*source, **settings)
+        held.extend(map(weakref.ref, (loaded, loaded.runner, loaded.runner._resources)))
+        return loaded
+
+    monkeypatch.setattr(edgelm_model, "load", watched)
+    gc.disable()
+    try:
+        result = edgelm("bench", model, "-p", 8, "-n", 1, "-t", "1,2,1", "-r", 1, "-q")
+    finally:
+        gc.enable()
+    assert result.exit_code == 0, result.exception
+    assert len(held) == 9
 
 
 def test_bench_times_the_start_of_processes(model: Path) -> None:
