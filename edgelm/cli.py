@@ -389,10 +389,10 @@ def warm(choice: Choice, **flags: Any) -> None:
 
 @main.command()
 @of_a_model
-@click.argument("out", required=False, type=click.Path(path_type=Path))
+@click.argument("out", required=False, type=click.Path())
 @click.option("--remove", is_flag=True, help="Remove the packed files of the model instead.")
 @click.option("--offline", is_flag=True, help="Never touch the network.")
-def pack(choice: Choice, out: Path | None, remove: bool, offline: bool) -> None:
+def pack(choice: Choice, out: str | None, remove: bool, offline: bool) -> None:
     """Write a model's weights down as the kernels read them: later starts map that file and do no work.
 
     The file is MODEL.packed, which every start finds by itself; OUT is one for --packed. It is for this version of
@@ -407,4 +407,4 @@ def pack(choice: Choice, out: Path | None, remove: bool, offline: bool) -> None:
             print(path)
         return
     with bars(choice.quiet) as progress:
-        print(packed.write(out or packed.beside, progress=progress))
+        print(packed.write(Path(out) if out else packed.beside, progress=progress))

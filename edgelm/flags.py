@@ -236,10 +236,16 @@ class Choice:
 
 
 def of_a_model(command: Command) -> Command:
-    """Decorates a command that has a `Choice` for its first argument: MODEL, -m or -hf, and -q."""
+    """Decorates a command that has a `Choice` for its first argument: MODEL, -m or -hf, and -q.
+
+    With -m or -hf what stands first is the second argument, TEXT or OUT, of a command that has one.
+    """
 
     @functools.wraps(command)
     def call(model: str | None, model_flag: str | None, hf_repo: str | None, quiet: bool, **rest: Any) -> Any:
+        second = next((name for name in ("text", "out") if name in rest), None)
+        if model and (model_flag or hf_repo) and second is not None and rest[second] is None:
+            model, rest[second] = None, model
         named = [source for source in (model, model_flag, f"hf:{hf_repo}" if hf_repo else None) if source]
         if len(named) > 1:
             raise UsageError(f"two models are named, {named[0]!r} and {named[1]!r}; name one")

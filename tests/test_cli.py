@@ -23,7 +23,9 @@ from edgelm.terminal import NO_MEMORY, json_text, printable, readable, told
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny("llama-gqa", folder=tmp_path_factory.mktemp("models"))
+    path = tiny("llama-gqa", folder=tmp_path_factory.mktemp("models"))
+    path.with_name(path.name + ".txt").write_text("hello there. " * 100)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,7 @@ def test_run_prints_the_completion_alone(model: Path) -> None:
     assert result.stderr == ""
     again = edgelm("run", "-m", model, "-n", 8, "--temp", 0, stdin="hello")
     assert again.stdout == result.stdout == edgelm("run", model, "hello", "-n", 8, "--temp", 0).stdout
+    assert result.stdout == edgelm("run", "-m", model, "hello", "-n", 8, "--temp", 0).stdout
     echoed = edgelm("run", model, "-p", "hello", "-n", 8, "--temp", 0, "--echo", "--stats")
     assert echoed.stdout == "hello" + result.stdout
     assert "tokens/s" in echoed.stderr
@@ -170,7 +173,10 @@ def test_bench_times_the_start_of_processes(model: Path) -> None:
     [
         (("run", "no-such-file.gguf", "-p", "x"), "no-such-file.gguf"),
         (("run", "smolm2", "-p", "x"), "did you mean smollm2?"),
-        (("run", "{model}", "-m", "{model}", "-p", "x"), "two models"),
+        (("run", "{model}", "x", "-m", "{model}"), "two models"),
+        (("run", "-m", "{model}", "-hf", "a/b", "x"), "two models"),
+        (("run", "x", "-m", "{model}", "-p", "y"), "two texts are given, by the argument and by -p"),
+        (("eval", "{model}", "-m", "{model}", "-f", "{model}.txt"), "two models"),
         (("run", "{model}", "x", "-p", "y"), "two texts are given, by the argument and by -p"),
         (("run", "{model}", "x", "-f", "-"), "two texts are given, by the argument and by -f"),
         (("tokenize", "{model}", "-p", "x", "-f", "-"), "two texts"),

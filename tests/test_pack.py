@@ -70,7 +70,7 @@ def test_the_command_pack(model: Path, cache: Path, tmp_path: Path) -> None:
     text = command("run", model, "-p", "hello", "-n", 5, "--temp", 0)
     with edgelm.load(model) as loaded:
         assert loaded.packed_file == beside and loaded.info()["packed_weights"] == str(beside)
-    assert command("pack", model, elsewhere, "-q") == f"{elsewhere}\n"
+    assert command("pack", model, elsewhere, "-q") == command("pack", "-m", model, elsewhere, "-q") == f"{elsewhere}\n"
     assert command("pack", model, "--remove") == f"{beside}\n"
     assert command("run", model, "-p", "hello", "-n", 5, "--temp", 0, "--packed", elsewhere) == text
     assert command("run", model, "-p", "hello", "-n", 5, "--temp", 0, "--no-mmap") == text
