@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import UsageError
-from .pages import PAGE, CacheFull, GroupLayout, Pool
+from .errors import CacheFull, UsageError
+from .pages import PAGE, UNDO, GroupLayout, Pool
 
 if TYPE_CHECKING:
     from .arch import CacheGroup
 
 __all__ = [
-    "PAGE", "Batch", "CacheFull", "CachedSequence", "GroupLayout", "KVCache", "Sequence", "SequenceCache", "paged",
+    "PAGE", "Batch", "CachedSequence", "GroupLayout", "KVCache", "Sequence", "SequenceCache", "paged",
 ]  # fmt: skip
 
 
@@ -71,7 +71,7 @@ class KVCache:
     """
 
     def __init__(
-        self, groups: tuple[CacheGroup, ...], kv_type: str = "f16", max_bytes: int | None = None, undo: int = 512
+        self, groups: tuple[CacheGroup, ...], kv_type: str = "f16", max_bytes: int | None = None, undo: int = UNDO
     ) -> None:
         self.groups, self.kv_type, self.max_bytes, self.undo = tuple(groups), kv_type, max_bytes, undo
         self.layouts = tuple(GroupLayout(g, kv_type) for g in self.groups)

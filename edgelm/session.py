@@ -2,7 +2,8 @@
 
 A session keeps what it has computed. Whatever it is asked to continue next, it reuses the longest prefix that it
 has already and computes the rest. Kernels sum in an order that does not depend on how a text was cut, so a
-cached answer is the answer that would have come without a cache.
+cached answer is the answer that would have come without a cache; but for the last bits of what goes through a matrix
+unit (`batch_invariant` of `edgelm.load`).
 
 Knows tokens, a runner and a sampler; nothing of files, terminals or kernels.
 """
