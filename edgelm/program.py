@@ -21,6 +21,7 @@ from .errors import ContextFull, UsageError
 from .formats import QTensor
 from .graph import Matrix, Node, Recorder, gates, in_order, matrices
 from .kernels.abi import Env
+from .mapped_file import unreadable
 from .rope import RopeTable
 from .threads import default_threads
 from .weights import Weights
@@ -101,12 +102,6 @@ class Program:
     def n_bytes(self) -> int:
         """Of all packed weights."""
         return sum(packed.n_bytes for packed in self._resources.packed.values())
-
-    @property
-    def transcoded(self) -> dict[str, tuple[str, str]]:
-        """(from, to): formats of weights, by name, that no kernel reads as they are."""
-        weights = self._resources.packed.items()
-        return {matrix.tensor.name: (p.transcoded_from, p.format) for matrix, p in weights if p.transcoded_from}
 
     def new_cache(self, kv_type: str = "f16", max_bytes: int | None = None) -> KVCache:
         """A cache for sequences of this model."""
@@ -228,7 +223,6 @@ class Program:
     def _walk_unpacked(self, plan: Plan) -> bool:
         """The same without the weights that are not packed, on all threads that pack; False if all are packed."""
         from .kernels.executor import Executor
-        from .kernels.packing import unreadable
         from .kernels.streamed import streamed
 
         packing, packed = self._resources.packing, self._resources.packed

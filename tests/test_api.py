@@ -19,7 +19,7 @@ import pytest
 import tiny
 
 import edgelm
-from edgelm import memory
+from edgelm import gguf, memory
 from edgelm.arch import Config
 from edgelm.cache import KVCache
 from edgelm.describe import describe
@@ -196,7 +196,18 @@ def test_types_without_kernels_are_said(folder: Path) -> None:
     assert facts["memory"]["weights"] > 3 * sum(t["n_bytes"] for t in facts["tensors"] if t["type"] == "TQ2_0")
     with edgelm.load(facts["path"], interpreter="program") as model:
         assert model.info()["memory"]["weights"] == pytest.approx(model.runner.n_bytes, rel=0.01)
-        assert {f"{a} as {b}" for a, b in model.runner.transcoded.values()} == {"TQ2_0 as INT8"}
+        forms = [form for form in model.runner._resources.packed.values() if form.transcoded_from]
+        assert {f"{form.transcoded_from} as {form.format}" for form in forms} == {"TQ2_0 as INT8"}
+
+
+def test_memory_counts_the_tokens_that_are_computed_at_once(decoder: Path, encoder: Path) -> None:
+    few, more = (
+        edgelm.load(decoder, interpreter="reference", max_tokens_per_run=n).memory(100).workspace for n in (16, 64)
+    )
+    assert more == 4 * few
+    config = Config.from_gguf(gguf.read(encoder).metadata)
+    short, long = (memory.estimate(config, (), n, "f16").workspace for n in (600, 1800))
+    assert long == 3 * short, "in an encoder all see each other"
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "f32", "q8_0", "q4_0/f16"])

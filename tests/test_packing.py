@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ import edgelm
 from edgelm import gguf, mapped_file
 from edgelm.errors import SourceError, TemplateError
 from edgelm.formats import QTensor, by_name
-from edgelm.kernels import packing, streamed, tiles, weight_layout
+from edgelm.kernels import compiler, packing, streamed, tiles, weight_layout
 from edgelm.kernels.units import UNITS
 
 TOKENS = [1, 2, 3, 5, 8, 13, 21]
@@ -120,6 +121,34 @@ def test_pieces_of_a_file_are_lent_and_forgotten(
     assert mapped_kib(tmp_path / "m.gguf") == 0, "no page that was mapped beside what was read is left"
 
 
+def test_a_file_is_lent_whatever_became_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where pages are not given back: the path may be relative, and lead to another file by now."""
+    monkeypatch.setattr(gguf, "GIVES_BACK", False)
+    tensor = weight("Q8_0", 64, 4096)
+    for name, data in (("m.gguf", tensor), ("other.gguf", replace(tensor, data=tensor.data ^ 1))):
+        tiny.write(tmp_path / name, {"general.architecture": "none"}, {"w": data})
+    monkeypatch.chdir(tmp_path)
+    file = gguf.read("m.gguf")
+    rows = file.tensors["w"].data[3:9]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    if sys.platform != "win32":  # which exchanges no file that is mapped
+        os.replace(tmp_path / "other.gguf", tmp_path / "m.gguf")
+    with file.lend(rows) as data:
+        assert np.array_equal(data, tensor.data[3:9])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files that are mapped are not cut short here")
+def test_a_file_that_was_cut_short_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "GIVES_BACK", False)
+    path = tmp_path / "m.gguf"
+    tiny.write(path, {"general.architecture": "none"}, {"w": weight("Q8_0", 64, 4096)})
+    file = gguf.read(path)
+    os.truncate(path, path.stat().st_size - 1000)
+    with pytest.raises(SourceError, match="cannot be read any more"), file.lend(file.tensors["w"].data[3:]):
+        pass
+
+
 def mapped_kib(path: Path) -> int:
     """Resident pages of the mapped file, where the system tells: else 0."""
     if not sys.platform.startswith("linux"):
@@ -148,7 +177,7 @@ def test_a_failure_in_any_thread_ends_all() -> None:
 @pytest.fixture
 def not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is packed behind the caller, and pieces of a first run are small."""
-    monkeypatch.setattr(packing.Packing, "start", lambda self: None)
+    monkeypatch.setattr(packing.Packing, "start", lambda self, progress=None: None)
     monkeypatch.setattr(streamed, "BUFFER", 1)
 
 
@@ -215,7 +244,7 @@ def test_a_file_that_cannot_be_read_any_more(
 ) -> None:
     """It has become shorter, or its descriptor is none: an error, and no logits of something else."""
     if not behind:
-        monkeypatch.setattr(packing.Packing, "start", lambda self: None)
+        monkeypatch.setattr(packing.Packing, "start", lambda self, progress=None: None)
     with (tmp_path / "empty").open("w+b") as empty:
         for descriptor in (empty.fileno(), 9999):
             monkeypatch.setattr(gguf.GGUF, "find", lambda self, rows, descriptor=descriptor: (descriptor, 0))
@@ -329,6 +358,23 @@ def test_a_model_that_cannot_be_loaded_packs_no_more(
 def test_packing_takes_as_many_threads_as_prompts(model: Path, settings: dict[str, int], expected: int) -> None:
     with edgelm.load(model, **settings) as loaded:
         assert loaded.runner._resources.packing.n_threads == loaded.runner.n_threads_batch == expected
+
+
+def test_kernels_that_pack_are_compiled_with_all_others(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a first start: so no core has nothing to compile."""
+    compile_all, told = compiler.compile_all, list[list[Any]]()
+
+    def watched(kernels: Iterable[Any], *rest: Any) -> None:
+        told.append(list(kernels))
+        compile_all(told[-1], *rest)
+
+    monkeypatch.setattr(compiler, "compile_all", watched)
+    monkeypatch.setattr(compiler, "is_compiled", lambda kernel: False)
+    monkeypatch.setattr(compiler, "_start_helpers", lambda missing, n: {})
+    with edgelm.load(model) as loaded:
+        modules = {str(kernel).partition(":")[0] for kernel in told[0]}
+        assert {"packing_kernels", "embed_kernels", "walk"} <= modules
+        assert len(loaded.logits(TOKENS)) == len(TOKENS)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

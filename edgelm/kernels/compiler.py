@@ -136,6 +136,11 @@ def only_wanted() -> Iterator[list[Kernel | str]]:
         _here.wanted = None
 
 
+def is_compiled(kernel: Kernel | str) -> bool:
+    """Whether its code is on disk."""
+    return _path_of(kernel)[1].is_file()
+
+
 def n_cores() -> int:
     """Cores of the machine that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -154,14 +159,14 @@ def compile_all(
     most `n_processes()`, of PROCESS_BYTES each; never more than MOST_PROCESSES, or than one for two kernels.
     """
     todo = list(dict.fromkeys(kernels))
-    missing = [kernel for kernel in todo if isinstance(kernel, str) and not _path_of(kernel)[1].is_file()]
+    missing = [kernel for kernel in todo if isinstance(kernel, str) and not is_compiled(kernel)]
     todo.sort(key=lambda kernel: kernel in missing)
     theirs = _start_helpers(missing, n_processes() if missing else 0)
     todo.sort(key=lambda kernel: kernel in theirs)  # by the time that this process gets to them, they are there
     try:
         for done, kernel in enumerate(todo):
             helper = theirs.get(kernel)
-            while helper is not None and helper.poll() is None and not _path_of(kernel)[1].is_file():
+            while helper is not None and helper.poll() is None and not is_compiled(kernel):
                 time.sleep(0.01)
                 if progress is not None:
                     progress("compiling kernels", done, len(todo))

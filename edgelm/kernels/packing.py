@@ -6,7 +6,6 @@ transcoded. Imports no Numba. Knows nothing of activations.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 import weakref
@@ -17,14 +16,14 @@ from typing import Protocol
 import numpy as np
 
 from edgelm.disk import Progress
-from edgelm.errors import SourceError
 from edgelm.formats import QTensor
 from edgelm.kernels import compiler
 from edgelm.kernels.abi import Row
-from edgelm.kernels.executor import read_address
+from edgelm.kernels.executor import Native, read_address
 from edgelm.kernels.transcode import transcoded
 from edgelm.kernels.units import ROWS
 from edgelm.kernels.weight_layout import Arg, Packed, Pairs, arrange, zeroed
+from edgelm.mapped_file import unreadable
 
 PIECE = 1 << 20  # bytes of packed weights that a thread makes at a time
 LARGE_PIECE = 16 << 20  # the same where the interpreter is busy: after each piece a thread waits 5 ms for its lock
@@ -32,8 +31,6 @@ LARGE_PIECE = 16 << 20  # the same where the interpreter is busy: after each pie
 
 Lend = Callable[[np.ndarray], AbstractContextManager[np.ndarray]]
 Find = Callable[[np.ndarray], tuple[int, int] | None]
-_Native = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-
 
 Weight = tuple[QTensor, Packed]
 
@@ -85,17 +82,18 @@ def pack_all(
 
 
 def pack_behind(
-    tensors: Sequence[QTensor], n_threads: int | None, lend: Lend, pairs: Pairs, find: Find,
-    progress: Progress | None = None,
+    tensors: Sequence[QTensor], n_threads: int | None, lend: Lend, pairs: Pairs, find: Find
 ) -> tuple[list[Packed], Packing]:
     """As `pack_all`, but the weights are only there when the packing, which goes on behind the caller, is finished.
 
-    find: see `GGUF.find`. progress: called before that, while kernels are compiled.
+    It begins at once if its kernels are compiled; else whoever compiles them, together with others, starts it.
+    find: see `GGUF.find`.
     """
     forms, n_bytes = arrange(tensors, pairs)
     memory = Memory(n_bytes)
     packing = Packing(memory, tensors, forms, n_threads, None, lend, find, LARGE_PIECE)
-    packing.start(progress)
+    if all(map(compiler.is_compiled, packing.kernels)):
+        packing.start()
     return [form.within(memory.bytes) for form in forms], packing
 
 
@@ -131,6 +129,11 @@ class Packing:
         self._stop = np.zeros(1, np.int64)
         self._begin()
 
+    @property
+    def kernels(self) -> list[str]:
+        """Names, for `compiler`, of the kernels that pack."""
+        return list(dict.fromkeys(map(_kernel, self.tensors, self.forms)))
+
     def _begin(self) -> None:
         self._total, self._done, self._next = sum(form.n_bytes for form in self.forms), 0, 0
         self._lock, self._failures, self._process = threading.Lock(), list[BaseException](), os.getpid()
@@ -144,7 +147,7 @@ class Packing:
     def start(self, progress: Progress | None = None) -> None:
         """Begins on threads of its own, one fewer than there may be until somebody waits for the end; progress: of
         kernels that are compiled before."""
-        compiler.compile_all(map(_kernel, self.tensors, self.forms), progress, lambda: self.n_threads)
+        compiler.compile_all(self.kernels, progress, lambda: self.n_threads)
         self._start_threads(self.n_threads - 1)
 
     def _start_threads(self, n: int) -> list[threading.Thread]:
@@ -282,10 +285,6 @@ def _kernel(tensor: QTensor, form: Packed) -> str:
     return f"packing_kernels:pack_{name.lower()}"
 
 
-def unreadable() -> SourceError:
-    return SourceError("the model's file cannot be read any more; was it changed, or its disk taken away?")
-
-
 def in_file(rows: np.ndarray, find: Find) -> tuple[int, int] | None:
     """Where rows of a weight are to be read from, as `find` says it, if they are: where the system has a way, as to map
     pages one by one and to take them away again takes longer (docs/LOG.md)."""
@@ -330,6 +329,6 @@ def _pack_piece(
             row = np.array(row_pack(tensor, form, data, place, stride, stop, found), np.int64)
             buffer = np.empty(0 if found is None else ROWS * data.strides[0], np.uint8)
             row[Row.ARGS + Arg.BUFFER] = buffer.ctypes.data
-            _Native(int(row[Row.KERNEL]))(row.ctypes.data, 0, 0, last - first)
+            Native(int(row[Row.KERNEL]))(row.ctypes.data, 0, 0, last - first)
     target.done(base + first * stride, room)
     return len(room)
