@@ -154,8 +154,8 @@ def stream_generate(
 
 
 class Model(ABC):
-    """A loaded model; safe to use from several threads (one computation at a time runs), and in a process that was
-    forked while none of its methods ran.
+    """A loaded model; safe to use from several threads (one computation at a time runs), and in a forked process; but
+    for sequences that another thread was computing at that moment.
 
     Attributes:
         path: its file; of a split model, the first part.

@@ -378,3 +378,13 @@ def _prove_bare(module: Any, symbol: str) -> None:
                     f"kernel {symbol} needs {item.name}, which is not there: kernels neither raise, nor allocate, nor "
                     "use Python"
                 )
+
+
+def _after_fork() -> None:
+    """A thread that was compiling has stayed behind, with the lock."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
