@@ -171,17 +171,17 @@ class PackedFile:
 
     def _wrong(self, file: IO[bytes]) -> str:
         """Why a file cannot be used; nothing if it can."""
-        status, head = os.fstat(file.fileno()), file.read(_HEAD.size)
+        status, head, stamp = os.fstat(file.fileno()), file.read(_HEAD.size), file.read(_STAMP)
         if len(head) < _HEAD.size or not head.startswith(_MAGIC):
             return "it does not hold packed weights"
-        _, version, _, order, model = _HEAD.unpack(head)
+        _, version, n_bytes, order, model = _HEAD.unpack(head)
         if version != _VERSION:
             return "another version of edgelm has made it"
-        if model != self._model:
+        if stamp != self._stamp(head) and model != self._model:
             return "it was made for another model"
         if order != self._order:
             return "it was made by another version of edgelm, or for another processor"
-        if status.st_size != DATA + self.n_bytes or head != self._head:
+        if status.st_size != DATA + self.n_bytes or n_bytes != self.n_bytes:
             return "it is damaged"
         if any(path.stat().st_mtime_ns > status.st_mtime_ns for path in self.file.paths):
             return "the model is newer"
@@ -206,12 +206,12 @@ class PackedFile:
 
     @cached_property
     def _model(self) -> bytes:
-        """Digest of the weights in the model's file, as a packed file of this very file has it; else made anew."""
-        stem = self.file.paths[0].stem
-        for path in (self.beside, *_in_cache().glob(f"{glob.escape(stem)}-*{SUFFIX}")):
+        """Digest of the weights in the model's file: as a packed file in the cache that was made from this very file
+        has it, or made anew."""
+        for path in _in_cache().glob(f"{glob.escape(self.file.paths[0].stem)}-*{SUFFIX}"):
             with suppress(OSError), path.open("rb") as file:
                 head, stamp = file.read(_HEAD.size), file.read(_STAMP)
-                if head.startswith(_MAGIC) and stamp == self._stamp(head):
+                if stamp == self._stamp(head) and _HEAD.unpack(head)[3] == self._order:
                     return bytes(_HEAD.unpack(head)[-1])
         return self._sampled()
 

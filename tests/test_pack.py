@@ -130,6 +130,16 @@ def test_models_that_are_changed_or_exchanged_need_new_files(tmp_path: Path, cac
         edgelm.load(model, packed=str(file.beside))
 
 
+def test_weights_are_not_looked_at_for_a_file_that_is_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = packed_file(model)
+    path = file.write(tmp_path / "elsewhere")
+    monkeypatch.delattr(packed.PackedFile, "_sampled")
+    with edgelm.load(model, packed=str(path)) as loaded:
+        assert loaded.packed_file == path
+
+
 @pytest.mark.parametrize("place", ["beside", "cached"])
 def test_weights_are_only_looked_at_if_the_model_may_be_another_one(
     place: str, model: Path, monkeypatch: pytest.MonkeyPatch
