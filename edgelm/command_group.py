@@ -23,16 +23,12 @@ from edgelm.terminal import note, printable, told
 # Commands that live in the package `converters`, which a runtime may lack, and their modules.
 CONVERTERS = {"convert": "commands", "quantize": "commands", "imatrix": "imatrix_cli"}
 
-ELSEWHERE = {  # commands of ollama and llama.cpp, and what is there instead
+ELSEWHERE = {  # commands of ollama, and what is there instead
     "list": "`edgelm pull --list` has the names that are known; files that were fetched are below {cache}",
     "ls": "`edgelm pull --list` has the names that are known; files that were fetched are below {cache}",
     "show": "`edgelm info MODEL` shows what is in a model's file",
     "rm": "files that were fetched are below {cache}: remove what is not needed, it can be fetched again",
     "serve": "there is no server: a program loads a model by edgelm.load(), or starts `edgelm run --json`",
-    "server": "there is no server: a program loads a model by edgelm.load(), or starts `edgelm run --json`",
-    "cli": "`edgelm chat` converses, `edgelm run` completes a text",
-    "perplexity": "`edgelm eval` measures it",
-    "embedding": "`edgelm embed` does this",
 }
 
 

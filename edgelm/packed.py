@@ -49,7 +49,7 @@ DATA = 1 << 16  # where the weights begin: a multiple of any page size
 _HEAD = struct.Struct("<8sIQ32s32s")  # magic, version, bytes of weights, digests of their order and of the model
 _MAGIC, _VERSION = b"edgelmPK", 1
 _STAMP = 32  # bytes behind the head: digest of the head and of `GGUF.stamps`
-_ELSEWHERE = "name another place: `edgelm pack MODEL OUT`, and then --packed OUT"
+_ELSEWHERE = "name another place: `edgelm pack MODEL OUT` and then --packed OUT; or EDGELM_CACHE, for --packed file"
 _SAMPLE, _EVERY = 64, 1 << 20  # bytes of a weight that stand for so many
 
 

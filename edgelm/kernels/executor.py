@@ -48,6 +48,7 @@ SLEEP_MS = 0.05
 STOP_S = 60  # how long to wait for a worker that the system has taken away: what it may look at is freed then
 HOT_US = 1000  # how long workers stay awake after a run: longer than sampling and printing a token
 
+# A kernel, to be called from Python.
 Native = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 _executors: weakref.WeakSet[Executor]
 
