@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
+    CacheFull,
     ContextFull,
     EdgelmError,
     FormatError,
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GREEDY",
+    "CacheFull",
     "ChatTemplate",
     "ContextFull",
     "EdgelmError",

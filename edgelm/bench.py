@@ -28,6 +28,7 @@ import numpy as np
 from edgelm.errors import UsageError
 from edgelm.flags import cache_type, given
 from edgelm.free_memory import free_memory
+from edgelm.kernels import child
 from edgelm.kv_types import both
 
 if TYPE_CHECKING:
@@ -155,10 +156,9 @@ def print_speed(
     results: list[Result] = []
     facts: dict[str, Any] = {}
     for n_threads in counts or (None,):
-        with bars(quiet) as progress:
-            model = load(
-                path, ctx_size=longest, threads=n_threads, threads_batch=n_threads, progress=progress, **settings
-            )
+        with bars(quiet) as progress, load(
+            path, ctx_size=longest, threads=n_threads, threads_batch=n_threads, progress=progress, **settings
+        ) as model:
             facts, roof = facts or about(model), read_bandwidth(model.n_threads)
             for test in tests:
                 progress(f"{test.name}, {model.n_threads} threads", 0, 0)
@@ -167,6 +167,7 @@ def print_speed(
                 if output == "jsonl":
                     progress.close()
                     print(json.dumps(record(facts, results[-1])), flush=True)
+        del model  # before the next one: memory may be enough for one alone
     if output == "json":
         print(json.dumps([record(facts, r) for r in results], indent=2))
     elif output == "csv":
@@ -332,9 +333,10 @@ def print_startup(path: str, repetitions: int, output: str, packed: str | None =
     With the bytecode of its modules, which pip makes when it installs them and a checkout's first run, too.
     """
     firsts, ends = [], []
-    command = [sys.executable, "-m", "edgelm", "run", path, "-p", "Hello", "-n", "2", "--temp", "0", "-q"]
+    command = child.command("-m", "edgelm", "run", path, "-p", "Hello", "-n", "2", "--temp", "0", "-q")
     command += [] if packed is None else ["--packed", packed]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment = child.environment()
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     for _ in range(repetitions + 1):  # the first one compiles what is not compiled, and is not counted
         began = time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:

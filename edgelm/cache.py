@@ -25,16 +25,14 @@ from numpy.typing import NDArray
 
 from .errors import UsageError
 from .kv_types import both, named
-from .pages import PAGE, CacheFull, GroupLayout, Pool
+from .pages import PAGE, UNDO, GroupLayout, Pool
 
 if TYPE_CHECKING:
     from .arch import CacheGroup
 
 __all__ = [
-    "PAGE", "Batch", "CacheFull", "CachedSequence", "GroupLayout", "KVCache", "Sequence", "SequenceCache", "paged",
+    "PAGE", "Batch", "CachedSequence", "GroupLayout", "KVCache", "Sequence", "SequenceCache", "paged",
 ]  # fmt: skip
-
-UNDO = 512  # positions that layers with a window keep for going back
 
 
 class CachedSequence(Protocol):

@@ -18,6 +18,8 @@ from edgelm.command_group import Commands
 from edgelm.errors import UsageError
 from edgelm.flags import (
     CACHE_TYPES,
+    FOREIGN_FLAGS,
+    FOREIGN_TEXT_FLAGS,
     GENERATION_FLAGS,
     MODEL_FLAGS,
     SAMPLING_FLAGS,
@@ -61,7 +63,7 @@ def main(debug: bool) -> None:
 @click.option("-sysf", "--system-prompt-file", type=TextFile(), help="The same, from a file.")
 @click.option("-p", "--prompt", help="The first message.")
 @click.option("-st", "--single-turn", is_flag=True, help="Answer once and leave.")
-@with_flags(MODEL_FLAGS, TEMPLATE_FLAGS, SAMPLING_FLAGS, GENERATION_FLAGS)
+@with_flags(MODEL_FLAGS, TEMPLATE_FLAGS, SAMPLING_FLAGS, GENERATION_FLAGS, FOREIGN_FLAGS, FOREIGN_TEXT_FLAGS)
 def chat(
     choice: Choice,
     text: str | None,
@@ -81,8 +83,9 @@ def chat(
     from_file = None if system_prompt_file is None else system_prompt_file.removesuffix("\n")
     system = one_of("system prompts", {"-sys": system, "-sysf": from_file})
     settings = generation_settings(flags)
-    loaded = choice.load(flags)
-    Repl(loaded, system=system, settings=settings, quiet=choice.quiet).run(first=prompt, single_turn=single_turn)
+    talk = Repl(choice.load(flags), system=system, settings=settings, quiet=choice.quiet)
+    talk.model.require_template()  # before the first message is written
+    talk.run(first=prompt, single_turn=single_turn)
 
 
 @main.command()
@@ -96,7 +99,7 @@ def chat(
 @click.option("--no-special", is_flag=True, help="Read names of special tokens in the prompt as plain text.")
 @click.option("--logprobs", type=click.IntRange(0), help="With --json: so many alternatives for each token.")
 @click.option("--stats", is_flag=True, help="Tokens per second, on standard error.")
-@with_flags(MODEL_FLAGS, SAMPLING_FLAGS, GENERATION_FLAGS)
+@with_flags(MODEL_FLAGS, SAMPLING_FLAGS, GENERATION_FLAGS, FOREIGN_FLAGS, FOREIGN_TEXT_FLAGS)
 @JSON
 def run(
     choice: Choice,
@@ -163,7 +166,7 @@ def run(
     help="2: to length one; -1: as they are.",
 )
 @click.option("--truncate", is_flag=True, help="Cut texts that are longer than the context window.")
-@with_flags(MODEL_FLAGS)
+@with_flags(MODEL_FLAGS, FOREIGN_FLAGS)
 @JSON
 def embed(
     choice: Choice,
@@ -291,7 +294,7 @@ def info(
     default="auto",
     help="What computes the reference.",
 )
-@with_flags(MODEL_FLAGS)
+@with_flags(MODEL_FLAGS, FOREIGN_FLAGS)
 @JSON
 def evaluate(
     choice: Choice,
@@ -348,6 +351,7 @@ def evaluate(
 @click.option("--packed", help="Where packed weights are, for --memory and --startup: see `run`.")
 @click.option("--no-warmup", is_flag=True, help="Count the first run as well.")
 @click.option("--offline", is_flag=True, help="Never touch the network.")
+@with_flags(FOREIGN_FLAGS)
 def bench(choice: Choice, offline: bool, **settings: Any) -> None:
     """Measure speed: llama-bench's tests and table, with GB/s and the share of this machine's read bandwidth."""
     from edgelm import bench as measure
@@ -389,10 +393,10 @@ def warm(choice: Choice, **flags: Any) -> None:
 
 @main.command()
 @of_a_model
-@click.argument("out", required=False, type=click.Path(path_type=Path))
+@click.argument("out", required=False, type=click.Path())
 @click.option("--remove", is_flag=True, help="Remove the packed files of the model instead.")
 @click.option("--offline", is_flag=True, help="Never touch the network.")
-def pack(choice: Choice, out: Path | None, remove: bool, offline: bool) -> None:
+def pack(choice: Choice, out: str | None, remove: bool, offline: bool) -> None:
     """Write a model's weights down as the kernels read them: later starts map that file and do no work.
 
     The file is MODEL.packed, which every start finds by itself; OUT is one for --packed. It is for this version of
@@ -407,4 +411,4 @@ def pack(choice: Choice, out: Path | None, remove: bool, offline: bool) -> None:
             print(path)
         return
     with bars(choice.quiet) as progress:
-        print(packed.write(out or packed.beside, progress=progress))
+        print(packed.write(Path(out) if out else packed.beside, progress=progress))

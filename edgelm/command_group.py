@@ -23,6 +23,14 @@ from edgelm.terminal import note, printable, told
 # Commands that live in the package `converters`, which a runtime may lack, and their modules.
 CONVERTERS = {"convert": "commands", "quantize": "commands", "imatrix": "imatrix_cli"}
 
+ELSEWHERE = {  # commands of ollama, and what is there instead
+    "list": "`edgelm pull --list` has the names that are known; files that were fetched are below {cache}",
+    "ls": "`edgelm pull --list` has the names that are known; files that were fetched are below {cache}",
+    "show": "`edgelm info MODEL` shows what is in a model's file",
+    "rm": "files that were fetched are below {cache}: remove what is not needed, it can be fetched again",
+    "serve": "there is no server: a program loads a model by edgelm.load(), or starts `edgelm run --json`",
+}
+
 
 def converters_are_ours() -> bool:
     """Whether the converter is installed: a dead project on PyPI has the same name, and a folder may have it, too."""
@@ -39,6 +47,10 @@ class Commands(click.Group):
         return sorted([*super().list_commands(ctx), *(CONVERTERS if converters_are_ours() else ())])
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in ELSEWHERE:
+            from edgelm.hub import cache_dir
+
+            raise UsageError(f"there is no command {name!r}: {ELSEWHERE[name].format(cache=cache_dir())}")
         if name not in CONVERTERS:
             return super().get_command(ctx, name)
         if not converters_are_ours():
@@ -49,6 +61,9 @@ class Commands(click.Group):
         return command
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        own = args[: args.index("--")] if "--" in args else args
+        if "--debug" in own:  # wherever it stands
+            args = ["--debug", *(arg for arg in own if arg != "--debug"), *args[len(own) :]]
         with errors_in_a_line(ctx):  # --help and --version print here
             return super().parse_args(ctx, args)
 

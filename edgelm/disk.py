@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import sys
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import IO
 
 from .errors import FormatError, SourceError, UsageError
+
+if sys.platform != "win32":
+    import fcntl
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total), both counted in bytes here; total 0: not known
 
@@ -74,17 +78,47 @@ def replacing(path: Path, sync: bool = False) -> Iterator[IO[bytes]]:
     Raises UsageError if what is there is no file.
     """
     _need_file(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
-    try:
+    remove_drafts(path)
+    with _draft_of(path) as draft:
         with draft.open("wb") as file:
             yield file
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(draft, path)
-    finally:
-        with contextlib.suppress(OSError):
+
+
+@contextlib.contextmanager
+def _draft_of(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, gone after the block; within it `remove_drafts` leaves it alone, as it is locked.
+
+    Windows removes no file that somebody has open, and needs no lock.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    with contextlib.ExitStack() as stack:
+        while sys.platform != "win32":
+            held = stack.enter_context(draft.open("wb"))
+            with contextlib.suppress(OSError):  # a disk without locks
+                fcntl.flock(held, fcntl.LOCK_EX)
+            if os.fstat(held.fileno()).st_nlink:  # else it was removed before it was locked
+                break
+        try:
+            yield draft
+        finally:
+            with contextlib.suppress(OSError):
+                draft.unlink()
+
+
+def remove_drafts(path: Path) -> list[Path]:
+    """Removes what processes have left behind that were ended while they wrote `path`; says which there were."""
+    removed = []
+    for draft in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:  # those that are being written
+            if sys.platform != "win32":
+                fcntl.flock(stack.enter_context(draft.open("rb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
             draft.unlink()
+            removed.append(draft)
+    return removed
 
 
 def need_place(path: Path) -> None:
@@ -148,13 +182,11 @@ def lock(path: Path, progress: Progress = nothing) -> Iterator[None]:
 
 def _try_lock(descriptor: int) -> bool:
     try:
-        if os.name == "nt":
+        if sys.platform == "win32":
             import msvcrt
 
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         else:
-            import fcntl
-
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # a disk without locks: go on without

@@ -5,6 +5,7 @@
     ├── UnsupportedError     the file is fine, but this version of edgelm cannot do what it asks for
     ├── SourceError          a model could not be found, fetched or verified
     ├── ContextFull          the prompt or the conversation does not fit into the context window
+    ├── CacheFull            there is no memory for the keys and values of all conversations together
     ├── TemplateError        a chat template failed, or exceeded its limits
     └── UsageError           a request that makes no sense: an unknown name, a value out of range
 
@@ -50,6 +51,10 @@ class ContextFull(EdgelmError):
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickle, which a pool of processes passes errors on with."""
         return ContextFull, (self.n_tokens, self.n_ctx, self._hint)
+
+
+class CacheFull(EdgelmError):
+    """The KV cache would exceed its limit, or the memory of the machine."""
 
 
 class TemplateError(EdgelmError):

@@ -118,6 +118,34 @@ MODEL_FLAGS = (
     _flag("--offline", is_flag=True, default=False, help="Never touch the network."),
 )
 
+
+def _without_effect(*names: str, why: str, **settings: Any) -> Callable[[Command], Command]:
+    """A flag that scripts for llama.cpp have, and that changes nothing here, which is told."""
+
+    def tell(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+        if value not in (None, False):
+            note(f"edgelm: {names[0]} changes nothing here: {why}")
+
+    return _flag(*names, expose_value=False, hidden=True, callback=tell, help=why, **settings)
+
+
+FOREIGN_FLAGS = (
+    _without_effect("-ngl", "--gpu-layers", "--n-gpu-layers", why="all layers are computed by the processor"),
+    _without_effect(
+        "-fa", "--flash-attn", is_flag=False, flag_value="on", type=click.Choice(["on", "off", "auto", "0", "1"]),
+        why="attention never writes its matrix down",
+    ),
+    _without_effect("-b", "--batch-size", why="a prompt is cut by -ub, --ubatch-size alone"),
+)  # fmt: skip
+
+FOREIGN_TEXT_FLAGS = (
+    _without_effect("-no-cnv", "--no-conversation", is_flag=True, why="`edgelm chat` converses, `edgelm run` does not"),
+    _without_effect("-cnv", "--conversation", is_flag=True, why="`edgelm chat` converses, `edgelm run` does not"),
+    _without_effect("--no-display-prompt", is_flag=True, why="the prompt is only printed with --echo"),
+    _without_effect("--no-warmup", is_flag=True, why="there is no first run for warming up"),
+    _without_effect("--simple-io", is_flag=True, why="a pipe gets nothing but the answer"),
+)
+
 TEMPLATE_FLAGS = (
     _flag("--chat-template", help="A template's source, or the name of a built-in one, instead of the file's own."),
     _flag("--chat-template-file", type=TextFile(), help="The same, from a file."),
@@ -236,10 +264,16 @@ class Choice:
 
 
 def of_a_model(command: Command) -> Command:
-    """Decorates a command that has a `Choice` for its first argument: MODEL, -m or -hf, and -q."""
+    """Decorates a command that has a `Choice` for its first argument: MODEL, -m or -hf, and -q.
+
+    With -m or -hf what stands first is the second argument, TEXT or OUT, of a command that has one.
+    """
 
     @functools.wraps(command)
     def call(model: str | None, model_flag: str | None, hf_repo: str | None, quiet: bool, **rest: Any) -> Any:
+        second = next((name for name in ("text", "out") if name in rest), None)
+        if model and (model_flag or hf_repo) and second is not None and rest[second] is None:
+            model, rest[second] = None, model
         named = [source for source in (model, model_flag, f"hf:{hf_repo}" if hf_repo else None) if source]
         if len(named) > 1:
             raise UsageError(f"two models are named, {named[0]!r} and {named[1]!r}; name one")

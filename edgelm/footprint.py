@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgelm import errors
+from edgelm.kernels import child
 
 CONTEXT = 4096  # tokens, if nothing is said and the model can do as much
 STEPS = 16  # tokens that are generated one by one
@@ -50,9 +51,9 @@ def measure(path: str, n_ctx: int | None, n_prompt: int, settings: dict[str, Any
     n_ctx = n_ctx or _context(path)
     if n_ctx <= STEPS:
         raise errors.UsageError(f"ctx_size is {n_ctx}; {STEPS} tokens are generated after a prompt, so it must be more")
-    command = [sys.executable, "-m", "edgelm.footprint", path, str(n_ctx), str(n_prompt), json.dumps(settings)]
+    command = child.command("-m", "edgelm.footprint", path, str(n_ctx), str(n_prompt), json.dumps(settings))
     for _ in range(2):  # the first one compiles what is not compiled
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=child.environment())
         if done.returncode:
             raise errors.UsageError(f"{path}: a process with this model ended with exit code {done.returncode}")
         result: dict[str, Any] = json.loads(done.stdout)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 MEMINFO = Path("/proc/meminfo")
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_LIMITS = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}
+_CACHED = {1: ("total_inactive_file", "total_active_file"), 2: ("inactive_file", "active_file")}
 
 
 def free_memory() -> int | None:
@@ -26,29 +28,31 @@ def free_memory() -> int | None:
             return _mac()
     except (OSError, AttributeError, ValueError):
         return None
-    return min((n for n in (_fields(MEMINFO).get("MemAvailable"), *_control_groups()) if n is not None), default=None)
+    return min((n for n in (_fields(MEMINFO).get("MemAvailable"), *_left()) if n is not None), default=None)
 
 
-def _control_groups() -> Iterator[int]:
-    """What each limit leaves, of version 2 or 1, from the group of this process up to the root."""
+def control_groups(kind: str) -> Iterator[tuple[int, Path]]:
+    """Version and folder of each control group that may limit this process in `kind`, "memory" or "cpu": its own, and
+    those around it up to the root."""
     for line in _text(OWN_CGROUP).splitlines():
         _, kinds, group = line.split(":", 2)
-        if not kinds:
-            yield from _left(CGROUPS, group, ("memory.max", "memory.current"), ("inactive_file", "active_file"))
-        elif "memory" in kinds.split(","):
-            names = "memory.limit_in_bytes", "memory.usage_in_bytes"
-            yield from _left(CGROUPS / "memory", group, names, ("total_inactive_file", "total_active_file"))
+        if kinds and kind not in kinds.split(","):
+            continue
+        version, root = (1, CGROUPS / kind) if kinds else (2, CGROUPS)
+        folder = root / group.lstrip("/")
+        for parent in (folder, *folder.parents):
+            yield version, parent
+            if parent == root:
+                break
 
 
-def _left(root: Path, group: str, names: tuple[str, str], cached: tuple[str, str]) -> Iterator[int]:
-    folder = root / group.lstrip("/")
-    for parent in (folder, *folder.parents):
-        limit, used = (_text(parent / name).strip() for name in names)
+def _left() -> Iterator[int]:
+    """What each limit leaves."""
+    for version, group in control_groups("memory"):
+        limit, used = (_text(group / name).strip() for name in _LIMITS[version])
         if limit.isdigit() and used.isdigit():  # not "max"
-            stat = _fields(parent / "memory.stat")
-            yield max(0, int(limit) - int(used) + sum(stat.get(name, 0) for name in cached))
-        if parent == root:
-            break
+            stat = _fields(group / "memory.stat")
+            yield max(0, int(limit) - int(used) + sum(stat.get(name, 0) for name in _CACHED[version]))
 
 
 def _fields(path: Path) -> dict[str, int]:

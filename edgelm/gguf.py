@@ -81,11 +81,18 @@ class GGUF:
         for data in self._maps:
             data.forget(0, len(data))
 
+    @cached_property
+    def stamps(self) -> tuple[tuple[int, ...], ...]:
+        """What shows, without reading it, that a file is another one or was changed: size, time, inode of each."""
+        found = (os.fstat(data.descriptor) for data in self._maps)
+        return tuple((status.st_size, status.st_mtime_ns, status.st_ino) for status in found)
+
     @contextmanager
     def lend(self, rows: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
         """The bytes of a part of a weight, to be read once: after the `with` block they take no memory.
 
-        They are those of the mapped file where its pages can be given back, elsewhere read into a buffer.
+        They are those of the mapped file where its pages can be given back, elsewhere read into a buffer. SourceError
+        if they cannot be read any more.
         """
         place = self._place(rows)
         if place is None:  # a weight that was never in a file
@@ -94,9 +101,7 @@ class GGUF:
             yield rows
             self._maps[place[0]].forget(place[1], place[1] + rows.nbytes)
         else:
-            with self.paths[place[0]].open("rb") as file:
-                file.seek(place[1])
-                yield np.fromfile(file, np.uint8, rows.nbytes).reshape(rows.shape)
+            yield self._maps[place[0]].read_at(place[1], rows.nbytes).reshape(rows.shape)
 
     def find(self, rows: NDArray[np.uint8]) -> tuple[int, int] | None:
         """Descriptor of the file that a part of a weight lies in, and where, for who reads it without mapping it; None

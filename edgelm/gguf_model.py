@@ -16,6 +16,7 @@ from .gguf import GGUF
 from .kv_types import both, named
 from .model import Model, Runner, Settings
 from .models import model_of
+from .program import TOKENS_AT_ONCE, Program
 from .rope import factors_that_apply
 from .threads import default_threads
 from .weights import Weights
@@ -46,9 +47,13 @@ class GGUFModel(Model):
         self.kv_type = named(*both(settings.kv_type or ("f32" if self.interpreter == "reference" else "f16")))
         self._chat_template = settings.chat_template
         self.runner = self._new_runner("hidden" if self.is_encoder else "logits", progress)
-        self.tokenizer = _tokenizer(file)  # last: weights may be packed meanwhile
-        if settings.chat_template is not None:
-            _ = self.template  # a wrong one is said now
+        try:
+            self.tokenizer = _tokenizer(file)  # last: weights may be packed meanwhile
+            if settings.chat_template is not None:
+                _ = self.template  # a wrong one is said now
+        except BaseException:
+            self.close()
+            raise
         if self.interpreter == "program":
             file.forget()  # everything was read
         self._cache = self.runner.new_cache(self.kv_type)
@@ -112,7 +117,11 @@ class GGUFModel(Model):
         return memory.bytes_per_token(self.config, self.weights, n_cached, self.kv_type)
 
     def memory(self, n_tokens: int) -> memory.Memory:
-        return memory.estimate(self.config, self.weights, n_tokens, self.kv_type)
+        return memory.estimate(self.config, self.weights, n_tokens, self.kv_type, self._tokens_at_once)
+
+    @property
+    def _tokens_at_once(self) -> int:
+        return self._settings.max_tokens_per_run or TOKENS_AT_ONCE
 
     def _own_template(self) -> ChatTemplate | None:
         from .chat import ChatTemplate
@@ -129,10 +138,7 @@ class GGUFModel(Model):
             from .reference import Reference
 
             return Reference(function, self.config, self.weights, head=head, n_ctx=self.n_ctx)
-        from .program import Program
-
         settings = self._settings
-        batch = {} if settings.max_tokens_per_run is None else {"max_tokens": settings.max_tokens_per_run}
         return Program(
             function,
             self.config,
@@ -141,12 +147,12 @@ class GGUFModel(Model):
             n_ctx=self.n_ctx,
             n_threads=settings.threads,
             n_threads_batch=settings.threads_batch,
+            max_tokens=self._tokens_at_once,
             kv_type=self.kv_type,
             matrix_unit=not settings.batch_invariant,
             shared=shared,
             pack=lambda tensors, pairs: self._pack(tensors, pairs, progress),
             progress=progress,
-            **batch,
         )
 
     def _pack(
@@ -156,10 +162,9 @@ class GGUFModel(Model):
         from . import packed
 
         # The window may be large and never be filled: room for a conversation is what has to be there.
-        need = memory.estimate(self.config, (), min(self.n_ctx, 4096), self.kv_type)
-        forms, place = packed.load(
-            self.gguf, tensors, self._settings.packed, need.total, default_threads(), progress, pairs
-        )
+        need = memory.estimate(self.config, (), min(self.n_ctx, 4096), self.kv_type, self._tokens_at_once)
+        n_threads = self._settings.threads_batch or self._settings.threads or default_threads()
+        forms, place = packed.load(self.gguf, tensors, self._settings.packed, need.total, n_threads, progress, pairs)
         if not isinstance(place, Path):
             return forms, place
         self.packed_file = place

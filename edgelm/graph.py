@@ -91,25 +91,26 @@ def for_outputs(result: Node) -> Node:
     many tokens, of which one does, computes its last layer's queries and attention for that one.
     """
     chosen: dict[Node, Node] = {}
-
-    def rows_of(x: Node) -> Node:
-        if x not in chosen:
-            kind, inputs, args = x.kind, x.inputs, x.args
-            if kind == "attention" or kind in BY_ROW:
-                inputs = (rows_of(inputs[0]), *inputs[1:])
-            else:
-                kind, inputs, args = "outputs", (x,), {}
-            chosen[x] = Node(kind, inputs, x.n_cols, OUTPUTS, args)
-        return chosen[x]
-
     made: dict[Node, Node] = {}
     for node in in_order([result]):
         inputs = tuple(made[i] for i in node.inputs)
         if node.kind == "outputs":
-            made[node] = rows_of(inputs[0])
+            made[node] = _rows_of(inputs[0], chosen)
         else:
             made[node] = node if inputs == node.inputs else Node(node.kind, inputs, node.n_cols, node.rows, node.args)
     return made[result]
+
+
+def _rows_of(x: Node, chosen: dict[Node, Node]) -> Node:
+    """The rows of `x` that want an output; `chosen` remembers them."""
+    if x not in chosen:
+        kind, inputs, args = x.kind, x.inputs, x.args
+        if kind == "attention" or kind in BY_ROW:
+            inputs = (_rows_of(inputs[0], chosen), *inputs[1:])
+        else:
+            kind, inputs, args = "outputs", (x,), {}
+        chosen[x] = Node(kind, inputs, x.n_cols, OUTPUTS, args)
+    return chosen[x]
 
 
 def matrices(nodes: Iterable[Node]) -> list[Matrix]:

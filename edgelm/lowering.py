@@ -23,6 +23,7 @@ from .kernels.matrix_unit import ROWS
 from .kernels.records import LIMIT, PRODUCT_LIMIT
 from .pages import GroupLayout
 from .placement import ALIGN, Step, Value, allocate, schedule
+from .threads import processes
 
 Floats = NDArray[np.float32]
 COUNTS = {TOKENS: int(Env.N_TOKENS), OUTPUTS: int(Env.N_OUTPUTS)}
@@ -361,11 +362,13 @@ def plan(
     nodes: list[Node], resources: Resources, layouts: tuple[GroupLayout, ...], n_rows: int,
     progress: Callable[[str, int, int], None],
 ) -> Plan:
-    """The op table of a graph, in order, for at most `n_rows` tokens at a time. Compiles the kernels it needs."""
+    """The op table of a graph, in order, for at most `n_rows` tokens at a time. Compiles the kernels it needs, with
+    those of a packing that is not under way yet, and starts this."""
     from .kernels import compiler, executor, sampling
 
     lowering = Lowering(in_order([for_outputs(nodes[-1])]), resources, layouts)
     steps = schedule(lowering.steps)
+    lowering.steps.clear()  # they know it: a cycle would hold the weights until somebody looks for cycles
     hidden = lowering.hidden
     n_bytes = allocate(steps, -(-n_rows // ROWS) * ROWS, hidden)
     with compiler.only_wanted() as wanted:
@@ -373,7 +376,12 @@ def plan(
             step.row()
         _cap(lowering)
     kernels = [*executor.KERNELS, *wanted, *([sampling.KERNEL] if hidden is None else [])]  # logits will be sampled
-    compiler.compile_all(kernels, lambda name, done, total: progress("compiling kernels", done, total))
+    packing = resources.packing
+    if packing is not None:  # together, so that no core has nothing to compile
+        kernels = [*packing.kernels, *kernels]
+    compiler.compile_all(kernels, progress, lambda: processes(compiler.PROCESS_BYTES))
+    if packing is not None:
+        packing.start()
     compiler.forget_llvm()
     table = np.array([step.row() for step in steps], np.int64).reshape(len(steps), Row.SIZE)
     levels = np.array([step.level for step in steps])

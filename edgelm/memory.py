@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .arch import Config, Role, tensors
-from .cache import UNDO
 from .errors import UsageError
 from .formats import QTensor
-from .pages import PAGE, GroupLayout
+from .pages import PAGE, UNDO, GroupLayout
 from .program import TOKENS_AT_ONCE
 
 if TYPE_CHECKING:
@@ -39,11 +38,12 @@ class Memory:
 def estimate(
     config: Config, weights: Iterable[QTensor], n_ctx: int, kv_type: str, max_tokens: int = TOKENS_AT_ONCE
 ) -> Memory:
-    """The memory for sequences of `n_ctx` tokens, `max_tokens` of which are computed at a time."""
+    """The memory for sequences of `n_ctx` tokens, `max_tokens` of which are computed at a time; all in encoders."""
+    at_once = n_ctx if config.spec.family == "encoder" else min(max_tokens, n_ctx)
     return Memory(
         weights=sum(packed_bytes(tensor) for tensor in weights),
         kv_cache=kv_bytes(config, n_ctx, kv_type, max_tokens),
-        workspace=workspace_bytes(config, min(max_tokens, n_ctx)),
+        workspace=workspace_bytes(config, at_once),
     )
 
 

@@ -156,7 +156,8 @@ def stream_generate(
 
 
 class Model(ABC):
-    """A loaded model; safe to use from several threads (one computation at a time runs).
+    """A loaded model; safe to use from several threads (one computation at a time runs), and in a forked process; but
+    for sequences that another thread was computing at that moment.
 
     Attributes:
         path: its file; of a split model, the first part.
@@ -288,12 +289,16 @@ class Model(ABC):
             UsageError: there is no chat template.
             TemplateError: the template refuses these messages.
         """
+        return self.tokenizer.encode_chat(self.require_template().render(messages, **kwargs))
+
+    def require_template(self) -> ChatTemplate:
+        """Its chat template. UsageError if there is none."""
         if self.template is None:
             raise UsageError(
                 f"{self.name} has no chat template: it may be no chat model. Complete text with `run` or generate(), "
                 "or choose a template with --chat-template, such as chatml"
             )
-        return self.tokenizer.encode_chat(self.template.render(messages, **kwargs))
+        return self.template
 
     def session(self, **settings: Any) -> Session:
         """A new conversation; `settings` are defaults of its answers, as in `Session.stream`."""

@@ -21,9 +21,8 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import FormatError, UsageError
+from .errors import CacheFull, FormatError, UsageError
 from .onnx_folder import CacheTensor
-from .pages import CacheFull
 
 FIRST = 256  # positions that arrays have room for at first
 _MAGIC = b"edgelm ONNX cache 1\n"

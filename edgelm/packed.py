@@ -6,11 +6,13 @@ reads in and drops piece by piece as it is used.
 
 Such a file is a head of fixed size and the weights behind it. Nothing is read from it that could point anywhere: where
 each weight lies follows from the model, and the head only has to be, byte for byte, what this model, this layout and
-this processor lead to. Who can write the file can change weights, and nothing else.
+this processor lead to. Who can write the file can change weights, and nothing else. Behind it stands what the model's
+files looked like from outside: while they do, their weights need not be looked at to know them again.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import mmap
 import os
@@ -27,13 +29,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arch import Config
-from .disk import Progress, need_disk, replacing
+from .disk import Progress, need_disk, remove_drafts, replacing
 from .errors import EdgelmError, FormatError, SourceError
 from .formats import QTensor
 from .free_memory import free_memory
 from .gguf import GGUF
 from .graph import Recorder, gates, in_order, matrices
 from .models import model_of
+from .threads import default_threads
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -45,6 +48,8 @@ SPARE_MEMORY = 128 << 20  # bytes that are left for everything else
 DATA = 1 << 16  # where the weights begin: a multiple of any page size
 _HEAD = struct.Struct("<8sIQ32s32s")  # magic, version, bytes of weights, digests of their order and of the model
 _MAGIC, _VERSION = b"edgelmPK", 1
+_STAMP = 32  # bytes behind the head: digest of the head and of `GGUF.stamps`
+_ELSEWHERE = "name another place: `edgelm pack MODEL OUT` and then --packed OUT; or EDGELM_CACHE, for --packed file"
 _SAMPLE, _EVERY = 64, 1 << 20  # bytes of a weight that stand for so many
 
 
@@ -85,7 +90,7 @@ class PackedFile:
         """Where a file may be. The name of one in the cache takes a look at all weights, so if there may be one."""
         yield self.beside
         with suppress(OSError):
-            if any(name.startswith(self.file.paths[0].stem) for name in os.listdir(_in_cache())):
+            if any(name.lstrip(".").startswith(self.file.paths[0].stem) for name in os.listdir(_in_cache())):
                 yield self.cached
 
     def there(self) -> dict[Path, str]:
@@ -109,11 +114,11 @@ class PackedFile:
         return None
 
     def remove(self) -> list[Path]:
-        """Removes the files in these places, and says which there were."""
+        """Removes the files in these places, and what was left of making them; says which there were."""
         there = list(self.there())
         for path in there:
             path.unlink()
-        return there
+        return there + [draft for path in self._places() for draft in remove_drafts(path)]
 
     def map(self, path: Path) -> list[Packed]:
         """The weights in a file, which takes memory only as they are read.
@@ -134,25 +139,30 @@ class PackedFile:
         """
         from .kernels import packing
 
-        report = None if progress is None else lambda done, total: progress("packing weights", done, total)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            need_disk(path.parent, DATA + self.n_bytes, "name another place")
             with replacing(path, sync=True) as file:
+                need_disk(path.parent, DATA + self.n_bytes, _ELSEWHERE)
                 file.truncate(DATA + self.n_bytes)
-                lend, find = self.file.lend, self.file.find
-                packing.Packing(_Writer(file), self.tensors, self.forms, n_threads, report, lend, find).run()
+                lend, find, n = self.file.lend, self.file.find, n_threads or default_threads()
+                packing.Packing(_Writer(file), self.tensors, self.forms, n, progress, lend, find).run()
                 file.seek(0)
-                file.write(self._head)
+                file.write(self._head + self._stamp(self._head))
+            newest = max(model.stat().st_mtime_ns for model in self.file.paths)
+            if path.stat().st_mtime_ns < newest:  # a model from a clock that is ahead of ours
+                os.utime(path, ns=(newest, newest))
         except OSError as error:
-            raise SourceError(f"cannot write {path}: {error.strerror or error}; name another place") from error
+            raise SourceError(f"cannot write {path}: {error.strerror or error}; {_ELSEWHERE}") from error
         return path
 
     def _open(self, path: Path) -> IO[bytes]:
         try:
             file = path.open("rb")
         except OSError as error:
-            raise SourceError(f"{path}: cannot be opened: {error.strerror}") from error
+            raise SourceError(
+                f"{path}: cannot be opened: {error.strerror}; packed weights are in memory, in a file (the words auto, "
+                "memory and file), or at the path of what `edgelm pack` has made"
+            ) from error
         if wrong := self._wrong(file):
             file.close()
             model = self.file.paths[0]
@@ -161,17 +171,17 @@ class PackedFile:
 
     def _wrong(self, file: IO[bytes]) -> str:
         """Why a file cannot be used; nothing if it can."""
-        status, head = os.fstat(file.fileno()), file.read(_HEAD.size)
+        status, head, stamp = os.fstat(file.fileno()), file.read(_HEAD.size), file.read(_STAMP)
         if len(head) < _HEAD.size or not head.startswith(_MAGIC):
             return "it does not hold packed weights"
-        _, version, _, order, model = _HEAD.unpack(head)
+        _, version, n_bytes, order, model = _HEAD.unpack(head)
         if version != _VERSION:
             return "another version of edgelm has made it"
-        if model != self._model:
+        if stamp != self._stamp(head) and model != self._model:
             return "it was made for another model"
         if order != self._order:
             return "it was made by another version of edgelm, or for another processor"
-        if status.st_size != DATA + self.n_bytes or head != self._head:
+        if status.st_size != DATA + self.n_bytes or n_bytes != self.n_bytes:
             return "it is damaged"
         if any(path.stat().st_mtime_ns > status.st_mtime_ns for path in self.file.paths):
             return "the model is newer"
@@ -191,9 +201,22 @@ class PackedFile:
         ]
         return hashlib.sha256(repr((LAYOUT, forms)).encode()).digest()
 
+    def _stamp(self, head: bytes) -> bytes:
+        return hashlib.sha256(head + repr(self.file.stamps).encode()).digest()
+
     @cached_property
     def _model(self) -> bytes:
-        """Digest of the weights in the model's file: their names, types, shapes, and a few bytes of each megabyte."""
+        """Digest of the weights in the model's file: as a packed file in the cache that was made from this very file
+        has it, or made anew."""
+        for path in _in_cache().glob(f"{glob.escape(self.file.paths[0].stem)}-*{SUFFIX}"):
+            with suppress(OSError), path.open("rb") as file:
+                head, stamp = file.read(_HEAD.size), file.read(_STAMP)
+                if stamp == self._stamp(head) and _HEAD.unpack(head)[3] == self._order:
+                    return bytes(_HEAD.unpack(head)[-1])
+        return self._sampled()
+
+    def _sampled(self) -> bytes:
+        """By names, types, shapes of weights, and a few bytes of each megabyte: seconds of a slow disk."""
         digest = hashlib.sha256()
         for tensor in self.tensors:
             digest.update(repr((tensor.name, tensor.format.name, tensor.shape)).encode())
@@ -249,7 +272,7 @@ def load(
             there, and makes one, with a warning, only if the weights do not fit into memory. Anything else is the path
             of a file.
         n_more: bytes that will be needed besides.
-        progress: called as progress("packing weights", done, total).
+        progress: called as progress(stage, done, total) while kernels are compiled and weights packed.
         pairs: as for `weight_layout.arrange`.
 
     Raises:
@@ -276,5 +299,4 @@ def load(
         return packed_file.map(packed_file.write(path, n_threads, progress)), path
     if streamed.can_stream(packed_file.forms):
         return packing.pack_behind(tensors, n_threads, file.lend, pairs, file.find)
-    report = None if progress is None else lambda done, total: progress("packing weights", done, total)
-    return packing.pack_all(tensors, n_threads, report, file.lend, pairs), None
+    return packing.pack_all(tensors, n_threads, progress, file.lend, pairs), None

@@ -12,21 +12,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import EdgelmError
+from .errors import CacheFull
 from .kv_types import KV_TYPES, PAGE, KVArray, both
 
 if TYPE_CHECKING:
     from .arch import CacheGroup
 
-__all__ = ["ALIGN", "KV_TYPES", "PAGE", "CacheFull", "GroupLayout", "Pool"]
+__all__ = ["ALIGN", "KV_TYPES", "PAGE", "UNDO", "GroupLayout", "Pool"]
 
 ALIGN = 64  # bytes: pages begin on cache lines
 
+UNDO = 512  # positions that layers with a window keep for going back, see `KVCache`
 _FIRST_SLAB, _LARGEST_SLAB = 4 << 20, 256 << 20  # bytes
-
-
-class CacheFull(EdgelmError):
-    """The KV cache would exceed its limit, or the memory of the machine."""
 
 
 @dataclass(frozen=True)

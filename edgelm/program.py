@@ -7,9 +7,10 @@ is `edgelm.lowering`'s matter, what a run tells its kernels that of `edgelm.envi
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from .errors import ContextFull, UsageError
 from .formats import QTensor
 from .graph import Matrix, Node, Recorder, gates, in_order, matrices
 from .kernels.abi import Env
+from .mapped_file import unreadable
 from .rope import RopeTable
 from .threads import default_threads
 from .weights import Weights
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 Pack = Callable[[list[QTensor], list[tuple[int, int]]], tuple[list[Any], Any]]
 
+_programs: weakref.WeakSet[Program] = weakref.WeakSet()
 TOKENS_AT_ONCE = 512  # if nothing else is said: as many as a unit of work takes, for each of two threads (docs/LOG.md)
 
 
@@ -88,22 +91,21 @@ class Program:
         self._factors = weights.factors()
         self._groups = config.cache_groups()
         self._lock, self._first_run = threading.Lock(), True
+        _programs.add(self)
         n = max(self.n_threads, self.n_threads_batch)
         self._environment = Environment(self.max_tokens, len(self._groups), n, yield_address(), matrix_unit)
         self._plans: dict[str, Plan] = {}
-        self._plan(kv_type)
-        self._executor = Executor(n)
+        try:
+            self._plan(kv_type)
+            self._executor = Executor(n)
+        except BaseException:
+            self._stop_packing()
+            raise
 
     @property
     def n_bytes(self) -> int:
         """Of all packed weights."""
         return sum(packed.n_bytes for packed in self._resources.packed.values())
-
-    @property
-    def transcoded(self) -> dict[str, tuple[str, str]]:
-        """(from, to): formats of weights, by name, that no kernel reads as they are."""
-        weights = self._resources.packed.items()
-        return {matrix.tensor.name: (p.transcoded_from, p.format) for matrix, p in weights if p.transcoded_from}
 
     def new_cache(self, kv_type: str = "f16", max_bytes: int | None = None) -> KVCache:
         """A cache for sequences of this model."""
@@ -150,8 +152,13 @@ class Program:
             self._resources.packing.finish()
 
     def close(self) -> None:
-        """Ends the threads. A later call starts new ones."""
+        """Ends the threads, those that pack weights, too. A later call starts new ones."""
+        self._stop_packing()
         self._executor.close()
+
+    def _stop_packing(self) -> None:
+        if self._resources.packing is not None:
+            self._resources.packing.stop()
 
     # --- a call ---
 
@@ -220,7 +227,6 @@ class Program:
     def _walk_unpacked(self, plan: Plan) -> bool:
         """The same without the weights that are not packed, on all threads that pack; False if all are packed."""
         from .kernels.executor import Executor
-        from .kernels.packing import unreadable
         from .kernels.streamed import streamed
 
         packing, packed = self._resources.packing, self._resources.packed
@@ -241,10 +247,9 @@ class Program:
         return True
 
     def _into_memory(self, tensors: list[QTensor], pairs: list[tuple[int, int]]) -> tuple[list[Any], Any]:
-        from .kernels.linear import pack_all
+        from .kernels.packing import pack_all
 
-        report = partial(self._progress, "packing weights")
-        return pack_all(tensors, progress=report, pairs=pairs), None
+        return pack_all(tensors, self.n_threads_batch, self._progress, pairs=pairs), None
 
     def _view(self, place: tuple[int, int], n_rows: int) -> NDArray[np.float32]:
         """Rows of a value in the workspace."""
@@ -286,6 +291,7 @@ class Program:
             packing.finish()
         return Resources(self.config, packed, self.n_ctx, packing, matrix_unit)
 
+
 def _pack(nodes: list[Node], there: Mapping[Matrix, Any], pack: Pack) -> tuple[dict[Matrix, Any], Any]:
     """Every weight matrix of a graph in the order of bytes that its kernel reads, and the packing of those that were
     not `there`, if it is under way."""
@@ -294,3 +300,13 @@ def _pack(nodes: list[Node], there: Mapping[Matrix, Any], pack: Pack) -> tuple[d
     forms, packing = pack([matrix.slice() for matrix in missing], gates(nodes, missing)) if missing else ([], None)
     packed = dict(zip(missing, forms, strict=True))
     return {matrix: packed[matrix] if matrix in packed else there[matrix] for matrix in needed}, packing
+
+
+def _after_fork() -> None:
+    """A thread that was in the middle of a call has stayed behind, with the lock."""
+    for program in list(_programs):
+        program._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -21,6 +21,8 @@ from edgelm.errors import EdgelmError, UsageError
 from edgelm.terminal import Bars, note, readable, say, statistics, told
 
 if TYPE_CHECKING:
+    from prompt_toolkit.history import History
+
     from edgelm.model import Model
 
 FENCE = '"""'
@@ -166,7 +168,7 @@ class Repl:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
         from prompt_toolkit.completion import WordCompleter
-        from prompt_toolkit.history import FileHistory, InMemoryHistory
+        from prompt_toolkit.history import InMemoryHistory
         from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
         from prompt_toolkit.output import create_output
 
@@ -183,10 +185,10 @@ class Repl:
             else:
                 event.app.exit(exception=KeyboardInterrupt)
 
-        folder = conversation.data_folder()
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-        history = FileHistory(str(folder / "history")) if folder.is_dir() else InMemoryHistory()
+        try:
+            history = self.history(conversation.data_folder())
+        except OSError:
+            history = InMemoryHistory()
         session: PromptSession[str] = PromptSession(
             history=history,
             auto_suggest=AutoSuggestFromHistory(),
@@ -197,12 +199,22 @@ class Repl:
             reserve_space_for_menu=4,
         )
 
-        def read(prompt: str) -> str:
-            if not self.keep_history:
-                session.history = InMemoryHistory()
-            return session.prompt(prompt)
+        return session.prompt
 
-        return read
+    def history(self, folder: Path) -> History:
+        """What is typed, in a file that nobody else may read; it is kept there as long as /set history holds."""
+        from prompt_toolkit.history import FileHistory
+
+        class Kept(FileHistory):
+            def store_string(_, string: str) -> None:
+                if self.keep_history:
+                    super().store_string(string)
+
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "history"
+        file.touch(mode=0o600)
+        file.chmod(0o600)
+        return Kept(str(file))
 
     # --- commands: the first line of each docstring is its help ---------------------------------------------------
 

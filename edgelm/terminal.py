@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 BYTES = {"n_bytes", "weights", "kv_cache", "workspace", "total"}  # facts that `readable` shows with a unit
-NO_MEMORY = "there is not enough memory; a smaller context window (-c) needs less"
+NO_MEMORY = (
+    "there is not enough memory; a smaller context window (-c), --packed file, or a model quantized to fewer bits "
+    "needs less"
+)
 PATIENCE_S = 0.3  # a stage that is over sooner than this shows no bar
 
 

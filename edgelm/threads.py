@@ -7,13 +7,14 @@ import os
 import sys
 from pathlib import Path
 
+from .free_memory import control_groups, free_memory
+
 CPUS = Path("/sys/devices/system/cpu")
 SLOW_CPUS = Path("/sys/devices/cpu_atom/cpus")  # of Intel's hybrid processors, which tell no capacities
-CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def default_threads() -> int:
-    """Physical performance cores, within the affinity mask and the CPU quota of this process; at least 1.
+    """Physical performance cores; on Linux within the affinity mask and the CPU quota of this process; at least 1.
 
     Two hardware threads of one core share the units that kernels keep busy, and a slow core that meets fast ones at
     every operation makes them wait.
@@ -26,6 +27,13 @@ def default_threads() -> int:
         return max(1, cores if quota is None else min(cores, quota))
     count = os.cpu_count() or 2
     return max(1, count // 2 if count > 2 else count)
+
+
+def processes(n_bytes: int) -> int:
+    """How many processes of `n_bytes` each may work beside this one: as many as threads, if they fit into memory; at
+    least 1."""
+    free = free_memory()
+    return max(1, default_threads() if free is None else min(default_threads(), free // n_bytes))
 
 
 def _fast_cores(cpus: set[int]) -> int:
@@ -41,22 +49,15 @@ def _fast_cores(cpus: set[int]) -> int:
 
 
 def _quota() -> int | None:
-    """CPUs that the control groups (v2, else v1) let this process use, rounded up; None when unlimited."""
+    """CPUs that the control groups let this process use, rounded up; None when unlimited."""
     limits = []
-    for line in (_text(OWN_CGROUP) or "").splitlines():
-        _, _, group = line.split(":", 2)
-        if line.startswith("0::"):
-            folder = CGROUPS / group.lstrip("/")
-            for parent in (folder, *folder.parents):
-                quota, _, period = (_text(parent / "cpu.max") or "max").partition(" ")
-                if quota.isdigit() and period.isdigit() and int(period):
-                    limits.append(int(quota) / int(period))
-                if parent == CGROUPS:
-                    break
-    for folder in (CGROUPS / "cpu", CGROUPS / "cpu,cpuacct"):
-        micros, period_us = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
-        if micros and period_us and micros > 0:
-            limits.append(micros / period_us)
+    for version, group in control_groups("cpu"):
+        if version == 2:
+            quota, _, period = (_text(group / "cpu.max") or "").partition(" ")
+        else:
+            quota, period = (_text(group / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period"))
+        if quota.isdigit() and period.isdigit() and int(quota) and int(period):  # not "max", not -1
+            limits.append(int(quota) / int(period))
     return max(1, -int(-min(limits) // 1)) if limits else None
 
 

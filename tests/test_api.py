@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import pickle
 import subprocess
 import sys
 import tomllib
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pytest
 import tiny
 
 import edgelm
-from edgelm import memory
+from edgelm import gguf, memory
 from edgelm.arch import Config
 from edgelm.cache import KVCache
 from edgelm.describe import describe
@@ -69,6 +71,25 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     heavy = ["numpy", "numba", "llvmlite", "tokenizers", "jinja2", "click", "rich", "huggingface_hub"]
     done = subprocess.run([sys.executable, "-c", program % heavy], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("arch", ["llama-gqa", "gemma2", "bert-mean"])
+def test_the_memory_of_a_model_goes_with_the_last_reference(arch: str, folder: Path) -> None:
+    """Nothing that holds weights is in a cycle, which a process may look for late."""
+    path = tiny.tiny(arch, folder=folder)
+    gc.collect()
+    gc.disable()
+    try:
+        with edgelm.load(path, threads=2) as loaded:
+            if not loaded.is_encoder:
+                loaded.generate("hello", max_tokens=3, **GREEDY)
+            loaded.embed(["hello"])
+            runners = (loaded.runner, loaded.hidden_runner)
+            held = [weakref.ref(one) for one in (loaded, *runners, *(runner._resources for runner in runners))]
+        del loaded, runners
+        assert not [one for one in held if one() is not None]
+    finally:
+        gc.enable()
 
 
 def test_a_reference_model_loads_no_numba(decoder: Path) -> None:
@@ -199,7 +220,18 @@ def test_types_without_kernels_are_said(folder: Path) -> None:
     assert facts["memory"]["weights"] > 3 * sum(t["n_bytes"] for t in facts["tensors"] if t["type"] == "TQ2_0")
     with edgelm.load(facts["path"], interpreter="program") as model:
         assert model.info()["memory"]["weights"] == pytest.approx(model.runner.n_bytes, rel=0.01)
-        assert {f"{a} as {b}" for a, b in model.runner.transcoded.values()} == {"TQ2_0 as INT8"}
+        forms = [form for form in model.runner._resources.packed.values() if form.transcoded_from]
+        assert {f"{form.transcoded_from} as {form.format}" for form in forms} == {"TQ2_0 as INT8"}
+
+
+def test_memory_counts_the_tokens_that_are_computed_at_once(decoder: Path, encoder: Path) -> None:
+    few, more = (
+        edgelm.load(decoder, interpreter="reference", max_tokens_per_run=n).memory(100).workspace for n in (16, 64)
+    )
+    assert more == 4 * few
+    config = Config.from_gguf(gguf.read(encoder).metadata)
+    short, long = (memory.estimate(config, (), n, "f16").workspace for n in (600, 1800))
+    assert long == 3 * short, "in an encoder all see each other"
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "f32", "q8_0", "q4_0/f16"])

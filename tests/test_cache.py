@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 from in_threads import in_threads
 
-from edgelm.cache import PAGE, Batch, CacheFull, GroupLayout, KVCache, Sequence
-from edgelm.errors import UsageError
+from edgelm.cache import PAGE, Batch, GroupLayout, KVCache, Sequence
+from edgelm.errors import CacheFull, UsageError
 from edgelm.pages import Pool
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import click
@@ -14,13 +16,16 @@ from click.testing import CliRunner, Result
 from hostile.cases import CASES
 from tiny import tiny
 
+from edgelm import model as edgelm_model
 from edgelm.cli import main
 from edgelm.terminal import NO_MEMORY, json_text, printable, readable, told
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny("llama-gqa", folder=tmp_path_factory.mktemp("models"))
+    path = tiny("llama-gqa", folder=tmp_path_factory.mktemp("models"))
+    path.with_name(path.name + ".txt").write_text("hello there. " * 100)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +43,7 @@ def test_run_prints_the_completion_alone(model: Path) -> None:
     assert result.stderr == ""
     again = edgelm("run", "-m", model, "-n", 8, "--temp", 0, stdin="hello")
     assert again.stdout == result.stdout == edgelm("run", model, "hello", "-n", 8, "--temp", 0).stdout
+    assert result.stdout == edgelm("run", "-m", model, "hello", "-n", 8, "--temp", 0).stdout
     echoed = edgelm("run", model, "-p", "hello", "-n", 8, "--temp", 0, "--echo", "--stats")
     assert echoed.stdout == "hello" + result.stdout
     assert "tokens/s" in echoed.stderr
@@ -136,6 +142,25 @@ def test_bench_prints_llama_bench_records(model: Path) -> None:
     assert "pp 16 @ d8" in table and "pp 8+tg 2 @ d8" in table
 
 
+def test_bench_holds_one_model_at_a_time(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, held = edgelm_model.load, list[weakref.ref[object]]()
+
+    def watched(*source: object, **settings: object) -> object:
+        assert not any(ref() for ref in held), "its memory is free by now, without a search for cycles"
+        loaded = load(*source, **settings)
+        held.extend(map(weakref.ref, (loaded, loaded.runner, loaded.runner._resources)))
+        return loaded
+
+    monkeypatch.setattr(edgelm_model, "load", watched)
+    gc.disable()
+    try:
+        result = edgelm("bench", model, "-p", 8, "-n", 1, "-t", "1,2,1", "-r", 1, "-q")
+    finally:
+        gc.enable()
+    assert result.exit_code == 0, result.exception
+    assert len(held) == 9
+
+
 def test_bench_times_the_start_of_processes(model: Path) -> None:
     record = json.loads(edgelm("bench", model, "--startup", "-r", 2, "-o", "json", "--packed", "memory").stdout)
     assert len(record["first_token_s"]) == len(record["end_s"]) == 2
@@ -148,7 +173,10 @@ def test_bench_times_the_start_of_processes(model: Path) -> None:
     [
         (("run", "no-such-file.gguf", "-p", "x"), "no-such-file.gguf"),
         (("run", "smolm2", "-p", "x"), "did you mean smollm2?"),
-        (("run", "{model}", "-m", "{model}", "-p", "x"), "two models"),
+        (("run", "{model}", "x", "-m", "{model}"), "two models"),
+        (("run", "-m", "{model}", "-hf", "a/b", "x"), "two models"),
+        (("run", "x", "-m", "{model}", "-p", "y"), "two texts are given, by the argument and by -p"),
+        (("eval", "{model}", "-m", "{model}", "-f", "{model}.txt"), "two models"),
         (("run", "{model}", "x", "-p", "y"), "two texts are given, by the argument and by -p"),
         (("run", "{model}", "x", "-f", "-"), "two texts are given, by the argument and by -f"),
         (("tokenize", "{model}", "-p", "x", "-f", "-"), "two texts"),
@@ -163,9 +191,9 @@ def test_bench_times_the_start_of_processes(model: Path) -> None:
         (("run", "{model}", "x", "-t", "100000"), "threads is 100000"),
         (("run", "{model}", "-p", "x", "--top-p", "-3"), "top_p"),
         (("run", "{model}", "-p", "x", "--logit-bias", "nonsense"), "logit bias"),
-        (("run", "{model}", "-p", "x", "-c", "4", "-n", "2"), None),
         (("run", "{model}", "-p", "hello " * 200), "context"),
         (("chat", "{model}", "--chat-template", "no-such-template"), "no-such-template"),
+        (("run", "{model}", "x", "--packed", "mem"), "mem: cannot be opened"),
         (("embed", "{model}", "-p", "x", "--embd-normalize", "1"), "--embd-normalize"),
         (("bench", "{model}", "-p", "a,b"), "-p"),
         (("bench", "{model}", "-p", "0", "-n", "0"), "nothing to measure"),
@@ -177,15 +205,29 @@ def test_bench_times_the_start_of_processes(model: Path) -> None:
         (("imatrix", "{model}", "-m", "{model}", "-f", "{model}"), "two models"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(model: Path, arguments: tuple[str, ...], said: str | None) -> None:
+def test_a_mistake_is_one_line_and_exit_code_2(model: Path, arguments: tuple[str, ...], said: str) -> None:
     result = edgelm(*(a.replace("{model}", str(model)) for a in arguments), stdin="")
-    if said is None:
-        assert result.exit_code in (0, 2)
-        return
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     assert said in result.stderr and len(result.stderr.strip().splitlines()) == 1
     assert "Traceback" not in result.stderr
+
+
+def test_a_full_window_ends_an_answer(model: Path) -> None:
+    result = edgelm("run", model, "-p", "x", "-c", 4, "-n", 20, "--ignore-eos", "--json")
+    record = json.loads(result.stdout)
+    assert result.exit_code == 0 and record["finish_reason"] == "context" and record["generation_tokens"] < 5
+
+
+def test_a_model_that_cannot_converse_is_told_before_the_first_message(
+    model: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path, said in ((encoder, "is an encoder"), (model, "has no chat template")):
+        with monkeypatch.context() as patch:
+            patch.setattr("edgelm.gguf_model.GGUFModel._own_template", lambda self: None)
+            result = edgelm("chat", path, stdin="")
+        assert result.exit_code == 2 and said in result.stderr and result.stderr.count("\n") == 1
+    assert edgelm("chat", model, stdin="").exit_code == 0
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
@@ -291,8 +333,31 @@ def test_memory_that_is_not_enough_is_told_in_one_line(model: Path, monkeypatch:
 
 
 def test_debug_shows_the_traceback() -> None:
-    result = edgelm("--debug", "run", "no-such-file.gguf", "-p", "x")
-    assert result.exception is not None and not isinstance(result.exception, SystemExit)
+    command = ("run", "no-such-file.gguf", "-p", "x")
+    for arguments in (("--debug", *command), (*command, "--debug"), (*command, "--debug", "--")):
+        result = edgelm(*arguments)
+        assert result.exception is not None and not isinstance(result.exception, SystemExit)
+    assert isinstance(edgelm("run", "no-such-file.gguf", "--", "--debug").exception, SystemExit)
+
+
+def test_flags_of_llama_cpp_that_change_nothing_are_taken_and_told(model: Path) -> None:
+    plain = edgelm("run", model, "-p", "hello", "-n", 4, "--temp", 0)
+    flags = ("-ngl", 99, "-fa", "-b", 2048, "-no-cnv", "--no-display-prompt", "--flash-attn", "auto", "--no-warmup")
+    same = edgelm("run", model, "-p", "hello", "-n", 4, "--temp", 0, *flags)
+    assert (same.exit_code, same.stdout) == (0, plain.stdout) and plain.stderr == ""
+    told = sorted(line.split()[1] for line in same.stderr.splitlines() if "changes nothing here: " in line)
+    assert told == ["--no-display-prompt", "--no-warmup", "-b", "-fa", "-ngl", "-no-cnv"]
+    assert "-ngl" not in edgelm("run", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [("list", "pull --list"), ("show", "edgelm info"), ("rm", "{cache}"), ("serve", "edgelm.load()")],
+)
+def test_commands_of_others_lead_to_ours(command: str, said: str, cache: Path) -> None:
+    result = edgelm(command, "smollm2")
+    assert result.exit_code == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert said.replace("{cache}", str(cache)) in result.stderr
 
 
 def test_every_command_and_flag_has_help() -> None:
@@ -301,7 +366,7 @@ def test_every_command_and_flag_has_help() -> None:
         shown = edgelm(name, "--help")
         assert shown.exit_code == 0 and "Usage" in shown.stdout
         for option in command.params:
-            if isinstance(option, click.Option):
+            if isinstance(option, click.Option) and not option.hidden:
                 assert option.opts[0] in shown.stdout and option.help, (name, option.opts)
 
 

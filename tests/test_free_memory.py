@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -51,6 +52,34 @@ def test_free_memory(files: dict[str, str], expected: int, tmp_path: Path, monke
     monkeypatch.setattr(free, "CGROUPS", tmp_path)
     monkeypatch.setattr(free, "OWN_CGROUP", tmp_path / "own")
     assert free.free_memory() == expected
+
+
+class OtherSystem:
+    """The functions that macOS and Windows have for it."""
+
+    def mach_host_self(self) -> int:
+        return 0
+
+    def host_statistics64(self, host: int, flavor: int, counts: Any, n: Any) -> int:
+        counts[0], counts[1], counts[2] = 5, 1000, 7  # pages free, active, inactive
+        return 0
+
+    def getpagesize(self) -> int:
+        return 4096
+
+    def GlobalMemoryStatusEx(self, status: Any) -> int:
+        assert status._obj[0] & 0xFFFFFFFF == 64, "its own length"
+        status._obj[2] = 123 << 20
+        return 1
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("darwin", 12 * 4096), ("win32", 123 << 20)])
+def test_free_memory_elsewhere(platform: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(free.sys, "platform", platform)
+    monkeypatch.setattr(free.ctypes, "CDLL", lambda name: OtherSystem())
+    found = free.free_memory()
+    monkeypatch.undo()
+    assert found == expected
 
 
 def test_free_memory_of_this_machine() -> None:
@@ -142,6 +171,20 @@ def test_bench_says_what_a_process_takes(model: Path) -> None:
             assert facts[step]["anonymous"] + facts[step]["files"] <= facts[step]["resident"] <= facts[step]["peak"]
     table = CliRunner().invoke(main, ["bench", str(model), "--memory", "-c", "100"]).stdout
     assert "| context 100 | peak |" in table and "after 100 tokens" in table and "estimate" in table
+
+
+@pytest.mark.parametrize("flags", [("--memory", "-c", "32"), ("--startup", "-r", "1")])
+def test_what_is_measured_executes_nothing_in_the_current_folder(
+    flags: tuple[str, ...], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    for name in ("edgelm", "json", "numpy"):
+        (folder / f"{name}.py").write_text(f"open({str(folder / 'executed')!r}, 'w')\n")
+    monkeypatch.chdir(folder)
+    result = CliRunner().invoke(main, ["bench", str(model), *flags, "-o", "json"])
+    assert not (folder / "executed").exists()
+    assert result.exit_code == 0, result.output
 
 
 def test_bench_memory_of_a_model_with_a_table_of_positions(tmp_path: Path) -> None:

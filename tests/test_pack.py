@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 from click.testing import CliRunner
+from in_threads import in_threads
 
 import edgelm
 from edgelm import disk, gguf, packed
@@ -70,7 +71,7 @@ def test_the_command_pack(model: Path, cache: Path, tmp_path: Path) -> None:
     text = command("run", model, "-p", "hello", "-n", 5, "--temp", 0)
     with edgelm.load(model) as loaded:
         assert loaded.packed_file == beside and loaded.info()["packed_weights"] == str(beside)
-    assert command("pack", model, elsewhere, "-q") == f"{elsewhere}\n"
+    assert command("pack", model, elsewhere, "-q") == command("pack", "-m", model, elsewhere, "-q") == f"{elsewhere}\n"
     assert command("pack", model, "--remove") == f"{beside}\n"
     assert command("run", model, "-p", "hello", "-n", 5, "--temp", 0, "--packed", elsewhere) == text
     assert command("run", model, "-p", "hello", "-n", 5, "--temp", 0, "--no-mmap") == text
@@ -127,6 +128,91 @@ def test_models_that_are_changed_or_exchanged_need_new_files(tmp_path: Path, cac
     os.utime(model, ns=(now + 10**9, now + 10**9))
     with pytest.raises(FormatError, match="the model is newer"):
         edgelm.load(model, packed=str(file.beside))
+
+
+def test_weights_are_not_looked_at_for_a_file_that_is_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = packed_file(model)
+    path = file.write(tmp_path / "elsewhere")
+    monkeypatch.delattr(packed.PackedFile, "_sampled")
+    with edgelm.load(model, packed=str(path)) as loaded:
+        assert loaded.packed_file == path
+
+
+@pytest.mark.parametrize("place", ["beside", "cached"])
+def test_weights_are_only_looked_at_if_the_model_may_be_another_one(
+    place: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = packed_file(model)
+    path = file.write(getattr(file, place))
+    sampled, looked_at = packed.PackedFile._sampled, list[Path]()
+
+    def spy(self: packed.PackedFile) -> bytes:
+        looked_at.append(self.file.paths[0])
+        return sampled(self)
+
+    monkeypatch.setattr(packed.PackedFile, "_sampled", spy)
+    assert packed_file(model).found() == path and not looked_at
+    before = model.stat().st_mtime_ns - 10**9
+    os.utime(model, ns=(before, before))
+    assert packed_file(model).found() == path and looked_at == [model]
+    data = np.fromfile(model, np.uint8)
+    data[len(data) // 2 :: 50] ^= 1
+    os.remove(model)
+    data.tofile(model)
+    os.utime(model, ns=(before, before))
+    if place == "beside":
+        with pytest.warns(UserWarning, match="made for another model"):
+            assert packed_file(model).found() is None
+    else:
+        assert packed_file(model).found() is None
+
+
+def test_a_model_from_a_clock_that_is_ahead_can_be_packed(model: Path) -> None:
+    file, tomorrow = packed_file(model), model.stat().st_mtime_ns + 86400 * 10**9
+    os.utime(model, ns=(tomorrow, tomorrow))
+    path = file.write(file.beside)
+    with edgelm.load(model) as loaded:
+        assert loaded.packed_file == path
+
+
+KILLED = """
+import os, sys
+from edgelm import gguf, packed
+def progress(stage, done, total):
+    if stage == "packing weights": os.kill(os.getpid(), 9)
+file = packed.PackedFile.of(gguf.read(sys.argv[1]))
+file.write(getattr(file, sys.argv[2]), 1, progress)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals to a process here")
+def test_what_a_process_has_left_that_was_killed_is_removed(model: Path, tmp_path: Path, cache: Path) -> None:
+    file = packed_file(model)
+    file.cached.parent.mkdir(parents=True)
+
+    def drafts() -> list[Path]:
+        return [path for folder in (tmp_path, file.cached.parent) for path in folder.glob(".*")]
+
+    def killed() -> None:
+        for place in ("beside", "cached"):
+            done = subprocess.run([sys.executable, "-c", KILLED, str(model), place], capture_output=True, text=True)
+            assert done.returncode == -9, done.stderr
+
+    killed()
+    assert len(drafts()) == 2
+    with disk.replacing(file.beside.with_name("other")):  # whatever else is written is left alone
+        assert len(drafts()) == 3
+    with disk.replacing(file.beside) as live:
+        assert len(drafts()) == 2, "the one beside was left, and is gone"
+        in_threads(lambda _: file.write(file.beside), 1)
+        assert Path(live.name) in drafts(), "somebody is at it"
+    file.write(file.cached)
+    assert not drafts()
+    killed()
+    left = drafts()
+    assert set(file.remove()) == {file.beside, file.cached, *left} and not drafts()
 
 
 def test_paths_that_cannot_be(model: Path, tmp_path: Path) -> None:

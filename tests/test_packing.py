@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +21,14 @@ from blocks import random_blocks
 
 import edgelm
 from edgelm import gguf, mapped_file
-from edgelm.errors import SourceError
+from edgelm.errors import SourceError, TemplateError
 from edgelm.formats import QTensor, by_name
-from edgelm.kernels import packing, streamed, tiles, weight_layout
+from edgelm.kernels import compiler, packing, streamed, tiles, weight_layout
 from edgelm.kernels.records import MAX_TOKENS
 from edgelm.kernels.units import UNITS
 
 TOKENS = [1, 2, 3, 5, 8, 13, 21]
+HANGS = 600  # seconds: no limit of speed
 
 
 def weight(name: str, n_rows: int, n_cols: int) -> QTensor:
@@ -111,7 +115,7 @@ def test_pieces_of_a_file_are_lent_and_forgotten(
     file = gguf.read(tmp_path / "m.gguf")
     most = 0
 
-    def watch(done: int, total: int) -> None:
+    def watch(stage: str, done: int, total: int) -> None:
         nonlocal most
         most = max(most, mapped_kib(tmp_path / "m.gguf"))
 
@@ -120,6 +124,34 @@ def test_pieces_of_a_file_are_lent_and_forgotten(
     assert form.n_bytes > 24 << 20 and np.array_equal(form.keep, expected.keep)
     assert most <= 2 * 2 * mapped_file.WINDOW >> 10
     assert mapped_kib(tmp_path / "m.gguf") == 0, "no page that was mapped beside what was read is left"
+
+
+def test_a_file_is_lent_whatever_became_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where pages are not given back: the path may be relative, and lead to another file by now."""
+    monkeypatch.setattr(gguf, "GIVES_BACK", False)
+    tensor = weight("Q8_0", 64, 4096)
+    for name, data in (("m.gguf", tensor), ("other.gguf", replace(tensor, data=tensor.data ^ 1))):
+        tiny.write(tmp_path / name, {"general.architecture": "none"}, {"w": data})
+    monkeypatch.chdir(tmp_path)
+    file = gguf.read("m.gguf")
+    rows = file.tensors["w"].data[3:9]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    if sys.platform != "win32":  # which exchanges no file that is mapped
+        os.replace(tmp_path / "other.gguf", tmp_path / "m.gguf")
+    with file.lend(rows) as data:
+        assert np.array_equal(data, tensor.data[3:9])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files that are mapped are not cut short here")
+def test_a_file_that_was_cut_short_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "GIVES_BACK", False)
+    path = tmp_path / "m.gguf"
+    tiny.write(path, {"general.architecture": "none"}, {"w": weight("Q8_0", 64, 4096)})
+    file = gguf.read(path)
+    os.truncate(path, path.stat().st_size - 1000)
+    with pytest.raises(SourceError, match="cannot be read any more"), file.lend(file.tensors["w"].data[3:]):
+        pass
 
 
 def mapped_kib(path: Path) -> int:
@@ -150,8 +182,16 @@ def test_a_failure_in_any_thread_ends_all() -> None:
 @pytest.fixture
 def not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is packed behind the caller, and pieces of a first run are small."""
-    monkeypatch.setattr(packing.Packing, "start", lambda self: None)
+    monkeypatch.setattr(packing.Packing, "start", lambda self, progress=None: None)
     monkeypatch.setattr(streamed, "BUFFER", 1)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each group of a weight is packed behind the caller by itself, where the file is read."""
+    if not packing.read_address():
+        pytest.skip("the file is mapped")
+    monkeypatch.setattr(packing, "LARGE_PIECE", 1)
 
 
 @pytest.mark.parametrize("fmt", ["Q4_0", "Q4_K", "F16", "TQ2_0"])
@@ -194,7 +234,7 @@ def test_what_is_packed_when_a_run_comes_is_used(
         with edgelm.load(model) as loaded:
             under_way = loaded.runner._resources.packing
             pieces, under_way._pieces = under_way._pieces, under_way._pieces[:n]
-            under_way._work()
+            under_way._work(under_way._ending)
             under_way._pieces = pieces
             np.testing.assert_array_equal(loaded.logits(TOKENS), expected)
             loaded.wait()
@@ -221,7 +261,7 @@ def test_a_file_that_cannot_be_read_any_more(
 ) -> None:
     """It has become shorter, or its descriptor is none: an error, and no logits of something else."""
     if not behind:
-        monkeypatch.setattr(packing.Packing, "start", lambda self: None)
+        monkeypatch.setattr(packing.Packing, "start", lambda self, progress=None: None)
     with (tmp_path / "empty").open("w+b") as empty:
         for descriptor in (empty.fileno(), 9999):
             monkeypatch.setattr(gguf.GGUF, "find", lambda self, rows, descriptor=descriptor: (descriptor, 0))
@@ -240,14 +280,118 @@ def test_rows_that_cannot_be_read_are_told(model: Path, tmp_path: Path) -> None:
             some.pack_rows(0, [3])
 
 
-def test_what_fails_behind_the_caller_is_raised_by_the_second_run(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any) -> int:
+def test_what_fails_behind_the_caller_is_raised_by_the_second_run(
+    model: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run needs no other thread."""
+    find, failed = gguf.GGUF.find, threading.Event()
+
+    def fail(self: gguf.GGUF, rows: np.ndarray) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            return find(self, rows)
+        failed.set()
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(packing, "_pack_piece", fail)
-    with edgelm.load(model) as loaded, pytest.raises(OSError, match="the disk is gone"):
-        for _ in range(2):
+    monkeypatch.setattr(gguf.GGUF, "find", fail)
+    with edgelm.load(model, threads=2) as loaded:
+        assert failed.wait(HANGS) and len(loaded.logits(TOKENS))
+        with pytest.raises(OSError, match="the disk is gone"):
             loaded.logits(TOKENS)
+
+
+def test_an_interrupt_ends_the_waiting_and_not_the_packing(
+    model: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with edgelm.load(model) as loaded:
+        expected = loaded.logits(TOKENS)
+    find, interrupted, caught = gguf.GGUF.find, threading.Event(), threading.Event()
+
+    def interrupt(self: gguf.GGUF, rows: np.ndarray) -> Any:
+        if not interrupted.is_set():
+            interrupted.set()
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            caught.wait(HANGS)
+        return find(self, rows)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
+    try:
+        monkeypatch.setattr(gguf.GGUF, "find", interrupt)
+        with edgelm.load(model, threads=1) as loaded:
+            with pytest.raises(KeyboardInterrupt):
+                loaded.wait()
+            caught.set()
+            np.testing.assert_array_equal(loaded.logits(TOKENS), expected)
+            loaded.wait()
+            np.testing.assert_array_equal(loaded.logits(TOKENS), expected)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def packing_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "edgelm-packing"]
+
+
+def test_a_closed_model_packs_no_more_and_goes_on_when_it_is_used(
+    model: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with edgelm.load(model) as loaded:
+        expected = loaded.logits(TOKENS)
+    find, endings, known = gguf.GGUF.find, list[threading.Event](), threading.Event()
+
+    def wait(self: gguf.GGUF, rows: np.ndarray) -> Any:
+        assert known.wait(HANGS) and endings[0].wait(HANGS), "until it is to end"
+        return find(self, rows)
+
+    monkeypatch.setattr(gguf.GGUF, "find", wait)
+    with edgelm.load(model, threads=3) as loaded:
+        under_way = loaded.runner._resources.packing
+        endings.append(under_way._ending)
+        known.set()
+    assert not under_way.finished and not packing_threads()
+    for _ in range(2):
+        np.testing.assert_array_equal(loaded.logits(TOKENS), expected)
+    loaded.close()
+
+
+def test_a_model_that_cannot_be_loaded_packs_no_more(
+    model: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find, stop, stopped = gguf.GGUF.find, packing.Packing.stop, threading.Event()
+
+    def spy(self: packing.Packing) -> None:
+        stopped.set()
+        stop(self)
+
+    monkeypatch.setattr(gguf.GGUF, "find", lambda self, rows: stopped.wait(HANGS) and find(self, rows))
+    monkeypatch.setattr(packing.Packing, "stop", spy)
+    with pytest.raises(TemplateError):
+        edgelm.load(model, chat_template="{% nonsense %}", threads=2)
+    assert stopped.is_set() and not packing_threads()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"), [({"threads": 3}, 3), ({"threads": 3, "threads_batch": 1}, 1), ({"threads_batch": 2}, 2)]
+)
+def test_packing_takes_as_many_threads_as_prompts(model: Path, settings: dict[str, int], expected: int) -> None:
+    with edgelm.load(model, **settings) as loaded:
+        assert loaded.runner._resources.packing.n_threads == loaded.runner.n_threads_batch == expected
+
+
+def test_kernels_that_pack_are_compiled_with_all_others(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a first start: so no core has nothing to compile."""
+    compile_all, told = compiler.compile_all, list[list[Any]]()
+
+    def watched(kernels: Iterable[Any], *rest: Any) -> None:
+        told.append(list(kernels))
+        compile_all(told[-1], *rest)
+
+    monkeypatch.setattr(compiler, "compile_all", watched)
+    monkeypatch.setattr(compiler, "is_compiled", lambda kernel: False)
+    monkeypatch.setattr(compiler, "_start_helpers", lambda missing, n: {})
+    with edgelm.load(model) as loaded:
+        modules = {str(kernel).partition(":")[0] for kernel in told[0]}
+        assert {"packing_kernels", "embed_kernels", "walk"} <= modules
+        assert len(loaded.logits(TOKENS)) == len(TOKENS)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

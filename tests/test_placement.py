@@ -16,7 +16,10 @@ def random_steps(rng: random.Random) -> list[Step]:
     for i in range(rng.randrange(1, 60)):
         recent = values[-rng.choice([1, 3, 8, 60]) :]
         reads = tuple(dict.fromkeys(rng.choice(recent) for _ in range(rng.randrange(0, 4)))) if recent else ()
-        writes = tuple(Value("tokens", rng.choice([0, 64, 64, 128, 1024])) for _ in range(rng.choice([1, 1, 1, 2])))
+        writes = tuple(
+            Value("tokens", rng.choice([0, 64, 64, 128, 1024]), single=rng.random() < 0.2)
+            for _ in range(rng.choice([1, 1, 1, 2]))
+        )
         reuses = rng.choice(reads) if reads and rng.random() < 0.6 else None
         steps.append(Step(f"step {i}", reads, writes, list, reuses))
         values += writes
@@ -24,7 +27,11 @@ def random_steps(rng: random.Random) -> list[Step]:
 
 
 def places(values: tuple[Value, ...], n_rows: int) -> list[tuple[int, int, Value]]:
-    return [(v.offset, v.offset + v.stride * n_rows, v) for v in values if v.stride]
+    return [(v.offset, v.offset + size(v, n_rows), v) for v in values if v.stride]
+
+
+def size(value: Value, n_rows: int) -> int:
+    return value.stride * (1 if value.single else n_rows)
 
 
 def meet(a: tuple[int, int, Value], b: tuple[int, int, Value]) -> bool:
@@ -46,7 +53,7 @@ def test_every_step_finds_what_it_reads(seed: int) -> None:
         for step in now:
             for value in step.reads:
                 assert made[value] < level
-                lines = range(value.offset, value.offset + value.stride * n_rows, 64)
+                lines = range(value.offset, value.offset + size(value, n_rows), 64)
                 assert all(memory[line] is value for line in lines)
         for step in now:
             for place in places(step.writes, n_rows):
@@ -59,7 +66,7 @@ def test_every_step_finds_what_it_reads(seed: int) -> None:
             for begin, end, value in places(step.writes, n_rows):
                 for line in range(begin, end, 64):
                     memory[line] = value
-    assert all(memory[line] is result for line in range(result.offset, result.offset + result.stride * n_rows, 64))
+    assert all(memory[line] is result for line in range(result.offset, result.offset + size(result, n_rows), 64))
 
 
 def test_memory_is_shared() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ from edgelm.tokenizer import Tokenizer
 from edgelm.weights import Weights
 
 DECODERS = [name for name in ALL if ARCHS[VARIANTS[name].arch].family == "decoder"]
+HANGS = 600  # seconds: no limit of speed
 Make = Callable[..., Program]
 PROSE = (
     "The lighthouse keeper wrote down the weather every evening: the wind, the height of the waves, and the ships that "
@@ -338,7 +343,42 @@ def test_progress_is_told(make: Make) -> None:
     assert told
     for stage in {stage for stage, _, _ in told}:
         done = [(done, total) for s, done, total in told if s == stage]
-        assert done == sorted(done) and done[-1][0] == done[-1][1]
+        assert all(before <= now or before[0] == before[1] for before, now in pairwise(done)), "one after the other"
+        assert done[-1][0] == done[-1][1]
+
+
+FORKED = """
+import os, sys, threading, warnings, numpy as np, edgelm
+from edgelm.kernels import compiler
+warnings.simplefilter("ignore")
+model = edgelm.load(sys.argv[1])
+expected = model.logits([1, 2, 3])
+held, forked = threading.Event(), threading.Event()
+def call():
+    with model.runner._lock, compiler._lock:
+        held.set()
+        forked.wait()
+thread = threading.Thread(target=call)
+thread.start()
+held.wait()
+child = os.fork()
+if child:
+    forked.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
+else:
+    assert np.array_equal(model.logits([1, 2, 3]), expected)
+    del compiler._loaded["walk:spin"]
+    assert compiler.address("walk:spin")
+    os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_that_was_forked_during_a_call_makes_its_own(folder: Path) -> None:
+    """The thread whose call it was, or that was compiling, has stayed behind."""
+    path = tiny("llama-gqa", folder=folder)
+    subprocess.run([sys.executable, "-c", FORKED, str(path)], check=True, timeout=HANGS)
 
 
 @pytest.mark.model

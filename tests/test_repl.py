@@ -306,6 +306,16 @@ def test_in_a_terminal(path: Path, tmp_path: Path) -> None:
         type_("/stats\r")
         expect("tokens/s")
         expect(PROMPT_BEGINS)
+        type_("/set nohistory\r")
+        expect(PROMPT_BEGINS)
+        type_("/show license\r")
+        expect("the file does not say")
+        expect(PROMPT_BEGINS)
+        type_("/set history\r")
+        expect(PROMPT_BEGINS)
+        type_("/context\r")
+        expect("of 128 tokens")
+        expect(PROMPT_BEGINS)
         type_("\x04")
         deadline = time.monotonic() + 600
         while read(0.2):
@@ -313,6 +323,9 @@ def test_in_a_terminal(path: Path, tmp_path: Path) -> None:
         _, status = os.waitpid(pid, 0)
         pid = 0
         assert os.waitstatus_to_exitcode(status) == 0
+        [history] = tmp_path.rglob("history")
+        kept = [line for line in history.read_text().splitlines() if line.startswith("+/")]
+        assert kept[-3:] == ["+/stats", "+/set nohistory", "+/context"] and history.stat().st_mode & 0o77 == 0
     finally:
         if pid:
             os.kill(pid, 9)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgelm import threads
+from edgelm import free_memory, threads
 
 
 @pytest.fixture
@@ -16,8 +16,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(threads.sys, "platform", "linux")
     monkeypatch.setattr(threads, "CPUS", tmp_path / "cpu")
     monkeypatch.setattr(threads, "SLOW_CPUS", tmp_path / "cpu_atom/cpus")
-    monkeypatch.setattr(threads, "CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(threads, "OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(free_memory, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(free_memory, "OWN_CGROUP", tmp_path / "own")
     return tmp_path
 
 
@@ -71,20 +71,53 @@ def test_nothing_known_counts_every_cpu(machine: Path, monkeypatch: pytest.Monke
         ({"a/b/cpu.max": "900000 100000", "a/cpu.max": "400000 100000"}, 4),
         ({"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2),
         ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 16),
+        ({"cpu/v1/cpu.cfs_quota_us": "250000", "cpu/v1/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu/v1/b/cpu.cfs_quota_us": "100000", "cpu/v1/b/cpu.cfs_period_us": "100000"}, 1),
+        ({"cpu/elsewhere/cpu.cfs_quota_us": "100000", "cpu/elsewhere/cpu.cfs_period_us": "100000"}, 16),
         ({"a/b/cpu.max": "nonsense"}, 16),
+        ({"a/b/cpu.max": "0 0"}, 16),
     ],
 )
 def test_quota(machine: Path, monkeypatch: pytest.MonkeyPatch, limits: dict[str, str], expected: int) -> None:
-    write(machine / "own", "12:cpuset:/elsewhere\n0::/a/b")
+    write(machine / "own", "12:cpuset:/elsewhere\n4:cpu,cpuacct:/v1/b\n0::/a/b")
     for name, text in limits.items():
         write(machine / "cgroup" / name, text)
     may_use(monkeypatch, *range(16))
     assert threads.default_threads() == expected
 
 
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [({"hw.perflevel0.physicalcpu": 4, "hw.physicalcpu": 8}, 4), ({"hw.physicalcpu": 6}, 6), ({}, 5)],
+)
+def test_performance_cores_of_a_mac(known: dict[str, int], expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads.sys, "platform", "darwin")
+    monkeypatch.setattr(threads, "_sysctl", known.get)
+    monkeypatch.setattr(os, "cpu_count", lambda: 10)
+    assert threads.default_threads() == expected
+
+
+@pytest.mark.parametrize(("count", "expected"), [(16, 8), (2, 2), (1, 1), (None, 2)])
+def test_half_of_what_windows_counts(count: int | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads.sys, "platform", "win32")
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: count)
+    assert threads.default_threads() == expected
+
+
 def test_at_least_one(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     may_use(monkeypatch)
     assert threads.default_threads() == 1
+
+
+@pytest.mark.parametrize(("available_kb", "expected"), [(1 << 30, 4), (2500, 2), (10, 1)])
+def test_no_more_processes_than_fit(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, available_kb: int, expected: int
+) -> None:
+    write(machine / "meminfo", f"MemAvailable: {available_kb} kB")
+    monkeypatch.setattr(free_memory, "MEMINFO", machine / "meminfo")
+    may_use(monkeypatch, 0, 1, 2, 3)
+    assert threads.processes(1 << 20) == expected
 
 
 def test_this_machine() -> None:

@@ -3,7 +3,3 @@
 `simd` gives vectors, `isa` how a machine multiplies int8, the other modules the operations. Kernels trust their
 arguments: whoever calls one has proven every shape, offset and length.
 """
-
-from edgelm.kernels import compiler
-
-compiler.prepare()  # before any module of this package imports numba

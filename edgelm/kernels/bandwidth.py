@@ -6,9 +6,13 @@ import threading
 import time
 
 import numpy as np
-from numba import njit
+from numba import config, njit
 
+from edgelm.kernels import compiler
 from edgelm.kernels.simd import add_i32, load_i32x16, splat_i32, sum_i32
+
+# Numba's own cache, for functions that Python calls. No variable of the environment: children would inherit it.
+config.CACHE_DIR = config.CACHE_DIR or str(compiler.cache_dir().parent)
 
 
 @njit(nogil=True, cache=True)

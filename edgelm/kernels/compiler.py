@@ -20,6 +20,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import re
 import sys
 import threading
 import time
@@ -28,8 +29,8 @@ from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-from edgelm.disk import user_cache
-from edgelm.kernels import elf, processor, sources
+from edgelm.disk import Progress, user_cache
+from edgelm.kernels import child, elf, processor, sources
 
 if TYPE_CHECKING:
     import subprocess
@@ -37,7 +38,11 @@ if TYPE_CHECKING:
 Kernel = Callable[[int, int, int, int], None]
 VERSION = 1  # to be raised when `_compile` makes other code of the same source
 MOST_PROCESSES = 8  # that compile at the same time
+PROCESS_BYTES = 256 << 20  # that each of them takes, with Numba
 KEEP_DAYS = 30  # compiled code that was not used for so long is removed
+
+_OURS = re.compile(r"[\w.-]+-[0-9a-f]{8}-v\d+")  # names of `cache_dir`
+_DRAFT = ".o.part"
 
 _lock = threading.RLock()
 _loaded: dict[Kernel | str, int] = {}
@@ -83,18 +88,16 @@ def _versions() -> str:
     return digest.hexdigest()[:8]
 
 
-def prune(folder: Path) -> None:
-    """Removes compiled code below `folder` that nothing has used for a long time."""
-    for file in folder.rglob("*.o"):
-        with contextlib.suppress(OSError):
-            if time.time() - file.stat().st_mtime > KEEP_DAYS * 86400:
-                file.unlink()
-
-
-def prepare() -> None:
-    """Gives Numba's own cache, for functions called from Python, a folder of ours. Comes before Numba is imported."""
-    if "NUMBA_CACHE_DIR" not in os.environ and "numba" not in sys.modules:
-        os.environ["NUMBA_CACHE_DIR"] = str(cache_dir())
+def prune(base: Path) -> None:
+    """Removes compiled code that nothing has used for a long time, of any version of edgelm. `base` may be the folder
+    of others, too: only what lies in one of the names of `cache_dir` is ours."""
+    for folder in base.iterdir():
+        if not _OURS.fullmatch(folder.name):
+            continue
+        for file in (*folder.rglob("*.o"), *folder.rglob(f"*{_DRAFT}")):
+            with contextlib.suppress(OSError):
+                if time.time() - file.stat().st_mtime > KEEP_DAYS * 86400:
+                    file.unlink()
 
 
 # --- addresses ---------------------------------------------------------------------------------------------------
@@ -133,48 +136,64 @@ def only_wanted() -> Iterator[list[Kernel | str]]:
         _here.wanted = None
 
 
-def compile_all(kernels: Iterable[Kernel | str], progress: Callable[[str, int, int], None] | None = None) -> None:
-    """Compiles or loads all of `kernels`. `progress(name of the kernel, done, total)` is called after each one.
+def is_compiled(kernel: Kernel | str) -> bool:
+    """Whether its code is on disk."""
+    return _path_of(kernel)[1].is_file()
 
-    Those given by name are compiled by other processes, one for each core, because Numba compiles on one core only, and
-    because Numba, once imported, takes more memory than many a model. Where no process can be started this one does it.
+
+def n_cores() -> int:
+    """Cores of the machine that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def compile_all(
+    kernels: Iterable[Kernel | str],
+    progress: Progress | None = None,
+    n_processes: Callable[[], int] = n_cores,
+) -> None:
+    """Compiles or loads all of `kernels`. `progress("compiling kernels", done, total)` is called after each one, and
+    again and again while one is waited for.
+
+    Those given by name are compiled by other processes, because Numba compiles on one core only, and because Numba,
+    once imported, takes more memory than many a model. Where no process can be started this one does it. There are at
+    most `n_processes()`, of PROCESS_BYTES each; never more than MOST_PROCESSES, or than one for two kernels.
     """
     todo = list(dict.fromkeys(kernels))
-    missing = [kernel for kernel in todo if isinstance(kernel, str) and not _path_of(kernel)[1].is_file()]
+    missing = [kernel for kernel in todo if isinstance(kernel, str) and not is_compiled(kernel)]
     todo.sort(key=lambda kernel: kernel in missing)
-    theirs = _start_helpers(missing)
+    theirs = _start_helpers(missing, n_processes() if missing else 0)
     todo.sort(key=lambda kernel: kernel in theirs)  # by the time that this process gets to them, they are there
     try:
-        for done, kernel in enumerate(todo, 1):
+        for done, kernel in enumerate(todo):
             helper = theirs.get(kernel)
-            while helper is not None and helper.poll() is None and not _path_of(kernel)[1].is_file():
+            while helper is not None and helper.poll() is None and not is_compiled(kernel):
                 time.sleep(0.01)
+                if progress is not None:
+                    progress("compiling kernels", done, len(todo))
             address(kernel)
             if progress is not None:
-                progress(kernel if isinstance(kernel, str) else kernel.__name__, done, len(todo))
+                progress("compiling kernels", done + 1, len(todo))
     finally:
         for helper in set(theirs.values()):
             helper.terminate()
             helper.wait()
 
 
-def _start_helpers(missing: list[str]) -> dict[Kernel | str, subprocess.Popen[bytes]]:
+def _start_helpers(missing: list[str], n_processes: int) -> dict[Kernel | str, subprocess.Popen[bytes]]:
     """Starts processes that compile `missing` into the cache: which of them will find which."""
     if not missing or not sys.executable or getattr(sys, "frozen", False):
         return {}
     import subprocess
 
-    n = min(os.cpu_count() or 1, MOST_PROCESSES, -(-len(missing) // 2))
+    n = min(n_processes, MOST_PROCESSES, -(-len(missing) // 2))
     code = "import sys; from edgelm.kernels import compiler; [compiler.address(name) for name in sys.argv[1:]]"
-    settings = {
-        **os.environ, "NUMBA_CACHE_DIR": str(cache_dir().parent), "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
+    settings = {**child.environment(), "NUMBA_CACHE_DIR": str(cache_dir().parent)}
     helpers: dict[Kernel | str, subprocess.Popen[bytes]] = {}
     for i in range(n):
         names = missing[i::n]
         with contextlib.suppress(OSError):  # then this process compiles them
             helper = subprocess.Popen(
-                [sys.executable, "-c", code, *names], env=settings, stdin=subprocess.DEVNULL,
+                child.command("-c", code, *names), env=settings, stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )
             helpers.update(dict.fromkeys(names, helper))
@@ -184,8 +203,7 @@ def _start_helpers(missing: list[str]) -> dict[Kernel | str, subprocess.Popen[by
 def _path_of(kernel: Kernel | str) -> tuple[str, Path]:
     """The symbol of a kernel's code, and the file it is kept in."""
     if isinstance(kernel, str):
-        module, _, name = kernel.partition(":")
-        module = module if "." in module else f"edgelm.kernels.{module}"
+        module, name = _parts(kernel)
         file = _file_of(module)
     else:
         assert isinstance(kernel, FunctionType)
@@ -209,10 +227,15 @@ def _find(kernel: Kernel | str) -> int:
 def _function(kernel: Kernel | str) -> FunctionType:
     if isinstance(kernel, FunctionType):
         return kernel
-    module, _, name = kernel.partition(":")
-    module = module if "." in module else f"edgelm.kernels.{module}"
+    module, name = _parts(kernel)
     function: FunctionType = getattr(importlib.import_module(module), name)
     return function
+
+
+def _parts(kernel: str) -> tuple[str, str]:
+    """Module and function of "module:function"."""
+    module, _, name = kernel.partition(":")
+    return module if "." in module else f"edgelm.kernels.{module}", name
 
 
 def _file_of(module: str) -> str:
@@ -232,8 +255,8 @@ def _read(path: Path) -> bytes | None:
     code, checksum = data[:-32], data[-32:]
     if hashlib.sha256(code).digest() != checksum:
         return None
-    if time.time() - path.stat().st_mtime > 86400:
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # another process may have removed it meanwhile
+        if time.time() - path.stat().st_mtime > 86400:
             os.utime(path)  # still in use
     return code
 
@@ -243,9 +266,9 @@ def _write(path: Path, code: bytes) -> None:
 
     with contextlib.suppress(OSError):  # then it is compiled again next time
         if not path.parent.is_dir():
-            path.parent.mkdir()
+            path.parent.mkdir(exist_ok=True)  # which another process may do as well
             prune(cache_dir().parent)
-        file = tempfile.NamedTemporaryFile(dir=path.parent, delete=False)  # noqa: SIM115
+        file = tempfile.NamedTemporaryFile(dir=path.parent, suffix=_DRAFT, delete=False)  # noqa: SIM115
         try:
             with file:
                 file.write(code + hashlib.sha256(code).digest())
@@ -355,3 +378,13 @@ def _prove_bare(module: Any, symbol: str) -> None:
                     f"kernel {symbol} needs {item.name}, which is not there: kernels neither raise, nor allocate, nor "
                     "use Python"
                 )
+
+
+def _after_fork() -> None:
+    """A thread that was compiling has stayed behind, with the lock."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

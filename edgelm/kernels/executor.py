@@ -45,15 +45,17 @@ DONE, TAKEN = 0, LINE
 SPIN_US = 8
 YIELD_COUNT = 200  # and how often to do that before sleeping
 SLEEP_MS = 0.05
+STOP_S = 60  # how long to wait for a worker that the system has taken away: what it may look at is freed then
 HOT_US = 1000  # how long workers stay awake after a run: longer than sampling and printing a token
 
-_Native = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+# A kernel, to be called from Python.
+Native = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 _executors: weakref.WeakSet[Executor]
 
 
 def _walk(name: str) -> Any:
     """A function of `walk`, callable from Python; releases the interpreter lock."""
-    return _Native(compiler.address(f"walk:{name}"))
+    return Native(compiler.address(f"walk:{name}"))
 
 
 def _address_of(function: Any) -> int:
@@ -206,7 +208,7 @@ class _Crew:
         _walk("run")(self.address, 0, 0, 0)
         self.wake(len(self._locks))
         for thread in self._threads:
-            thread.join(timeout=1.0)
+            thread.join(timeout=STOP_S)
 
 
 def _work(serve: Any, memory: np.ndarray, worker: int, lock: threading.Lock) -> None:

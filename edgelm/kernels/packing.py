@@ -6,7 +6,6 @@ transcoded. Imports no Numba. Knows nothing of activations.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 import weakref
@@ -16,14 +15,15 @@ from typing import Protocol
 
 import numpy as np
 
-from edgelm.errors import SourceError
+from edgelm.disk import Progress
 from edgelm.formats import QTensor
 from edgelm.kernels import compiler
 from edgelm.kernels.abi import Row
-from edgelm.kernels.executor import read_address
+from edgelm.kernels.executor import Native, read_address
 from edgelm.kernels.transcode import transcoded
 from edgelm.kernels.units import ROWS
 from edgelm.kernels.weight_layout import Arg, Packed, Pairs, arrange, zeroed
+from edgelm.mapped_file import unreadable
 
 PIECE = 1 << 20  # bytes of packed weights that a thread makes at a time
 LARGE_PIECE = 16 << 20  # the same where the interpreter is busy: after each piece a thread waits 5 ms for its lock
@@ -31,8 +31,6 @@ LARGE_PIECE = 16 << 20  # the same where the interpreter is busy: after each pie
 
 Lend = Callable[[np.ndarray], AbstractContextManager[np.ndarray]]
 Find = Callable[[np.ndarray], tuple[int, int] | None]
-_Native = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-
 
 Weight = tuple[QTensor, Packed]
 
@@ -72,7 +70,7 @@ def pack(tensor: QTensor) -> Packed:
 def pack_all(
     tensors: Sequence[QTensor],
     n_threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     lend: Lend = nullcontext,
     pairs: Pairs = (),
 ) -> list[Packed]:
@@ -88,21 +86,23 @@ def pack_behind(
 ) -> tuple[list[Packed], Packing]:
     """As `pack_all`, but the weights are only there when the packing, which goes on behind the caller, is finished.
 
+    It begins at once if its kernels are compiled; else whoever compiles them, together with others, starts it.
     find: see `GGUF.find`.
     """
     forms, n_bytes = arrange(tensors, pairs)
     memory = Memory(n_bytes)
     packing = Packing(memory, tensors, forms, n_threads, None, lend, find, LARGE_PIECE)
-    packing.start()
-    weakref.finalize(packing, _stop, packing._failures, packing._stop, packing._threads)  # at exit, before memory goes
+    if all(map(compiler.is_compiled, packing.kernels)):
+        packing.start()
     return [form.within(memory.bytes) for form in forms], packing
 
 
 class Packing:
     """Packs weights to where `forms` of `arrange` say, piece by piece in that order, by several threads at once.
 
-    `progress(bytes done, bytes in all)`, of packed weights, is called from one thread at a time. `lend(rows)` is where
+    `progress("packing weights", bytes done, bytes in all)` is called from one thread at a time. `lend(rows)` is where
     rows of a weight can be read, for as long as that takes, and `find(rows)` where they lie in a file: see `GGUF`.
+    n_threads: None for one on each core.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Packing:
         tensors: Sequence[QTensor],
         forms: Sequence[Packed],
         n_threads: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
         lend: Lend = nullcontext,
         find: Find = lambda rows: None,
         piece_bytes: int = PIECE,
@@ -125,9 +125,14 @@ class Packing:
             for step in [max(1, piece_bytes // form.stride)]
             for first in range(0, form.n_groups, step)
         ]
-        self.n_threads = n_threads or os.cpu_count() or 1
+        self.n_threads = n_threads or compiler.n_cores()
         self._stop = np.zeros(1, np.int64)
         self._begin()
+
+    @property
+    def kernels(self) -> list[str]:
+        """Names, for `compiler`, of the kernels that pack."""
+        return list(dict.fromkeys(map(_kernel, self.tensors, self.forms)))
 
     def _begin(self) -> None:
         self._total, self._done, self._next = sum(form.n_bytes for form in self.forms), 0, 0
@@ -136,18 +141,34 @@ class Packing:
         self._under_way = set[int]()  # pieces, by index, that a thread is at
         self._open = threading.Event()  # pieces may be begun
         self._open.set()
+        self._ending = threading.Event()  # those of `_threads` are to end, each after its piece
+        self._end = weakref.finalize(self, _end, self._failures, self._stop, self._threads)  # at exit, too
 
-    def start(self) -> None:
-        """Begins on threads of its own, one fewer than there may be: whoever waits for the end packs, too."""
-        compiler.compile_all(dict.fromkeys(map(_kernel, self.tensors, self.forms)))
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self.n_threads - 1)]
-        for thread in self._threads:
-            thread.start()
+    def start(self, progress: Progress | None = None) -> None:
+        """Begins on threads of its own, one fewer than there may be until somebody waits for the end; progress: of
+        kernels that are compiled before."""
+        compiler.compile_all(self.kernels, progress, lambda: self.n_threads)
+        self._start_threads(self.n_threads - 1)
+
+    def _start_threads(self, n: int) -> list[threading.Thread]:
+        """The threads that there are, after as many were started as had been missing to `n`."""
+        with self._lock:
+            while len(self._threads) < n:
+                thread = threading.Thread(
+                    target=self._work, args=(self._ending,), name="edgelm-packing", daemon=True
+                )
+                thread.start()
+                self._threads.append(thread)
+            return self._threads.copy()
 
     def run(self) -> None:
-        """From its start to its end."""
-        self.start()
-        self.finish()
+        """From its start to its end; an interrupt or a failure ends the threads."""
+        try:
+            self.start(self._progress)
+            self.finish()
+        except BaseException:
+            self._end()
+            raise
 
     def _after_fork(self) -> None:
         """Begins again in a process that was forked: the threads have stayed behind, with what they were at."""
@@ -190,22 +211,36 @@ class Packing:
             raise unreadable()
 
     def finish(self) -> None:
-        """Packs what is left; raises what any of the threads could not do."""
+        """Returns when all is packed; raises what any of the threads could not do.
+
+        An interrupt only ends the waiting, since it comes to none of them: the next call waits for what is left.
+        """
         self._after_fork()
-        self._work()
-        for thread in self._threads:
-            thread.join()
+        while not self.finished and not self._failures:
+            for thread in self._start_threads(self.n_threads):
+                thread.join()
         if self._failures:
             raise self._failures[0]
 
-    def _work(self) -> None:
+    def stop(self) -> None:
+        """Ends the threads, each after the piece that it is at; `finish` goes on with what is left."""
+        self._after_fork()
+        with self._lock:
+            threads, ending = self._threads.copy(), self._ending
+            self._threads.clear()
+            self._ending = threading.Event()
+        ending.set()
+        for thread in threads:
+            thread.join()
+
+    def _work(self, ending: threading.Event) -> None:
         try:
             while not self._failures:
                 self._open.wait()
                 with self._lock:
                     if not self._open.is_set():
                         continue
-                    if self._next == len(self._pieces):
+                    if ending.is_set() or self._next == len(self._pieces):
                         return
                     at, self._next = self._next, self._next + 1
                     self._under_way.add(at)
@@ -218,12 +253,12 @@ class Packing:
                     self._under_way.remove(at)
                     self._done += n_bytes
                     if self._progress is not None:
-                        self._progress(self._done, self._total)
-        except BaseException as failure:  # an interrupt, too: the other threads have to end
+                        self._progress("packing weights", self._done, self._total)
+        except BaseException as failure:  # the other threads have to end
             self._failures.append(failure)
 
 
-def _stop(failures: list[BaseException], stop: np.ndarray, threads: list[threading.Thread]) -> None:
+def _end(failures: list[BaseException], stop: np.ndarray, threads: list[threading.Thread]) -> None:
     failures.append(Stopped())
     stop[0] = 1
     for thread in threads:
@@ -248,10 +283,6 @@ def _kernel(tensor: QTensor, form: Packed) -> str:
     """Name, for `compiler`, of the kernel that packs a weight."""
     name = form.format if form.format != "INT12" else f"int12_{tensor.format.name}"
     return f"packing_kernels:pack_{name.lower()}"
-
-
-def unreadable() -> SourceError:
-    return SourceError("the model's file cannot be read any more; was it changed, or its disk taken away?")
 
 
 def in_file(rows: np.ndarray, find: Find) -> tuple[int, int] | None:
@@ -298,6 +329,6 @@ def _pack_piece(
             row = np.array(row_pack(tensor, form, data, place, stride, stop, found), np.int64)
             buffer = np.empty(0 if found is None else ROWS * data.strides[0], np.uint8)
             row[Row.ARGS + Arg.BUFFER] = buffer.ctypes.data
-            _Native(int(row[Row.KERNEL]))(row.ctypes.data, 0, 0, last - first)
+            Native(int(row[Row.KERNEL]))(row.ctypes.data, 0, 0, last - first)
     target.done(base + first * stride, room)
     return len(room)

@@ -351,7 +351,8 @@ def run(control, table, env, size):
 def serve(control, worker, unused, unused2):
     """The life of a worker until there has been nothing to do for a while: then it marks itself parked and returns.
 
-    Whoever publishes a job afterwards sees the mark, or this thread sees the job: both accesses are seq_cst.
+    Who looks for the mark after it has published a job sees it, or this thread sees the job: both accesses are seq_cst.
+    `_Crew.stop` does so. Before a run it is looked for first, so that who marks itself in between misses that run.
     """
     me = control + WORKERS + worker * WORKER
     atomic_set(me + WORKER_PARKED, 0)

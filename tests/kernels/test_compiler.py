@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from in_threads import in_threads
 
-from edgelm.kernels import compiler, sources
+from edgelm.kernels import child, compiler, sources
 from edgelm.kernels.simd import load_i64, store
 
 HANGS = 600  # seconds: no limit of speed
@@ -140,41 +140,119 @@ def test_kernels_that_need_python_are_refused(kernel: compiler.Kernel) -> None:
 def test_progress_is_told() -> None:
     told: list[tuple[str, int, int]] = []
     compiler.compile_all([double, "walk:spin", double], lambda *progress: told.append(progress))
-    assert told == [("double", 1, 2), ("walk:spin", 2, 2)]
+    assert list(dict.fromkeys(told))[-2:] == [("compiling kernels", 1, 2), ("compiling kernels", 2, 2)]
 
 
 SEVERAL = """
 import sys, os
 sys.path.insert(0, {folder!r})
 sys.executable = {executable!r}
-os.cpu_count = lambda: 3
 from edgelm.kernels import compiler
 compiled, inner = [], compiler._compile
 compiler._compile = lambda kernel, symbol: compiled.append(kernel.__name__) or inner(kernel, symbol)
 names = ["pkg.mod:k%d" % i for i in range(9)]
 told = []
-compiler.compile_all(names, lambda *progress: told.append(progress))
-assert sorted(name for name, _, _ in told) == names and [done for _, done, _ in told] == list(range(1, 10))
+compiler.compile_all(names, lambda *progress: told.append(progress), n_processes=lambda: 3)
+assert {{(stage, total) for stage, _, total in told}} == {{("compiling kernels", 9)}}
+assert [done for i, (_, done, _) in enumerate(told) if i == 0 or done > told[i - 1][1]][-9:] == list(range(1, 10))
+assert told[0][1] == (0 if {executable!r} != "/nowhere/python" else 1), "told of while it is waited for"
 assert len({{compiler.address(name) for name in names}}) == 9
 print(len(compiled))
 """
 
 
-def compile_several(package: Path, executable: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A process that compiles nine kernels; `executable` is what it takes for Python."""
+def compile_several(
+    package: Path, executable: str, folder: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A process that compiles nine kernels; `executable` is what it takes for Python, `folder` where it is."""
     kernels = "".join(f"\ndef k{i}(op, env, begin, end):\n    store(env, begin + {i})\n" for i in range(9))
     (package / "pkg" / "mod.py").write_text("from edgelm.kernels.simd import store\n" + kernels)
     code = SEVERAL.format(folder=str(package), executable=executable)
-    settings = {**os.environ, "NUMBA_CACHE_DIR": str(package / "cache"), **environment}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=settings, timeout=HANGS)
+    settings = {**child.environment(), "NUMBA_CACHE_DIR": str(package / "cache"), **environment}
+    command = child.command("-c", code)
+    return subprocess.run(command, capture_output=True, text=True, env=settings, timeout=HANGS, cwd=folder)
 
 
 @pytest.mark.parametrize(("executable", "expected"), [(sys.executable, 0), ("/nowhere/python", 9)])
 def test_many_are_compiled_by_several_processes(package: Path, executable: str, expected: int) -> None:
-    """Helpers compile all, one for each core; without any, this process does."""
+    """Helpers compile all; without any, this process does."""
     done = compile_several(package, executable)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{expected}\n", "")
     assert len(list((package / "cache").rglob("*.o"))) == 9
+
+
+def test_nothing_in_the_current_folder_is_executed(package: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where somebody else's files lie, under names that Python and edgelm import."""
+    folder = tmp_path_factory.mktemp("downloaded")
+    for name in ("hashlib", "numpy", "numba", "edgelm", "re"):
+        (folder / f"{name}.py").write_text(f"open({str(folder / 'executed')!r}, 'w')\n")
+    done = compile_several(package, sys.executable, folder)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", ""), "helpers compile, also from there"
+    assert not (folder / "executed").exists()
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(3, 3), (1, 1), (100, 4), (None, 2)])
+def test_how_many_processes_compile(asked: int | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as may, one for two kernels at most; if nothing is said, one for each core that is ours."""
+    started: list[list[str]] = []
+
+    class Process:
+        def __init__(self, command: list[str], **settings: object) -> None:
+            started.append(command)
+
+        def poll(self) -> int:
+            return 1  # it has failed
+
+        def terminate(self) -> None: ...
+        def wait(self) -> None: ...
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(compiler, "address", lambda name: 0)
+    kernels = [f"nowhere:kernel_{i}" for i in range(8)]
+    if asked is None:
+        compiler.compile_all(kernels)
+    else:
+        compiler.compile_all(kernels, n_processes=lambda: asked)
+    assert len(started) == expected
+    assert sorted(name for command in started for name in command if name.startswith("nowhere:")) == kernels
+
+
+def test_processes_of_this_one_find_the_same_code(tmp_path: Path) -> None:
+    """Whatever edgelm does to the environment, which they inherit."""
+    script = "from edgelm.kernels import bandwidth, compiler; print(compiler.cache_dir()); "
+    again = "import subprocess, sys; subprocess.run([sys.executable, '-P', '-c', sys.argv[1]], check=True)"
+    settings = {name: value for name, value in child.environment().items() if name != "NUMBA_CACHE_DIR"}
+    command = child.command("-c", script + "sys.stdout.flush()".join(["import sys; ", "; "]) + again, script)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**settings, "XDG_CACHE_HOME": str(tmp_path)}, timeout=HANGS
+    )
+    assert done.returncode == 0, done.stderr
+    ours, theirs = done.stdout.split()
+    assert ours == theirs
+
+
+def test_folders_that_another_process_makes_or_prunes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the same time, between two steps of this one."""
+    path, read_bytes = tmp_path / "processor" / "k.o", Path.read_bytes
+
+    def made(self: Path) -> bool:
+        monkeypatch.undo()
+        self.mkdir()
+        return False  # it was not, a moment ago
+
+    monkeypatch.setattr(Path, "is_dir", made)
+    compiler._write(path, b"code")
+    assert compiler._read(path) == b"code" and [file.name for file in path.parent.iterdir()] == ["k.o"]
+
+    def removed(self: Path) -> bytes:
+        data = read_bytes(self)
+        self.unlink()
+        return data
+
+    monkeypatch.setattr(Path, "read_bytes", removed)
+    assert compiler._read(path) == b"code"
 
 
 def test_cache_that_cannot_be_written(package: Path) -> None:
@@ -188,14 +266,22 @@ def test_cache_that_cannot_be_written(package: Path) -> None:
 
 
 def test_code_that_nobody_uses_is_removed(tmp_path: Path) -> None:
-    for name, days in (("old.o", 40), ("recent.o", 1), ("other.txt", 400)):
-        (tmp_path / "cpu").mkdir(exist_ok=True)
-        file = tmp_path / "cpu" / name
-        file.write_text("code")
-        then = file.stat().st_mtime - days * 86400
-        os.utime(file, (then, then))
+    """Of any version of edgelm; nothing of others, whose folder it may be, too."""
+    folder = compiler.cache_dir().name
+    ours = [tmp_path / folder / "cpu", tmp_path / "cpython-39-win32-AMD64-0123abcd-v0" / "cpu"]
+    theirs = [tmp_path, tmp_path / "build", tmp_path / "cpython-311-x86_64-linux-gnu"]
+    for place in (*ours, *theirs):
+        place.mkdir(parents=True, exist_ok=True)
+        for name, days in (("old.o", 40), ("old.o.part", 40), ("recent.o", 1), ("other.txt", 400)):
+            file = place / name
+            file.write_text("code")
+            then = file.stat().st_mtime - days * 86400
+            os.utime(file, (then, then))
     compiler.prune(tmp_path)
-    assert sorted(p.name for p in (tmp_path / "cpu").iterdir()) == ["other.txt", "recent.o"]
+    for place in ours:
+        assert sorted(p.name for p in place.iterdir()) == ["other.txt", "recent.o"]
+    for place in theirs:
+        assert len([p for p in place.iterdir() if p.is_file()]) == 4, place
 
 
 def test_source_hash_sees_what_is_imported(tmp_path: Path) -> None:

@@ -121,13 +121,22 @@ def test_same_table_thousands_of_times() -> None:
 
 
 def test_workers_that_were_parked_come_back() -> None:
-    """Pauses around the time after which workers park, where a lost wake-up would show as a worker that never helps."""
+    """Pauses around the time after which workers park, where a lost wake-up would show as a worker that never helps:
+    its clock, of the time that it computes, stands still from then on."""
     rng, recorder = random.Random(1), Recorder(random.Random(11))
     with Executor(3) as executor:
         for _ in range(150):
             recorder.run(executor)
             time.sleep(rng.choice([0, 0.0002, 0.0008, 0.001, 0.0012, 0.003]))
         assert all(thread.is_alive() for thread in executor._crew._threads)
+        if not hasattr(time, "pthread_getcpuclockid"):
+            return
+        clocks = [time.pthread_getcpuclockid(thread.ident) for thread in executor._crew._threads]
+        before, hangs = [time.clock_gettime(clock) for clock in clocks], time.monotonic() + 600
+        while not all(time.clock_gettime(clock) > start for clock, start in zip(clocks, before, strict=True)):
+            assert time.monotonic() < hangs
+            recorder.run(executor)
+            time.sleep(0.003)
 
 
 def toil(op, env, begin, end):
