@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,9 @@ def prepare(extra: str = "") -> Path:
     EDGELM_PYTHON names an interpreter that has everything already, and is used as it is.
     """
     if chosen := os.environ.get("EDGELM_PYTHON"):
-        return Path(chosen)
+        if not (found := shutil.which(chosen)):
+            sys.exit(f"EDGELM_PYTHON={chosen}: there is no such program")
+        return Path(found)
     if sys.version_info < (3, 11):  # noqa: UP036 - the one place that an old interpreter reaches
         sys.exit(f"edgelm needs Python 3.11 or newer; this is {sys.version.split()[0]} ({sys.executable})")
     stamp = VENV / f"edgelm-{extra or 'runtime'}.stamp"

@@ -1,4 +1,4 @@
-"""What all tests share: real models, fetched once into the cache, and compiled kernels kept apart from the user's own.
+"""What all tests share: real models, fetched once into the cache; compiled kernels are those of the user's cache, too.
 
 A model that cannot be had skips the tests that need it, saying why. EDGELM_OFFLINE=1 uses only what is there already;
 `pytest -m "not model"` leaves these tests out.
@@ -29,7 +29,6 @@ MODEL_FIXTURES = {"smollm2_path", "gemma3_path", "minilm_path", "minilm_onnx_pat
 MINILM_ONNX_WHEEL = "ec69288383455a95c45a341d4e2f243333a4016b83b55a87fcfab235ae5e4f2e"
 MINILM_WHEEL = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 
-# Worker processes and subprocesses of tests find the same compiled kernels; edgelm.kernels names the folder otherwise.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 

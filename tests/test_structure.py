@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "edgelm"
 HEAVY = {"numba", "llvmlite"}  # only the kernels may know them
-FOREIGN = {"tests", "tools", "torch", "transformers"}
+FOREIGN = {"tests", "tools", "torch", "transformers", "onnx"}
 
 
 def rooms() -> list[list[str]]:
@@ -82,6 +82,17 @@ def test_only_kernels_know_numba(path: Path) -> None:
 def test_the_runtime_never_needs_the_converters() -> None:
     for path in sources(PACKAGE):
         assert "converters" not in {name.split(".")[0] for name in imports(path)}, path
+
+
+def test_the_converters_need_neither_numba_nor_torch() -> None:
+    for path in sources(ROOT / "converters"):
+        assert not (HEAVY | FOREIGN - {"onnx"}) & {name.split(".")[0] for name in imports(path)}, path
+
+
+def test_every_tool_stands_in_the_table() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `([\w/]+\.py)` \| \S", text, re.MULTILINE)
+    assert sorted(told) == [p.relative_to(ROOT / "tools").as_posix() for p in sources(ROOT / "tools")]
 
 
 def test_no_file_is_too_long_to_read() -> None:

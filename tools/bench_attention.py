@@ -1,8 +1,9 @@
 """How fast attention and the row-wise kernels are, on one thread: `python tools/bench_attention.py`.
 
-Prefill in multiply-adds per second that causality asks for, beside the peak that this core reaches in a loop of nothing
-else; decoding in bytes of keys and values per second, beside plain reading; the rest in microseconds of a call. Times
-are those of the thread, the best of many. With --compile, seconds that each kernel takes to compile.
+Prefill, without a matrix unit, in multiply-adds per second that causality asks for, beside the peak of float32 that
+this core reaches in a loop of nothing else (pairs of bfloat16 may pass it); decoding in bytes of keys and values per
+second, beside plain reading; the rest in microseconds of a call. Times are those of the thread, the best of many. With
+--compile, seconds that each kernel takes to compile.
 """
 
 from __future__ import annotations
@@ -155,9 +156,10 @@ def compile_times() -> None:
 
 def reading() -> float:
     """Bytes per second of memory that one thread reads."""
+    from edgelm.bench import beyond_caches
     from edgelm.kernels.bandwidth import _read
 
-    memory = np.ones(100 << 17, np.int64)
+    memory = np.ones(beyond_caches() // 8, np.int64)
     return memory.nbytes / best(lambda: _read(memory.ctypes.data, memory.nbytes), 0.5)
 
 

@@ -8,6 +8,7 @@ twice and four times as many threads as cores. Every round goes through all of t
 same round, the median over the rounds counts. A fair system gives each runnable thread the same time: the column "fair"
 says what that leaves of the machine for one process. A worker is this program again: it loads the model, and then
 does what it reads from its standard input, so that two of them begin at the same moment and measure the same seconds.
+Processes of llama-bench can only be started at the same moment, which flatters two of them a little.
 """
 
 from __future__ import annotations
@@ -130,7 +131,10 @@ def edgelm_in(situation: Situation, args: argparse.Namespace) -> Record:
 
 
 def llama_bench_in(situation: Situation, args: argparse.Namespace) -> Record:
-    """The same of llama-bench, which tells no latencies; its processes begin together, after each has loaded."""
+    """The same of llama-bench, which tells no latencies.
+
+    Its processes are started together, but load each in its own time, and the last one to end is alone for a while.
+    """
     found: Record = {}
     command = [args.llama_bench, "-m", args.model, "-t", str(situation.n_threads), "-o", "json", "-r", "3"]
     for what, test in (("decode", ["-p", "0", "-n", "64"]), ("prefill", ["-p", str(args.p), "-n", "0"])):

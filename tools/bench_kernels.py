@@ -4,9 +4,9 @@
     python tools/bench_kernels.py Q4_1 Q8_0 -t 1 --tokens 1 8 128
 
 For each format: GB/s of weights for one token, from memory and from the cache, and their share of the read bandwidth;
-billions of multiply-adds a second for more tokens, and their share of the peak of the int8 instruction (for float
-formats of the float32 one); without a matrix unit. Roof and kernel take turns; a figure is the best round, a share the
-median of ratios.
+billions of multiply-adds a second for more tokens, and their share of the peak of the int8 instruction (F16, BF16, F32,
+multiplied as they are: of the float32 one; INT12, what x86 makes of F16 and BF16: of int16's); without a matrix unit.
+Roof and kernel take turns; a figure is the best round, a share the median of ratios.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from edgelm.bench import beyond_caches
 from edgelm.kernels import compiler, linear
 from edgelm.kernels.abi import Env
 from edgelm.kernels.executor import Executor
@@ -152,7 +153,9 @@ class Roofs:
         return self._rate(self._read, [(start, share) for start in starts], share * self.threads)
 
     def peak(self, name: str) -> float:
-        """Multiply-adds a second: "int8", "float32", or "unit", bfloat16 of the matrix unit, 0 where there is none."""
+        """Multiply-adds a second: "int8", "int16", "float32", or "unit", bfloat16 of the matrix unit, 0 without one."""
+        if name == "int16":
+            return self.peak("int8") / 2  # the same instructions, half as many to a vector
         spins, n = self._spins[name], 1_000_000
         if spins is None:
             return 0.0
@@ -185,10 +188,10 @@ def main() -> None:
     parser.add_argument("-t", "--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 128, 512])
     parser.add_argument("--shape", type=int, nargs=2, default=(1024, 2048), metavar=("ROWS", "COLUMNS"))
-    parser.add_argument("--megabytes", type=int, default=300, help="weights read for one token, from memory")
+    parser.add_argument("--megabytes", type=int, help="weights read for one token; as many as no cache holds")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    shape, n_bytes = tuple(options.shape), options.megabytes << 20
+    shape, n_bytes = tuple(options.shape), options.megabytes << 20 if options.megabytes else beyond_caches()
     for threads in options.threads:
         roofs = Roofs(threads, n_bytes)
         read = max(roofs.read() for _ in range(5)) / 1e9
@@ -198,7 +201,7 @@ def main() -> None:
             start = time.perf_counter()
             compiler.address(linear.linear_kernel(format))
             print(f"  {format:7s} compiled in {time.perf_counter() - start:.2f} s", end="", flush=True)
-            peak = partial(roofs.peak, "float32" if linear.record_kind(format) == "float32" else "int8")
+            peak = partial(roofs.peak, linear.record_kind(format))
             for tokens in options.tokens:
                 bench = Bench(format, shape, n_bytes if tokens == 1 else 0, threads, tokens)
                 if tokens == 1:

@@ -3,12 +3,18 @@
     python tools/bench_peers.py MODEL.gguf… --llama-bench PATH/TO/llama-bench --openvino PYTHON -p 512 -n 64 -t 1,2 -r 5
     python tools/bench_peers.py MODEL.gguf --peer "ik_llama.cpp=/opt/ik/llama-bench --run-time-repack 1" --save ik.json
     python tools/bench_peers.py --table peers.json ik.json
+    python tools/bench_peers.py --update README.md docs/benchmarks.md
 
 A peer is any program with llama-bench's flags and JSON; tools/peers/ makes programs of that kind of Python packages
 (PYTHON is an interpreter that has the package). Each round runs every engine once as a process of its own (one warm-up
 and one measured run each), so that a machine whose speed wanders is the same for all of them; a ratio is taken within a
-round, and the median over the rounds is what counts. Beside them, in the same round: how fast this machine reads memory
-and how many int8 multiply-adds it does in a second. --save keeps every round; --table makes tables of what was kept.
+round, and the median over the rounds is what counts. In the same round, before the engines of each number of threads:
+how fast this machine reads memory and how many multiply-adds it does in a second.
+
+--save keeps every round, beside those that the file has of the same model, types of keys and values, and processor;
+--table makes tables of what was kept, and with --save one file of it. --update puts the tables into Markdown pages, in
+place of what stands between `<!-- rounds: NAME.json … -->` and `<!-- end -->`: of docs/rounds/NAME.json, with
+`<!-- rounds: NAME.json as: short -->` one row for each model.
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,9 +38,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from peers import tables  # noqa: E402
+from peers import rounds, tables  # noqa: E402
 
-READ_BYTES = 512 << 20  # of the pass that measures memory: more than a third-level cache holds
+KEPT = HERE.parent / "docs" / "rounds"  # what the tables of this project are made of
+FLOATS = ("F32", "F16", "BF16")
 FACTS = ("engine", "build_commit", "build_number")  # keys of a record that say what gave it
 Record = dict[str, Any]
 
@@ -92,7 +100,11 @@ def run(command: list[str], timeout: float) -> tuple[Any, float, float | None]:
             process.returncode = os.waitstatus_to_exitcode(ended[1])
             peak = ended[2].ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         else:
-            process.wait(timeout)
+            try:
+                process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise Failed(f"took more than {timeout:.0f} s") from None
         seconds = time.perf_counter() - began
         out.seek(0)
         err.seek(0)
@@ -102,7 +114,14 @@ def run(command: list[str], timeout: float) -> tuple[Any, float, float | None]:
             raise ValueError
         return json.loads(text[text.index("[") :]), seconds, peak
     except ValueError:
-        raise Failed(f"exit {process.returncode}: {' | '.join(words[-3:])[-500:] or text[-200:]}") from None
+        raise Failed(f"{ended_by(process.returncode)}: {' | '.join(words[-3:])[-500:] or text[-200:]}") from None
+
+
+def ended_by(code: int) -> str:
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"exit {code}"
 
 
 def installed() -> dict[str, str]:
@@ -116,7 +135,7 @@ def in_turns(model: str, present: dict[str, Engine], args: argparse.Namespace) -
     tests = ["-p", args.p, "-n", args.n, "-d", args.d]
     threads = [int(t) for t in args.t.split(",")]
     for i in range(args.r):
-        found: Record = {"roofs": {}, "speeds": [], "processes": [], "failed": {}}
+        found: Record = {"date": now(), "roofs": {}, "speeds": [], "processes": [], "failed": {}}
         for t in threads:
             [found["roofs"][str(t)]] = run([sys.executable, __file__, "--roofs", str(t)], args.timeout)[0]
             for engine in list(present.values())[:: -1 if i % 2 else 1]:
@@ -143,12 +162,14 @@ def roofs(n_threads: int) -> Record:
     """What this machine can do, the best of three: bytes/s, multiply-adds/s of int8, float32, a matrix unit."""
     from bench_kernels import Roofs
 
-    measured = Roofs(n_threads, READ_BYTES)
+    from edgelm.bench import beyond_caches
+
+    measured = Roofs(n_threads, beyond_caches())
     peaks = {name: max(measured.peak(name) for _ in range(3)) for name in ("int8", "float32", "unit")}
     return {"read": max(measured.read() for _ in range(3)), **peaks}
 
 
-def work(path: str, kv_type: str, tests: tables.Tests) -> Record:
+def work(path: str, kv: tuple[str, str], tests: tables.Tests) -> Record:
     """What a model asks of a machine, by its file: facts, multiply-adds of a prompt, bytes read for a generated token.
 
     Multiply-adds are those with weights; the output matrix is needed for the last token of a prompt alone. Bytes are
@@ -157,6 +178,8 @@ def work(path: str, kv_type: str, tests: tables.Tests) -> Record:
     from edgelm import gguf
     from edgelm.arch import Config, Role, tensors
     from edgelm.describe import describe_file
+    from edgelm.kernels import int16
+    from edgelm.kv_types import named
     from edgelm.memory import bytes_per_token
     from edgelm.weights import Weights
 
@@ -171,11 +194,12 @@ def work(path: str, kv_type: str, tests: tables.Tests) -> Record:
         and (tensor := weights.by_name.get(spec.gguf)) is not None and len(tensor.shape) == 2
     )  # fmt: skip
     facts = describe_file(file, ctx_size=512)
+    kv_type = named(*kv)
     most = max(facts["types"], key=lambda name: sum(t.n_bytes for t in file.tensors.values() if t.format.name == name))
     keys = ("name", "architecture", "type", "n_parameters", "n_bytes")
     return {
         **{key: facts[key] for key in keys},
-        "peak": "float32" if most in ("F32", "F16", "BF16") else "int8",
+        "products": "int8" if most not in FLOATS else "int16" if most != "F32" and int16.preferred() else "float32",
         "macs": {str(p): body * p + head.shape[0] * head.shape[1] for p in tests.prompts},
         "bytes": {
             f"{n}@{d}": bytes_per_token(config, weights, d + n / 2, kv_type) for n in tests.gens for d in tests.depths
@@ -199,8 +223,12 @@ def say(model: str, text: str, present: list[Engine], n_tokens: int, threads: st
             yield f"{engine.name}: {failure}"
             continue
         first = first or tokens
-        same = next((i for i, pair in enumerate(zip(first, tokens, strict=True)) if pair[0] != pair[1]), n_tokens)
+        same = next((i for i, pair in enumerate(zip(first, tokens, strict=False)) if pair[0] != pair[1]), n_tokens)
         yield f"{engine.name} ({same} of {n_tokens} tokens as edgelm): {text}{tokenizer.decode(tokens)!r}"
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def machine() -> Record:
@@ -210,7 +238,7 @@ def machine() -> Record:
     return {"processor": processor(), "cores": os.cpu_count(), "system": system}
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL.gguf")
     parser.add_argument("--llama-bench", action="append", default=[], metavar="[NAME=]PATH", help="a peer")
@@ -225,43 +253,74 @@ def main() -> None:
     parser.add_argument("-ctk", default="f16", help="type of cached keys")
     parser.add_argument("-ctv", default="f16", help="type of cached values")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds that one process may take")
+    parser.add_argument("--about", action="append", default=[], metavar="NAME=TEXT",
+                        help="what tables say of an engine instead of the versions that it gives, "
+                        "or call a model instead of its file's name")  # fmt: skip
     parser.add_argument("--say", metavar="TEXT", help="no speeds: what the engines of Python packages write after TEXT")
     parser.add_argument("--save", type=Path, metavar="FILE.json", help="keep all rounds; added to what is in the file")
     parser.add_argument("--table", type=Path, nargs="+", metavar="FILE.json", help="no runs: tables of kept rounds")
+    parser.add_argument("--update", type=Path, nargs="+", metavar="FILE.md", help="no runs: pages with these tables")
     parser.add_argument("--roofs", type=int, metavar="THREADS", help="no runs: what this machine can do, as JSON")
     parser.add_argument("-o", choices=("md", "json"), default="md")
-    args = parser.parse_args()
+    return parser
 
+
+def main() -> None:
+    args = arguments().parse_args()
     if args.roofs:
         print(json.dumps([roofs(args.roofs)]))
-        return
-    if args.table:
-        results = [result for path in args.table for result in json.loads(path.read_text("utf-8"))]
-        print(tables.markdown(results))
-        return
-    if args.say:
+    elif args.say:
         for model in args.models:
             print(*say(model, args.say, engines(args), int(args.n), args.t), sep="\n")
-        return
+    elif args.update or args.table:
+        if args.table:
+            show(keep([result | about(result, args) for result in rounds.read(args.table)], args.save), args.o)
+        for path in args.update or []:
+            path.write_text(tables.update(path.read_text("utf-8"), KEPT), "utf-8")
+    else:
+        show(rounds.merged(measure(args)), args.o)
+
+
+def measure(args: argparse.Namespace) -> list[Record]:
+    """What the models give, kept after every round."""
     tests = tables.Tests.of(args.p, args.n, args.d)
-    kept = json.loads(args.save.read_text("utf-8")) if args.save and args.save.exists() else []
-    results = []
+    kept = rounds.read([args.save]) if args.save and args.save.exists() else []
+    results: list[Record] = []
     for model in args.models:
         result = {
             "model": Path(model).name,
-            "work": work(model, args.ctk, tests),
+            "work": work(model, (args.ctk, args.ctv), tests),
             "kv": [args.ctk, args.ctv],
-            "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "date": now(),
             "machine": machine(),
             "engines": {e.name: " ".join(Path(part).name for part in e.command) for e in engines(args)},
             "rounds": [],
         }
-        results.append(result)
+        results.append(result | about(result, args))
         for found in in_turns(model, {engine.name: engine for engine in engines(args)}, args):
             result["rounds"].append(found)
-            if args.save:
-                args.save.write_text(json.dumps(kept + results, indent=1), "utf-8")
-    print(json.dumps(results, indent=1) if args.o == "json" else tables.markdown(results))
+            keep([*kept, *results], args.save)
+    return results
+
+
+def about(result: Record, args: argparse.Namespace) -> Record:
+    """What --about says of the engines and the model of a result, added to what is said already."""
+    said = dict(text.split("=", 1) for text in args.about)
+    names = {*result["engines"], result["model"].removesuffix(".gguf")}
+    return {"about": result.get("about", {}) | {name: text for name, text in said.items() if name in names}}
+
+
+def keep(results: list[Record], path: Path | None) -> list[Record]:
+    """Merges results, and writes them to a file if there is one to write to."""
+    results = rounds.merged(results)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(rounds.text(results), "utf-8")
+    return results
+
+
+def show(results: list[Record], form: str) -> None:
+    print(rounds.text(results) if form == "json" else tables.markdown(results), end="" if form == "json" else "\n")
 
 
 if __name__ == "__main__":

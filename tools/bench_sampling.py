@@ -1,7 +1,7 @@
 """Microseconds that choosing a token takes, by parameters, size of the vocabulary, and with or without machine code.
 
-Between two tokens a model's weights go by, and nothing of the sampler is left in the core's caches: so 100 MB of
-memory are read before each one. Without that all figures would be three to five times as good, and no user would see
+Between two tokens a model's weights go by, and nothing of the sampler is left in the caches: so more memory than
+they hold is read before each one. Without that all figures would be three to five times as good, and no user would see
 them. The logits are noise with a peak, about as wide as a language model's.
 
     python tools/bench_sampling.py
@@ -15,6 +15,7 @@ import time
 
 import numpy as np
 
+from edgelm.bench import beyond_caches
 from edgelm.sampling import GREEDY, Sampler, Sampling, logprobs
 
 CASES = {
@@ -59,7 +60,7 @@ def measure(sampler: Sampler, rows: np.ndarray, weights: np.ndarray) -> float:
 
 
 def main() -> None:
-    weights = np.ones(100 << 17)
+    weights = np.ones(beyond_caches() // 8)
     print(f"{'microseconds per token':24s}" + "".join(f"{n:>10,} compiled" for n in (49_152, 262_144)), file=sys.stderr)
     for name, params in CASES.items():
         line = f"{name:24s}"

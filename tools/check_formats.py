@@ -3,7 +3,7 @@
     python tools/check_formats.py MODEL.gguf --llama-quantize PATH/TO/llama-quantize -f eval.txt --chunks 8
     python tools/check_formats.py MODEL.gguf -f eval.txt --llama-quantize PATH --types q4_0 q6_k --llama-perplexity PATH
     python tools/check_formats.py READY-Q4_K_M.gguf READY-IQ4_XS.gguf -f eval.txt
-    python tools/check_formats.py --table docs/formats.json
+    python tools/check_formats.py --table formats.json
 
 llama-quantize makes a file of each type; of a model that is quantized already too, for nothing is compared but the
 compiled program with the reference interpreter on the same file. Files given without it are taken as they are. A row of

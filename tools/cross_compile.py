@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 
 TRIPLE = "aarch64-unknown-linux-gnu"
-OTHERS = ["walk:run", "walk:serve", "walk:run_alone", "sampling_kernels:choose"]  # kernels that take no units
+OTHERS = ["walk:run", "walk:serve", "walk:run_alone", "walk:spin", "sampling_kernels:choose",
+          "sampling_wide_kernels:choose", "sampling_wide_kernels:repetitions"]  # kernels that take no units
 
 
 def pretend(triple: str, cpu: str, features: str) -> None:

@@ -14,11 +14,9 @@ from typing import Any
 
 from llvmlite import ir
 
-from edgelm.kernels.blocks import Blocks, Value, at, f16_lanes, f32_lanes, i8_lanes, u8_lanes
+from edgelm.kernels.blocks import Blocks, Scales, Value, at, f16_lanes, f32_lanes, i8_lanes, u8_lanes
 from edgelm.kernels.emit import F32x16, I8x64, I32x16, load_at, repeat, stack, store_at
 from edgelm.kernels.lanes import Int, Place, Rows
-
-Scales = tuple[list[Value], list[Value]]
 
 
 def nibbles(source: Rows) -> list[Int]:

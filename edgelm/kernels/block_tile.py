@@ -98,7 +98,7 @@ class Tile:
             offsets = isa.inputs_of_halves(b, at(b, record, OFFSET_LOW), 0)
             offsets = assembler(b, I32x16, "", "=v,0", [offsets])  # else LLVM shifts before it spreads: one more
             return b.ashr(offsets, repeat(I32x16, 8 - bits))
-        zero = self.fmt.zero and (self.less_zero or not self.whole)
+        zero = self.less_zero or (self.fmt.zero and not self.whole)
         return isa.start(b, record, HALVES[half][0], self.form, bits, zero)
 
     def load(self, addresses: list[list[Value]]) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 
 from llvmlite import ir
 
-from edgelm.kernels.emit import I8, I16, F32x16, I8x64, I32x16, load_at, repeat, widen_f16
+from edgelm.kernels.emit import I8, I16, F32x16, I8x64, I32x16, emit_fma, load_at, repeat, widen_f16
 from edgelm.kernels.isa import Form, Isa
 from edgelm.kernels.lanes import Int, Place, Rows
 from edgelm.kernels.units import ROWS, UNITS, Unit
 
 Value = ir.Value
+Scales = tuple[list[Value], list[Value]]  # of a block, and minima: one or two F32x16, and as many or no minima
 CHUNKS = 8  # of a block of 32 inputs
 BLOCKS: dict[str, Blocks] = {}
 
@@ -34,8 +35,8 @@ class Blocks(Unit):
         """Address of the scales of the unit at `unit`, as `scales` reads them: perhaps on the stack."""
         return unit
 
-    def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> tuple[list[Value], list[Value]]:
-        """Scales and minima of a block of a unit that is `opened`: one or two F32x16, and as many or no minima."""
+    def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
+        """Those of a block of a unit that is `opened`."""
         raise NotImplementedError
 
     def words(self, source: Rows, part: Int) -> list[Int]:
@@ -49,15 +50,30 @@ class Blocks(Unit):
     # --- vectors
 
     def form(self, isa: Isa) -> Form:
-        return isa.form(self.bits, self.zero)
+        return isa.form(self.bits, self.zero or self.centred(isa))
+
+    def direct_form(self, isa: Isa) -> Form:
+        return isa.direct_form(self.bits, self.zero or self.centred(isa))
 
     def joins(self, isa: Isa) -> bool:
         """Whether sums of both halves of a block go through `Isa.join`."""
-        return self.halves == 1 and isa.joins(self.bits, self.zero)
+        return self.halves == 1 and isa.joins(self.bits, self.zero or self.centred(isa))
 
     def joins_less_zero(self, isa: Isa) -> bool:
         """Whether they fit only if they start with the zero point."""
-        return self.joins(isa) and self.zero and not isa.joins(self.bits, zero=False)
+        return self.joins(isa) and not isa.joins(self.bits, zero=False)
+
+    def centred(self, isa: Isa) -> bool:
+        """Whether quants of a format with minima are taken less their middle, so that sums fit; minima make it good."""
+        return self.minimum and self.halves == 1 and isa.joins(self.bits, True) and not isa.joins(self.bits, False)
+
+    def scales_for(self, isa: Isa, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
+        """`scales`, of quants as sums of products take them."""
+        scales, minima = self.scales(context, b, head, block)
+        if self.centred(isa):
+            middle = repeat(F32x16, 2.0 ** (self.bits - 1))
+            minima = [emit_fma(context, b, scale, middle, own) for scale, own in zip(scales, minima, strict=True)]
+        return scales, minima
 
     def factor(self, form: Form) -> float:
         """What sums of products must be multiplied with at the end: exact, a power of two."""

@@ -75,7 +75,7 @@ def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_
     """
     first, second, n_units, record, record_stride, out, next_first, next_second = args
     n_groups = 1 if in_order(context, n_tokens) else n_groups
-    form = isas.select(context).direct_form(blocks.bits, blocks.zero)
+    form = blocks.direct_form(isas.select(context))
     last = at(b, record, -RECORD, n_units, RECORD * blocks.blocks)
     every = b.and_(_has_rest(b, [record]), _has_rest(b, [last]))  # as in the inputs of the output matrix
     rest = _to_rest(b, record_stride)
@@ -177,7 +177,7 @@ def _add_rests(
 def _unpacked(tile: Tile, units: list[Value], heads: list[Value], block: Value) -> Unpacked:
     """Weights, scales and minima of a block of each unit, as `Tile.add_block` takes them; heads: `Blocks.opened`."""
     blocks, b = tile.fmt, tile.b
-    scales, minima = zip(*(blocks.scales(tile.context, b, head, block) for head in heads), strict=True)
+    scales, minima = zip(*(blocks.scales_for(tile.isa, tile.context, b, head, block) for head in heads), strict=True)
     return [_vectors(blocks.quants(b, tile.isa, unit, block, tile.form)) for unit in units], scales, minima
 
 
@@ -245,7 +245,8 @@ def _locate(b: ir.IRBuilder, blocks: Blocks, weights: Value, index: Value) -> tu
 
 
 def _unpack_block(context, b, isa, blocks: Blocks, unit, head, block, target, form, for_tiles=False) -> None:
-    scales, minima = blocks.scales(context, b, head, block)
+    own = blocks.scales_for(isa, context, b, head, block) if for_tiles else blocks.scales(context, b, head, block)
+    scales, minima = own
     quants = blocks.quants(b, isa, unit, block, form)
     if for_tiles and blocks.joins(isa):
         quants = side_by_side(b, quants)

@@ -6,37 +6,43 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from llama_bench import Settings, Tokens, main
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from edgelm.__main__ import prepare
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+from edgelm.__main__ import prepare  # noqa: E402
 
 prepare()  # as `edgelm` does
 import edgelm  # noqa: E402
 from edgelm import hub  # noqa: E402
 from edgelm.cache import Batch  # noqa: E402
+from edgelm.kv_types import named  # noqa: E402
 
 
 class Loaded:
     """A model in an `edgelm.Model`; see `llama_bench.Engine`."""
 
     def __init__(self, settings: Settings) -> None:
-        if settings.type_k != settings.type_v:
-            sys.exit(f"cache types {settings.type_k} and {settings.type_v}: edgelm stores both as one type")
         path = settings.own.get("model", settings.model)
+        kv_type = None if hub.is_onnx(Path(path)) else named(settings.type_k, settings.type_v)
         self.model = edgelm.load(
             path, ctx_size=settings.n_ctx, threads=settings.n_threads, threads_batch=settings.n_threads,
-            packed=settings.own.get("packed", "auto"), kv_type=None if hub.is_onnx(Path(path)) else settings.type_k,
+            packed=settings.own.get("packed", "auto"), kv_type=kv_type,
         )  # fmt: skip
         self.n_vocab, self.has_run = self.model.vocab_size, False
 
     def facts(self) -> dict[str, Any]:
-        return {"version": edgelm.__version__, "interpreter": self.model.interpreter}
+        facts = {"version": edgelm.__version__, "interpreter": self.model.interpreter} | commit()
+        facts |= {"Python": platform.python_version()}
+        return facts | {name: metadata.version(name) for name in ("numpy", "numba")}
 
     def timed(self, depth: Tokens, batches: list[Tokens]) -> int:
         if self.has_run:
@@ -62,6 +68,17 @@ class Loaded:
     def say(self, tokens: Tokens, n_tokens: int) -> Tokens:
         stream = self.model.stream_generate(tokens, max_tokens=n_tokens, temperature=0, ignore_eos=True)
         return [response.token for response in stream if response.token is not None]
+
+
+def commit() -> dict[str, str]:
+    """The commit of the checkout that this runs from, if it is one; and whether it was changed."""
+    if not (ROOT / ".git").exists():
+        return {}
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return {"commit": subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}
+    except (OSError, subprocess.CalledProcessError):
+        return {}
 
 
 if __name__ == "__main__":

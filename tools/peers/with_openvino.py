@@ -3,10 +3,11 @@
     PYTHON tools/peers/with_openvino.py -m MODEL.gguf -p 512 -n 64 -t 2 -o json
 
 PYTHON is one that has the package openvino-genai. Its LLMPipeline reads the GGUF file (llama, qwen2, qwen3; matrices of
-F16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K). Token ids go in and out; its tokenizer is built, but not used. A prompt is timed
-from call to first token, generation from the first token to the last. The cache of common prefixes is off,
-unless a test asks for a prompt at a depth, which needs it. Everything else is as the package sets it, which is written
-into the records: bfloat16 where the processor has it, activations quantized in groups of 32. Another setting is a flag:
+F16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K) and refuses others, Gemma 3's among them. Token ids go in and out; its tokenizer is
+built, but not used. A prompt is timed from call to first token, generation from the first token to the last. The cache
+of common prefixes is off, unless a test asks for a prompt at a depth, which needs it; keys and values are of the types
+asked for, not of 8 bits. Everything else, pinned threads too, is as the package sets it, which is written into the
+records: bfloat16 where the processor has it, activations quantized in groups of 32. Another setting is a flag:
 `--set INFERENCE_PRECISION_HINT=f32`, which is the faster one on some processors, `--set ATTENTION_BACKEND=SDPA`.
 """
 
@@ -63,7 +64,8 @@ class Pipeline:
         core = openvino.Core()
         defaults = {name: core.get_property("CPU", name) for name in DEFAULTS}
         defaults = {name: getattr(value, "to_string", value.__repr__)() for name, value in defaults.items()}
-        return {"version": openvino_genai.__version__, **defaults, **self.properties}
+        own = {name: value for name, value in self.properties.items() if name != "INFERENCE_NUM_THREADS"}
+        return {"version": openvino_genai.__version__, **defaults, **own}
 
     def run(self, tokens: Tokens, n_tokens: int) -> tuple[int, list[int], Tokens]:
         """(when it began, when each token came, the tokens)."""
