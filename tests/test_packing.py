@@ -54,6 +54,7 @@ PACKED = {
     "IQ4_NL as IQ4_NL": "135906bd65bac791",
     "IQ4_XS as IQ4_XS": "23a12c065fcca8b3",
     "MXFP4 as MXFP4": "fb52e64a5a097103",
+    "NVFP4 as NVFP4": "d5de6943a70dd6bf",
     "F32 as F32": "a4696450fedd4bcd",
     "F16 as INT12": "cf751e8e90d08678",
     "F16 as F16": "74dad3fd8614187c",

@@ -15,8 +15,9 @@ from typing import Any
 from llvmlite import ir
 
 from edgelm.kernels.blocks import Blocks, Scales, Value, at, f16_lanes, f32_lanes, i8_lanes, u8_lanes
-from edgelm.kernels.emit import F32x16, I8x64, I32x16, load_at, repeat, stack, store_at
+from edgelm.kernels.emit import I8, I16, F32x16, I8x64, I32x16, load_at, repeat, stack, store_at, widen_f16
 from edgelm.kernels.lanes import Int, Place, Rows
+from edgelm.kernels.units import ROWS
 
 
 def nibbles(source: Rows) -> list[Int]:
@@ -244,6 +245,32 @@ class MXFP4(Blocks):
 
     def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
         (unit + block * 16).store(source.load(8), 8)
+
+
+class NVFP4(Blocks):
+    """An E4M3 scale without sign for each 16 weights, halved as the table holds twice the values.
+
+    Its bits are those of a float16 that is 2 ** 7 times too small. What counts as zero is stored as zero.
+    """
+
+    def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
+        scales = []
+        for half in range(2):
+            stored = load_at(b, at(b, head, 16 * half, block, 32), ir.VectorType(I8, ROWS))
+            bits = ir.VectorType(I16, ROWS)
+            small = widen_f16(context, b, b.shl(b.zext(stored, bits), repeat(bits, 7)))
+            scales.append(b.fmul(small, repeat(F32x16, 128.0)))
+        return scales, []
+
+    def words(self, source: Rows, part: Int) -> list[Int]:
+        words = nibbles(source + 4 + part * 16)  # of each eight bytes the low nibbles come first, then the high ones
+        return words[0:2] + words[4:6] + words[2:4] + words[6:8]
+
+    def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
+        both = (source + part * 2).load(16)
+        for half in range(2):
+            scale = (both >> 8 * half) & 255
+            (unit + block * 32 + 16 * half).store((scale & 0).where(scale & 127, scale.equals(127)), 8)
 
 
 class INT8(Blocks):

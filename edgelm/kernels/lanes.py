@@ -62,6 +62,9 @@ class Int:
     def below(self, other: int) -> Value:
         return self.b.icmp_signed("<", self.value, self.value.type(other))
 
+    def equals(self, other: int) -> Value:
+        return self.b.icmp_signed("==", self.value, repeat(self.value.type, other))
+
     def i32(self) -> Int:
         return Int(self.b, self.b.trunc(self.value, I32))
 

@@ -79,6 +79,7 @@ UNITS = {
         _of_file("IQ4_NL", header=64, blocks=2, bits=8, table=_LEVELS),
         _of_file("IQ4_XS", header=192, bits=8, table=_LEVELS),
         _of_file("MXFP4", header=32, blocks=2, bits=8, table=_E2M1),
+        _of_file("NVFP4", header=64, blocks=2, bits=8, halves=2, table=_E2M1),
         Unit("INT8", INT8_BLOCK.itemsize, 1, header=128, blocks=1, planes=_EIGHT_BITS, bits=8, halves=2),
     )
 }
