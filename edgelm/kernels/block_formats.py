@@ -61,6 +61,11 @@ class Q8_0(_Scaled):
         return (source + 2).words(8)
 
 
+class Q8_1(_Scaled):
+    def words(self, source: Rows, part: Int) -> list[Int]:
+        return (source + 4).words(8)
+
+
 class Q4_0(_Scaled):
     def words(self, source: Rows, part: Int) -> list[Int]:
         return nibbles(source + 2)
@@ -205,6 +210,61 @@ class Q2_K(Blocks):
         (unit + 32).store(d >> 16, 16)
         for half in range(2):
             (unit + block * 32 + 64 + 16 * half).store(both >> 8 * half, 8)
+
+
+class Q8_K(Blocks):
+    """d is a float32."""
+
+    def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
+        return [f32_lanes(b, head)], []
+
+    def words(self, source: Rows, part: Int) -> list[Int]:
+        return (source + 4 + part * 32).words(8)
+
+    def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
+        unit.store(source.load())
+
+
+# --- one or two bits, and a scale for all blocks of a unit
+
+
+class _OneScale(Blocks):
+    def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
+        return [f16_lanes(context, b, head)], []
+
+    def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
+        unit.store(source.load(16), 16)
+
+
+class Q1_0(_OneScale):
+    def words(self, source: Rows, part: Int) -> list[Int]:
+        signs = (source + 2 + part * 4).load()
+        return [spread(signs, 4 * i) for i in range(8)]
+
+
+class Q2_0(_OneScale):
+    """(q - 1) * d, held as (q' - 2) * -d where q' is 3 - q: so 2 stands for zero, as the kernels want it."""
+
+    def words(self, source: Rows, part: Int) -> list[Int]:
+        start = source + 2 + part * 8
+        quads = [(word >> 8 * i) & 255 for word in (start.load(), (start + 4).load()) for i in range(4)]
+        return [~(quad | quad << 6 | quad << 12 | quad << 18) & 0x03030303 for quad in quads]
+
+    def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
+        unit.store(source.load(16) ^ 0x8000, 16)
+
+
+class TQ2_0(Q2_0):
+    def words(self, source: Rows, part: Int) -> list[Int]:
+        low, shift = source + (part >> 2) * 32, ((part & 3) * 2).i32()
+        return [~(word >> shift) & 0x03030303 for word in low.words(8)]
+
+    def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
+        super().pack_scales(source + 64, part, unit, block)
+
+
+class TQ1_0(TQ2_0):
+    """Transcoded to blocks of TQ2_0: a third of a bit more, and no digits to work out again for each token."""
 
 
 # --- levels from a table

@@ -50,6 +50,12 @@ class Int:
     def __or__(self, other: Int | int) -> Int:
         return self._with(self.b.or_, other)
 
+    def __xor__(self, other: Int | int) -> Int:
+        return self._with(self.b.xor, other)
+
+    def __invert__(self) -> Int:
+        return self ^ -1
+
     def __lshift__(self, other: Int | int) -> Int:
         return self._with(self.b.shl, other)
 

@@ -287,10 +287,9 @@ def _pack_piece(
     room = target.room(base + first * stride, (last - first) * stride)
     for tensor, form in weights:
         rows = tensor.data[first * ROWS : min(last * ROWS, form.n_rows)]
-        transcodes = form.transcoded_from is not None and form.format != "INT12"
-        found = None if transcodes else in_file(rows, find)
+        found = None if form.transcoded else in_file(rows, find)
         with lend(rows) if found is None else nullcontext(rows) as data:
-            if transcodes:
+            if form.transcoded:
                 data = transcoded(tensor, data, form.format)
             if data.strides[-1] != 1:
                 data = np.ascontiguousarray(data)

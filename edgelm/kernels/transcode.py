@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgelm.formats import QTensor
+from edgelm.formats import TQ1_0, TQ2_0, QTensor
 from edgelm.kernels.units import INT8_BLOCK
 
 # Largest integers that 16 weights may be multiples of: the usual ones of codebooks first, then all that int8 holds.
@@ -16,6 +16,8 @@ _LARGEST = tuple(dict.fromkeys([1, 43, 25, 9, 7, 15, 13, 11, 5, 3, 62, 52, 44, 3
 
 def transcoded(tensor: QTensor, data: np.ndarray, format: str) -> np.ndarray:
     """Some rows of a weight in the file form of another format: bytes (rows, bytes per row)."""
+    if format == "TQ1_0":
+        return _two_bits(data.reshape(-1).view(TQ1_0.layout)).view(np.uint8).reshape(len(data), -1)
     weights = QTensor(tensor.name, tensor.format, (len(data), tensor.shape[-1]), data)
     values = weights.dequantize()
     if format == "F32":
@@ -24,6 +26,14 @@ def transcoded(tensor: QTensor, data: np.ndarray, format: str) -> np.ndarray:
     blocks = np.empty(len(scales) // 2, INT8_BLOCK)
     blocks["d"], blocks["q"] = scales.reshape(-1, 2), quants.reshape(-1, 32)
     return blocks.view(np.uint8).reshape(len(values), -1)
+
+
+def _two_bits(blocks: np.ndarray) -> np.ndarray:
+    """Blocks of TQ1_0 as those of TQ2_0."""
+    made = np.empty(len(blocks), TQ2_0.layout)
+    fields = TQ1_0.digits(blocks).reshape(-1, 2, 4, 32) << np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    made["d"], made["qs"] = blocks["d"], np.bitwise_or.reduce(fields, axis=2).reshape(-1, 64)
+    return made
 
 
 def integers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -82,6 +82,13 @@ class Packed:
         """Units of a group; columns of a matrix of floats."""
         return self.group_bytes // unit(self.format)[1]
 
+    @property
+    def transcoded(self) -> bool:
+        """Whether the file's blocks become others before kernels pack them."""
+        if self.format in UNITS and UNITS[self.format].source is not None:
+            return True
+        return self.transcoded_from is not None and self.format != "INT12"
+
     def within(self, memory: np.ndarray) -> Packed:
         """The same in `memory`, where the address has counted from its beginning."""
         return replace(self, address=memory.ctypes.data + self.address, keep=memory)
