@@ -61,6 +61,13 @@ PACKED = {
     "TQ2_0 as TQ2_0": "e034de636e33e336",
     "TQ1_0 as TQ1_0": "3e3c1297076bc579",
     "NVFP4 as NVFP4": "d5de6943a70dd6bf",
+    "IQ1_S as IQ1_S": "d1260c8c4718299e",
+    "IQ1_M as IQ1_M": "97d83aa0f38a9d60",
+    "IQ2_XXS as IQ2_XXS": "af33c72f0ea135de",
+    "IQ2_XS as IQ2_XS": "4f2f08061165c617",
+    "IQ2_S as IQ2_S": "32093349c4de8803",
+    "IQ3_XXS as IQ3_XXS": "70aeaedbeab22da3",
+    "IQ3_S as IQ3_S": "024d859ce5b31ddc",
     "F32 as F32": "a4696450fedd4bcd",
     "F16 as INT12": "cf751e8e90d08678",
     "F16 as F16": "74dad3fd8614187c",
@@ -77,7 +84,7 @@ def test_every_unit_has_code_and_bits_for_its_quants() -> None:
         assert 1 << len(stored) == (1 << unit.bits if unit.table is None else len(unit.table))
 
 
-@pytest.mark.parametrize("name", [*(name for name in UNITS if name != "INT8"), "F32", "F16", "BF16"])
+@pytest.mark.parametrize("name", [*UNITS, "F32", "F16", "BF16"])
 def test_the_layout_has_the_number_that_files_know_it_by(name: str) -> None:
     [form] = packing.pack_all([weight(name, 21, 512)])
     digest = hashlib.sha256(form.keep[: form.n_bytes]).hexdigest()[:16]

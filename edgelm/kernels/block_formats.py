@@ -1,8 +1,9 @@
-"""The formats whose packed form holds the file's own bits: one class each, registered by being defined.
+"""The formats, packed: one class each, registered by being defined. Most hold the file's own bits.
 
-Legacy blocks, K-quants, formats with a table of levels; and `INT8`, a form of our own (int8 with a float32 scale for
-each 16 weights) that holds the value of every other ggml type without loss. The meaning of the bits is defined in
-`edgelm.formats`; here they are only moved. Products of a super-block's scale and a block's are exact in float32.
+Legacy blocks, K-quants, few bits with one scale, formats with a table of levels. Points of a codebook, and digits of
+base three, are too much work for each token: they are `transcode`d, to numbers of their levels. The meaning of the bits
+is defined in `edgelm.formats`; here they are only moved. Products of a super-block's scale and a block's are exact in
+float32.
 
 Knows nothing of how machines multiply.
 """
@@ -14,10 +15,11 @@ from typing import Any
 
 from llvmlite import ir
 
-from edgelm.kernels.blocks import Blocks, Scales, Value, at, f16_lanes, f32_lanes, i8_lanes, u8_lanes
+from edgelm.formats.codebooks import LEVELED
+from edgelm.kernels.blocks import BLOCKS, Blocks, Scales, Value, at, f16_lanes, f32_lanes, i8_lanes, u8_lanes
 from edgelm.kernels.emit import I8, I16, F32x16, I8x64, I32x16, load_at, repeat, stack, store_at, widen_f16
 from edgelm.kernels.lanes import Int, Place, Rows
-from edgelm.kernels.units import ROWS
+from edgelm.kernels.units import ROWS, UNITS
 
 
 def nibbles(source: Rows) -> list[Int]:
@@ -333,15 +335,21 @@ class NVFP4(Blocks):
             (unit + block * 32 + 16 * half).store((scale & 0).where(scale & 127, scale.equals(127)), 8)
 
 
-class INT8(Blocks):
-    """What formats without kernels of their own become: two float32 scales, then 32 int8 (40 bytes a block)."""
+class _Leveled(Blocks):
+    """Transcoded: d as float32, whole scales, then a byte for each weight, the number of its level."""
 
     def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
-        return [f32_lanes(b, head), f32_lanes(b, at(b, head, 64))], []
+        d, n = f32_lanes(b, head), self.halves
+        return [_times(b, d, i8_lanes(b, at(b, head, 64 + 16 * half, block, 16 * n))) for half in range(n)], []
 
     def words(self, source: Rows, part: Int) -> list[Int]:
-        return (source + 8).words(8)
+        return (source + 4 + 8 * self.halves + part * 32).words(8)
 
     def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
-        for half in range(2):
-            (unit + 64 * half).store((source + 4 * half).load())
+        unit.store(source.load())
+        scales = (source + 4 + part * self.halves).load(8 * self.halves)
+        for half in range(self.halves):
+            (unit + block * (16 * self.halves) + 64 + 16 * half).store(scales >> 8 * half, 8)
+
+
+BLOCKS.update((format.__name__, _Leveled(**vars(UNITS[format.__name__]))) for format in LEVELED)

@@ -1,7 +1,7 @@
 """Weights are packed: from the blocks of a file to the form that `weight_layout` describes.
 
-The work is done by compiled kernels on several threads, at the speed of the memory. Formats that have no kernels are
-transcoded. Imports no Numba. Knows nothing of activations.
+The work is done by compiled kernels on several threads, at the speed of the memory. What they cannot pack as it is is
+transcoded before. Imports no Numba. Knows nothing of activations.
 """
 
 from __future__ import annotations

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from edgelm.formats import TQ2_0, by_name
-from edgelm.formats.codebooks import E2M1_TWICE, IQ4_LEVELS
+from edgelm.formats.codebooks import E2M1_TWICE, IQ4_LEVELS, LEVELED, Leveled
 
 ROWS = 16  # of a group
-INT8_BLOCK = np.dtype([("d", "<f4", 2), ("q", "i1", 32)])  # of what formats without kernels of their own become
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,23 @@ def _of_file(name: str, source: np.dtype[Any] | None = None, **facts: Any) -> Un
     return Unit(name, n_bytes, format.block // 32, source=source, **facts)
 
 
-_ONE_BIT, _TWO_BITS, _FIVE_BITS, _EIGHT_BITS = ((1, 0),), ((2, 0),), ((4, 0), (1, 4)), ((8, 0),)
+def _of_levels(format: type[Leveled]) -> Unit:
+    """Points of a codebook have a number for each level: in three or four bits, with its sign."""
+    groups, n = format.groups, len(format.values)
+    few = n <= 8
+    return _of_file(
+        format.__name__,
+        source=np.dtype([("d", "<f4"), ("scales", "i1", groups), ("numbers", "u1", 256)]),
+        header=64 + ROWS * groups,
+        planes=_THREE_BITS if few else ((4, 0),),
+        bits=8,
+        halves=groups // 8,
+        table=format.values + (0,) * ((8 if few else 16) - n),
+    )
+
+
+_ONE_BIT, _TWO_BITS, _THREE_BITS = ((1, 0),), ((2, 0),), ((2, 0), (1, 2))
+_FIVE_BITS, _EIGHT_BITS = ((4, 0), (1, 4)), ((8, 0),)
 _LEVELS, _E2M1 = (tuple(table.astype(int).tolist()) for table in (IQ4_LEVELS, E2M1_TWICE))
 
 UNITS = {
@@ -77,7 +92,7 @@ UNITS = {
         _of_file("Q4_K", header=256, zero=False, minimum=True),
         _of_file("Q5_K", header=256, planes=_FIVE_BITS, bits=5, zero=False, minimum=True),
         _of_file("Q6_K", header=320, planes=((4, 0), (2, 4)), bits=6, halves=2),
-        _of_file("Q3_K", header=320, planes=((2, 0), (1, 2)), bits=3, halves=2),
+        _of_file("Q3_K", header=320, planes=_THREE_BITS, bits=3, halves=2),
         _of_file("Q2_K", header=320, planes=_TWO_BITS, bits=2, zero=False, halves=2, minimum=True),
         _of_file("IQ4_NL", header=64, blocks=2, bits=8, table=_LEVELS),
         _of_file("IQ4_XS", header=192, bits=8, table=_LEVELS),
@@ -89,6 +104,6 @@ UNITS = {
         _of_file("TQ2_0", header=32, planes=_TWO_BITS, bits=2),
         _of_file("TQ1_0", header=32, planes=_TWO_BITS, bits=2, source=TQ2_0.layout),
         _of_file("NVFP4", header=64, blocks=2, bits=8, halves=2, table=_E2M1),
-        Unit("INT8", INT8_BLOCK.itemsize, 1, header=128, blocks=1, planes=_EIGHT_BITS, bits=8, halves=2),
+        *(_of_levels(format) for format in LEVELED),
     )
 }
