@@ -58,12 +58,25 @@ PACKED = {
     "IQ4_NL as IQ4_NL": "135906bd65bac791",
     "IQ4_XS as IQ4_XS": "23a12c065fcca8b3",
     "MXFP4 as MXFP4": "fb52e64a5a097103",
+    "Q8_1 as Q8_1": "dcf7a9bb2c0c9b6d",
+    "Q8_K as Q8_K": "882d3b85247c697e",
+    "Q1_0 as Q1_0": "8110fd394786ee67",
+    "Q2_0 as Q2_0": "ad78d9c0e069d2cc",
+    "TQ2_0 as TQ2_0": "e034de636e33e336",
+    "TQ1_0 as TQ1_0": "3e3c1297076bc579",
+    "NVFP4 as NVFP4": "d5de6943a70dd6bf",
+    "IQ1_S as IQ1_S": "d1260c8c4718299e",
+    "IQ1_M as IQ1_M": "97d83aa0f38a9d60",
+    "IQ2_XXS as IQ2_XXS": "af33c72f0ea135de",
+    "IQ2_XS as IQ2_XS": "4f2f08061165c617",
+    "IQ2_S as IQ2_S": "32093349c4de8803",
+    "IQ3_XXS as IQ3_XXS": "70aeaedbeab22da3",
+    "IQ3_S as IQ3_S": "024d859ce5b31ddc",
     "F32 as F32": "a4696450fedd4bcd",
     "F16 as INT12": "cf751e8e90d08678",
     "F16 as F16": "74dad3fd8614187c",
     "BF16 as INT12": "8d6fbc331b22d3e0",
     "BF16 as BF16": "adc5de9b5afc48c5",
-    "TQ2_0 as INT8": "67c3b9281da75e10",
 }
 
 
@@ -75,7 +88,7 @@ def test_every_unit_has_code_and_bits_for_its_quants() -> None:
         assert 1 << len(stored) == (1 << unit.bits if unit.table is None else len(unit.table))
 
 
-@pytest.mark.parametrize("name", [*(name for name in UNITS if name != "INT8"), "F32", "F16", "BF16", "TQ2_0"])
+@pytest.mark.parametrize("name", [*UNITS, "F32", "F16", "BF16"])
 def test_the_layout_has_the_number_that_files_know_it_by(name: str) -> None:
     [form] = packing.pack_all([weight(name, 21, 512)])
     digest = hashlib.sha256(form.keep[: form.n_bytes]).hexdigest()[:16]
@@ -83,7 +96,7 @@ def test_the_layout_has_the_number_that_files_know_it_by(name: str) -> None:
     assert digest == PACKED[f"{name} as {form.format}"], "raise weight_layout.LAYOUT, and write both down here"
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "F16", "F32", "TQ2_0"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "F16", "F32", "TQ1_0"])
 def test_groups_of_weights_that_are_read_together_alternate(name: str) -> None:
     """Gate and up: the same bytes as alone, a group of the one and a group of the other in turns."""
     tensors = [weight(name, rows, 512) for rows in (21, 3000, 40, 3000, 40, 16)]
@@ -194,7 +207,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "LARGE_PIECE", 1)
 
 
-@pytest.mark.parametrize("fmt", ["Q4_0", "Q4_K", "F16", "TQ2_0"])
+@pytest.mark.parametrize("fmt", ["Q4_0", "Q4_K", "F16", "TQ1_0"])
 @pytest.mark.parametrize("arch", ["llama-gqa", "gpt2", "phi3", "qwen2", "bert-mean"])
 def test_a_first_run_without_packed_weights_gives_the_same_bits(
     arch: str, fmt: str, tmp_path: Path, cache: Path, not_begun: None
@@ -204,7 +217,7 @@ def test_a_first_run_without_packed_weights_gives_the_same_bits(
     for tokens in (TOKENS[:1], TOKENS):
         with edgelm.load(path, threads=2) as loaded:
             under_way = loaded.runner._resources.packing
-            assert (under_way is None) == (fmt == "TQ2_0"), "what has to be transcoded is packed before"
+            assert (under_way is None) == (fmt == "TQ1_0"), "what has to be transcoded is packed before"
             first, second = (loaded.embed([tokens]) if loaded.is_encoder else loaded.logits(tokens) for _ in range(2))
             np.testing.assert_array_equal(first, second)
             assert under_way is None or under_way.finished

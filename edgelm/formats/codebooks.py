@@ -6,109 +6,170 @@ where only 7 signs of 8 are stored, the number of minus signs is even.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .format import Blocks, Floats, Format, f32, pack, planes
-from .grids import grid
+from .grids import coordinates, grid
 
 __all__ = [
     "IQ1_M", "IQ1_S", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ3_S", "IQ3_XXS", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4",
 ]  # fmt: skip
 
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-_SIGNS = np.float32(1) - np.float32(2) * _BITS  # (256, 8): what 8 stored signs do
+_SIGNS = 1 - 2 * _BITS.astype(np.int8)  # (256, 8): what 8 stored signs do
 _EVEN_SIGNS = _SIGNS[np.arange(128) | _BITS[:128].sum(axis=1, dtype=np.int64) % 2 << 7]  # (128, 8): what 7 do
 IQ4_LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 # Values of E2M1, twice.
 E2M1_TWICE = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
 _E2M1_MIDDLES = (E2M1_TWICE[:7] + E2M1_TWICE[1:8]) / 2
-_IQ1_DELTA = np.float32(0.125)
 
 
-# ------------------------------------------------------------------------------------- magnitudes of 8 or 4 weights
+# ------------------------------------------------------------- points of a codebook: whole numbers, times a whole scale
 
 
-class IQ2_XXS(Format, id=16, block=256, n_bytes=66, layout="<f2 d, 16<u4 qs"):
+class Levels(NamedTuple):
+    """Blocks of 256 weights as products of three numbers, which float32 holds exactly."""
+
+    d: Floats  # (n,)
+    scales: NDArray[np.int8]  # (n, groups): odd, up to 31
+    levels: NDArray[np.int8]  # (n, 256)
+
+
+class Leveled:
+    """Formats of such weights. groups: scales of a block; values: the levels that there are."""
+
+    groups: ClassVar[int]
+    values: ClassVar[tuple[int, ...]]
+
+    @staticmethod
+    def levels(blocks: Blocks) -> Levels:
+        """What (n,) blocks are made of."""
+        raise NotImplementedError
+
+    @classmethod
+    def dequantize(cls, blocks: Blocks) -> Floats:
+        d, scales, levels = cls.levels(blocks)
+        scale = f32(d) * f32(scales)
+        return (scale[..., None] * f32(levels.reshape(len(blocks), cls.groups, -1))).reshape(-1, 256)
+
+
+def _both_signs(name: str) -> tuple[int, ...]:
+    return tuple(sign * level for sign in (1, -1) for level in coordinates(name))
+
+
+class IQ2_XXS(Leveled, Format, id=16, block=256, n_bytes=66, layout="<f2 d, 16<u4 qs"):
     """Two words for each 32 weights: four indices; four times 7 signs and a 4-bit scale."""
 
+    groups, values = 8, _both_signs("IQ2_XXS")
+
     @staticmethod
-    def dequantize(blocks: Blocks) -> Floats:
+    def levels(blocks: Blocks) -> Levels:
         indices, rest = blocks["qs"][:, 0::2], blocks["qs"][:, 1::2]
-        scale = f32(blocks["d"]) * (np.float32(0.5) + f32(rest >> 28)) * np.float32(0.25)
-        return _lookup(
-            "IQ2_XXS", scale, _fields(indices, 0, 8, 16, 24) & 255, _EVEN_SIGNS[_fields(rest, 0, 7, 14, 21) & 127]
-        )
+        signs = _EVEN_SIGNS[_fields(rest, 0, 7, 14, 21) & 127]
+        return Levels(_d(blocks, 8), _odd(rest >> 28), _signed("IQ2_XXS", _fields(indices, 0, 8, 16, 24) & 255, signs))
 
 
-class IQ2_XS(Format, id=17, block=256, n_bytes=74, layout="<f2 d, 32<u2 qs, 8u1 scales"):
+class IQ2_XS(Leveled, Format, id=17, block=256, n_bytes=74, layout="<f2 d, 32<u2 qs, 8u1 scales"):
     """A 9-bit index and 7 signs for each 8 weights; a 4-bit scale for each 16."""
 
+    groups, values = 16, _both_signs("IQ2_XS")
+
     @staticmethod
-    def dequantize(blocks: Blocks) -> Floats:
-        scale = f32(blocks["d"]) * (np.float32(0.5) + f32(planes(blocks["scales"], 1, 4))) * np.float32(0.25)
-        return _lookup("IQ2_XS", scale, blocks["qs"] & 511, _EVEN_SIGNS[blocks["qs"] >> 9])
+    def levels(blocks: Blocks) -> Levels:
+        weights = _signed("IQ2_XS", blocks["qs"] & 511, _EVEN_SIGNS[blocks["qs"] >> 9])
+        return Levels(_d(blocks, 8), _odd(planes(blocks["scales"], 1, 4)), weights)
 
 
-class IQ2_S(Format, id=22, block=256, n_bytes=82, layout="<f2 d, 32u1 qs, 32u1 signs, 8u1 qh, 8u1 scales"):
+class IQ2_S(Leveled, Format, id=22, block=256, n_bytes=82, layout="<f2 d, 32u1 qs, 32u1 signs, 8u1 qh, 8u1 scales"):
     """A 10-bit index (upper bits in `qh`) and 8 signs for each 8 weights; a 4-bit scale for each 16."""
 
+    groups, values = 16, _both_signs("IQ2_S")
+
     @staticmethod
-    def dequantize(blocks: Blocks) -> Floats:
-        scale = f32(blocks["d"]) * (np.float32(0.5) + f32(planes(blocks["scales"], 1, 4))) * np.float32(0.25)
+    def levels(blocks: Blocks) -> Levels:
         indices = blocks["qs"] | planes(blocks["qh"], 1, 2).astype(np.uint16) << 8
-        return _lookup("IQ2_S", scale, indices, _SIGNS[blocks["signs"]])
+        weights = _signed("IQ2_S", indices, _SIGNS[blocks["signs"]])
+        return Levels(_d(blocks, 8), _odd(planes(blocks["scales"], 1, 4)), weights)
 
 
-class IQ3_XXS(Format, id=18, block=256, n_bytes=98, layout="<f2 d, 64u1 qs, 8<u4 signs"):
+class IQ3_XXS(Leveled, Format, id=18, block=256, n_bytes=98, layout="<f2 d, 64u1 qs, 8<u4 signs"):
     """An index for each 4 weights; for each 32 weights four times 7 signs and a 4-bit scale."""
 
+    groups, values = 8, _both_signs("IQ3_XXS")
+
     @staticmethod
-    def dequantize(blocks: Blocks) -> Floats:
-        scale = f32(blocks["d"]) * (np.float32(0.5) + f32(blocks["signs"] >> 28)) * np.float32(0.5)
-        return _lookup("IQ3_XXS", scale, blocks["qs"], _EVEN_SIGNS[_fields(blocks["signs"], 0, 7, 14, 21) & 127])
+    def levels(blocks: Blocks) -> Levels:
+        signs = _EVEN_SIGNS[_fields(blocks["signs"], 0, 7, 14, 21) & 127]
+        return Levels(_d(blocks, 4), _odd(blocks["signs"] >> 28), _signed("IQ3_XXS", blocks["qs"], signs))
 
 
-class IQ3_S(Format, id=21, block=256, n_bytes=110, layout="<f2 d, 64u1 qs, 8u1 qh, 32u1 signs, 4u1 scales"):
+class IQ3_S(Leveled, Format, id=21, block=256, n_bytes=110, layout="<f2 d, 64u1 qs, 8u1 qh, 32u1 signs, 4u1 scales"):
     """A 9-bit index (upper bit in `qh`) for each 4 weights, 8 signs for each 8, a 4-bit scale for each 32."""
 
+    groups, values = 8, _both_signs("IQ3_S")
+
     @staticmethod
-    def dequantize(blocks: Blocks) -> Floats:
-        scale = f32(blocks["d"]) * f32(1 + 2 * planes(blocks["scales"], 1, 4))
+    def levels(blocks: Blocks) -> Levels:
         indices = blocks["qs"] | planes(blocks["qh"], 1, 1).astype(np.uint16) << 8
-        return _lookup("IQ3_S", scale, indices, _SIGNS[blocks["signs"]])
+        weights = _signed("IQ3_S", indices, _SIGNS[blocks["signs"]])
+        return Levels(_d(blocks, 1), _odd(planes(blocks["scales"], 1, 4)), weights)
 
 
-# ------------------------------------------------------------- ternary points of 8 weights, shifted up or down together
+_SHIFTED = tuple(8 * level + shift for level in coordinates("IQ1_S") for shift in (-1, 1))
 
 
-class IQ1_S(Format, id=19, block=256, n_bytes=50, layout="<f2 d, 32u1 qs, 8<u2 qh"):
+class IQ1_S(Leveled, Format, id=19, block=256, n_bytes=50, layout="<f2 d, 32u1 qs, 8<u2 qh"):
     """An 11-bit index for each 8 weights; for each 32 a word: upper bits of the indices, 3-bit scale, shift."""
 
+    groups, values = 8, _SHIFTED
+
     @staticmethod
-    def dequantize(blocks: Blocks) -> Floats:
+    def levels(blocks: Blocks) -> Levels:
         qh = blocks["qh"]
-        scale = f32(blocks["d"]) * f32(2 * (qh >> 12 & 7) + 1)
-        points = grid("IQ1_S")[blocks["qs"] | (_fields(qh, 0, 3, 6, 9) & 7) << 8].reshape(-1, 8, 32)
-        shift = np.where(qh & 0x8000, -_IQ1_DELTA, _IQ1_DELTA)
-        weights: Floats = scale[..., None] * (points + shift[..., None])
-        return weights.reshape(-1, 256)
+        indices = blocks["qs"] | (_fields(qh, 0, 3, 6, 9) & 7) << 8
+        return Levels(_d(blocks, 8), _odd(qh >> 12 & 7), _shifted(indices, qh & 0x8000))
 
 
-class IQ1_M(Format, id=29, block=256, n_bytes=56, layout="32u1 qs, 16u1 qh, 4<u2 scales"):
+class IQ1_M(Leveled, Format, id=29, block=256, n_bytes=56, layout="32u1 qs, 16u1 qh, 4<u2 scales"):
     """As IQ1_S, with a 3-bit scale for each 16 weights and a shift for each 8; d is the upper nibbles of `scales`."""
 
+    groups, values = 16, _SHIFTED
+
     @staticmethod
-    def dequantize(blocks: Blocks) -> Floats:
+    def levels(blocks: Blocks) -> Levels:
         d = (blocks["scales"] >> 12 << np.array([0, 4, 8, 12], np.uint16)).sum(axis=1, dtype=np.uint16).view(np.float16)
-        scale = f32(d) * f32(2 * (_fields(blocks["scales"], 0, 3, 6, 9) & 7) + 1)
         qh = planes(blocks["qh"], 1, 4).astype(np.uint16)
-        points = grid("IQ1_S")[blocks["qs"] | (qh & 7) << 8].reshape(-1, 16, 2, 8)
-        shift = np.where(qh & 8, -_IQ1_DELTA, _IQ1_DELTA).reshape(-1, 16, 2, 1)
-        weights: Floats = scale[..., None, None] * (points + shift)
-        return weights.reshape(-1, 256)
+        scales = _odd(_fields(blocks["scales"], 0, 3, 6, 9) & 7)
+        return Levels(d.astype(np.float32) / 8, scales, _shifted(blocks["qs"] | (qh & 7) << 8, qh & 8))
+
+
+LEVELED: tuple[type[Leveled], ...] = (IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S)
+
+
+def _d(blocks: Blocks, part: int) -> Floats:
+    """The scale of blocks, divided by a power of two so that all else is whole."""
+    return blocks["d"].astype(np.float32) / np.float32(part)
+
+
+def _odd(stored: NDArray[Any]) -> NDArray[np.int8]:
+    return (2 * stored + 1).astype(np.int8)
+
+
+def _signed(name: str, indices: NDArray[Any], signs: NDArray[np.int8]) -> NDArray[np.int8]:
+    """Points of a codebook, (n, points), with signs: (n, 256)."""
+    n = len(indices)
+    weights: NDArray[np.int8] = grid(name)[indices].reshape(n, 256) * signs.reshape(n, 256)
+    return weights
+
+
+def _shifted(indices: NDArray[Any], down: NDArray[Any]) -> NDArray[np.int8]:
+    """Points (n, 32) of IQ1_S in eighths, each of as many as come to one of `down` shifted by one: (n, 256)."""
+    n, shift = len(indices), np.where(down, -1, 1).astype(np.int8)
+    points: NDArray[np.int8] = 8 * grid("IQ1_S")[indices].reshape(n, down.shape[1], -1) + shift[..., None]
+    return points.reshape(n, 256)
 
 
 # ---------------------------------------------------------------------------------------------------- 16 levels
@@ -164,11 +225,3 @@ def _fields(words: NDArray[Any], *shifts: int) -> NDArray[Any]:
     """(n, m) words -> (n, m * shifts): each word shifted right by each of `shifts`."""
     fields: NDArray[Any] = words[..., None] >> np.array(shifts, words.dtype)
     return fields.reshape(len(words), -1)
-
-
-def _lookup(name: str, scale: Floats, indices: NDArray[Any], signs: Floats) -> Floats:
-    """scale (n, groups), indices (n, points), signs (n, 32, 8) -> weights (n, 256)."""
-    n, n_groups = scale.shape
-    magnitudes = grid(name)[indices].reshape(n, n_groups, -1)
-    weights: Floats = scale[..., None] * magnitudes * signs.reshape(n, n_groups, -1)
-    return weights.reshape(n, 256)

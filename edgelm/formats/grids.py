@@ -13,13 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def coordinates(name: str) -> tuple[int, ...]:
+    """What coordinates the points of a format's codebook may have, ascending."""
+    return _GRIDS[name][0]
+
+
 @cache
-def grid(name: str) -> NDArray[np.float32]:
-    """The codebook of a format: float32 (points, coordinates), read-only."""
+def grid(name: str) -> NDArray[np.int8]:
+    """The codebook of a format: int8 (points, coordinates), read-only."""
     levels, n_coordinates, bits = _GRIDS[name]
     numbers = np.flatnonzero(np.unpackbits(np.frombuffer(base64.b85decode(bits), np.uint8), bitorder="little"))
     digits = numbers[:, None] // len(levels) ** np.arange(n_coordinates) % len(levels)
-    points: NDArray[np.float32] = np.array(levels, np.float32)[digits]
+    points: NDArray[np.int8] = np.array(levels, np.int8)[digits]
     points.flags.writeable = False
     return points
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .format import Blocks, Floats, Format, extreme, f32, inverse, pack, planes, round_half_away
+from .format import Blocks, Bytes, Floats, Format, extreme, f32, inverse, pack, planes, round_half_away
 
 __all__ = [
     "BF16", "F16", "F32", "F64", "I8", "I16", "I32", "I64", "Q1_0", "Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0",
@@ -176,7 +176,8 @@ class TQ1_0(Format, id=34, block=256, n_bytes=54, layout="48u1 qs, 4u1 qh, <f2 d
     """
 
     @staticmethod
-    def dequantize(blocks: Blocks) -> Floats:
+    def digits(blocks: Blocks) -> Bytes:
+        """(n, 256): the weights plus one."""
         n = len(blocks)
         shift = np.array([1, 3, 9, 27, 81], np.uint8)[:, None]  # multiplying modulo 256 drops the digits before
         parts = (
@@ -185,7 +186,11 @@ class TQ1_0(Format, id=34, block=256, n_bytes=54, layout="48u1 qs, 4u1 qh, <f2 d
             blocks["qh"][:, None] * shift[:4],
         )
         fraction = np.concatenate([part.reshape(n, -1) for part in parts], axis=1)
-        return f32(blocks["d"]) * (f32(fraction.astype(np.uint16) * 3 >> 8) - np.float32(1))
+        return (fraction.astype(np.uint16) * 3 >> 8).astype(np.uint8)
+
+    @staticmethod
+    def dequantize(blocks: Blocks) -> Floats:
+        return f32(blocks["d"]) * (f32(TQ1_0.digits(blocks)) - np.float32(1))
 
 
 class TQ2_0(Format, id=35, block=256, n_bytes=66, layout="64u1 qs, <f2 d"):

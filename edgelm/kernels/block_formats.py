@@ -1,8 +1,9 @@
-"""The formats whose packed form holds the file's own bits: one class each, registered by being defined.
+"""The formats, packed: one class each, registered by being defined. Most hold the file's own bits.
 
-Legacy blocks, K-quants, formats with a table of levels; and `INT8`, a form of our own (int8 with a float32 scale for
-each 16 weights) that holds the value of every other ggml type without loss. The meaning of the bits is defined in
-`edgelm.formats`; here they are only moved. Products of a super-block's scale and a block's are exact in float32.
+Legacy blocks, K-quants, few bits with one scale, formats with a table of levels. Points of a codebook, and digits of
+base three, are too much work for each token: they are `transcode`d, to numbers of their levels. The meaning of the bits
+is defined in `edgelm.formats`; here they are only moved. Products of a super-block's scale and a block's are exact in
+float32.
 
 Knows nothing of how machines multiply.
 """
@@ -14,9 +15,11 @@ from typing import Any
 
 from llvmlite import ir
 
-from edgelm.kernels.blocks import Blocks, Scales, Value, at, f16_lanes, f32_lanes, i8_lanes, u8_lanes
-from edgelm.kernels.emit import F32x16, I8x64, I32x16, load_at, repeat, stack, store_at
+from edgelm.formats.codebooks import LEVELED
+from edgelm.kernels.blocks import BLOCKS, Blocks, Scales, Value, at, f16_lanes, f32_lanes, i8_lanes, u8_lanes
+from edgelm.kernels.emit import I8, I16, F32x16, I8x64, I32x16, load_at, repeat, stack, store_at, widen_f16
 from edgelm.kernels.lanes import Int, Place, Rows
+from edgelm.kernels.units import ROWS, UNITS
 
 
 def nibbles(source: Rows) -> list[Int]:
@@ -58,6 +61,11 @@ class _ScaledMinimum(Blocks):
 class Q8_0(_Scaled):
     def words(self, source: Rows, part: Int) -> list[Int]:
         return (source + 2).words(8)
+
+
+class Q8_1(_Scaled):
+    def words(self, source: Rows, part: Int) -> list[Int]:
+        return (source + 4).words(8)
 
 
 class Q4_0(_Scaled):
@@ -206,6 +214,61 @@ class Q2_K(Blocks):
             (unit + block * 32 + 64 + 16 * half).store(both >> 8 * half, 8)
 
 
+class Q8_K(Blocks):
+    """d is a float32."""
+
+    def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
+        return [f32_lanes(b, head)], []
+
+    def words(self, source: Rows, part: Int) -> list[Int]:
+        return (source + 4 + part * 32).words(8)
+
+    def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
+        unit.store(source.load())
+
+
+# --- one or two bits, and a scale for all blocks of a unit
+
+
+class _OneScale(Blocks):
+    def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
+        return [f16_lanes(context, b, head)], []
+
+    def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
+        unit.store(source.load(16), 16)
+
+
+class Q1_0(_OneScale):
+    def words(self, source: Rows, part: Int) -> list[Int]:
+        signs = (source + 2 + part * 4).load()
+        return [spread(signs, 4 * i) for i in range(8)]
+
+
+class Q2_0(_OneScale):
+    """(q - 1) * d, held as (q' - 2) * -d where q' is 3 - q: so 2 stands for zero, as the kernels want it."""
+
+    def words(self, source: Rows, part: Int) -> list[Int]:
+        start = source + 2 + part * 8
+        quads = [(word >> 8 * i) & 255 for word in (start.load(), (start + 4).load()) for i in range(4)]
+        return [~(quad | quad << 6 | quad << 12 | quad << 18) & 0x03030303 for quad in quads]
+
+    def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
+        unit.store(source.load(16) ^ 0x8000, 16)
+
+
+class TQ2_0(Q2_0):
+    def words(self, source: Rows, part: Int) -> list[Int]:
+        low, shift = source + (part >> 2) * 32, ((part & 3) * 2).i32()
+        return [~(word >> shift) & 0x03030303 for word in low.words(8)]
+
+    def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
+        super().pack_scales(source + 64, part, unit, block)
+
+
+class TQ1_0(TQ2_0):
+    """Transcoded to blocks of TQ2_0: a third of a bit more, and no digits to work out again for each token."""
+
+
 # --- levels from a table
 
 class IQ4_NL(_Scaled):
@@ -246,15 +309,47 @@ class MXFP4(Blocks):
         (unit + block * 16).store(source.load(8), 8)
 
 
-class INT8(Blocks):
-    """What formats without kernels of their own become: two float32 scales, then 32 int8 (40 bytes a block)."""
+class NVFP4(Blocks):
+    """An E4M3 scale without sign for each 16 weights, halved as the table holds twice the values.
+
+    Its bits are those of a float16 that is 2 ** 7 times too small. What counts as zero is stored as zero.
+    """
 
     def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
-        return [f32_lanes(b, head), f32_lanes(b, at(b, head, 64))], []
+        scales = []
+        for half in range(2):
+            stored = load_at(b, at(b, head, 16 * half, block, 32), ir.VectorType(I8, ROWS))
+            bits = ir.VectorType(I16, ROWS)
+            small = widen_f16(context, b, b.shl(b.zext(stored, bits), repeat(bits, 7)))
+            scales.append(b.fmul(small, repeat(F32x16, 128.0)))
+        return scales, []
 
     def words(self, source: Rows, part: Int) -> list[Int]:
-        return (source + 8).words(8)
+        words = nibbles(source + 4 + part * 16)  # of each eight bytes the low nibbles come first, then the high ones
+        return words[0:2] + words[4:6] + words[2:4] + words[6:8]
 
     def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
+        both = (source + part * 2).load(16)
         for half in range(2):
-            (unit + 64 * half).store((source + 4 * half).load())
+            scale = (both >> 8 * half) & 255
+            (unit + block * 32 + 16 * half).store((scale & 0).where(scale & 127, scale.equals(127)), 8)
+
+
+class _Leveled(Blocks):
+    """Transcoded: d as float32, whole scales, then a byte for each weight, the number of its level."""
+
+    def scales(self, context: Any, b: ir.IRBuilder, head: Value, block: Value) -> Scales:
+        d, n = f32_lanes(b, head), self.halves
+        return [_times(b, d, i8_lanes(b, at(b, head, 64 + 16 * half, block, 16 * n))) for half in range(n)], []
+
+    def words(self, source: Rows, part: Int) -> list[Int]:
+        return (source + 4 + 8 * self.halves + part * 32).words(8)
+
+    def pack_scales(self, source: Rows, part: Int, unit: Place, block: Int) -> None:
+        unit.store(source.load())
+        scales = (source + 4 + part * self.halves).load(8 * self.halves)
+        for half in range(self.halves):
+            (unit + block * (16 * self.halves) + 64 + 16 * half).store(scales >> 8 * half, 8)
+
+
+BLOCKS.update((format.__name__, _Leveled(**vars(UNITS[format.__name__]))) for format in LEVELED)

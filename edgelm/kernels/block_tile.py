@@ -130,7 +130,9 @@ class Tile:
         join = self.isa.join_neighbours if self.neighbours else self.isa.join
         total = join(self.b, low, high, self._integer(record, FACTORS))
         if self.fmt.zero and not self.less_zero:
-            total = self.b.add(total, self._integer(record, ZERO))
+            zero = self._integer(record, ZERO)  # of four bits
+            zero = self.b.ashr(zero, repeat(I32x16, 4 - self.fmt.bits)) if self.fmt.bits < 4 else zero
+            total = self.b.add(total, zero)
         return self.b.sitofp(total, F32x16)
 
     def factor(self, record: Value, half: int) -> Value:

@@ -97,7 +97,7 @@ class Blocks(Unit):
         value = b.bitcast(value, I8x64)
         if self.table is not None:
             shift = 128 if form is Form.TOP else 0
-            return isa.lookup(b, [entry + shift for entry in self.table], value)
+            return isa.lookup(b, [entry + shift for entry in self.table] * (16 // len(self.table)), value)
         if self.bits == 8:
             return b.xor(value, repeat(I8x64, 128)) if form is Form.TOP else value
         if self.zero and form is Form.SIGNED:

@@ -50,6 +50,12 @@ class Int:
     def __or__(self, other: Int | int) -> Int:
         return self._with(self.b.or_, other)
 
+    def __xor__(self, other: Int | int) -> Int:
+        return self._with(self.b.xor, other)
+
+    def __invert__(self) -> Int:
+        return self ^ -1
+
     def __lshift__(self, other: Int | int) -> Int:
         return self._with(self.b.shl, other)
 
@@ -61,6 +67,9 @@ class Int:
 
     def below(self, other: int) -> Value:
         return self.b.icmp_signed("<", self.value, self.value.type(other))
+
+    def equals(self, other: int) -> Value:
+        return self.b.icmp_signed("==", self.value, repeat(self.value.type, other))
 
     def i32(self) -> Int:
         return Int(self.b, self.b.trunc(self.value, I32))

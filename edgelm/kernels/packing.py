@@ -1,7 +1,7 @@
 """Weights are packed: from the blocks of a file to the form that `weight_layout` describes.
 
-The work is done by compiled kernels on several threads, at the speed of the memory. Formats that have no kernels are
-transcoded. Imports no Numba. Knows nothing of activations.
+The work is done by compiled kernels on several threads, at the speed of the memory. What they cannot pack as it is is
+transcoded before. Imports no Numba. Knows nothing of activations.
 """
 
 from __future__ import annotations
@@ -318,10 +318,9 @@ def _pack_piece(
     room = target.room(base + first * stride, (last - first) * stride)
     for tensor, form in weights:
         rows = tensor.data[first * ROWS : min(last * ROWS, form.n_rows)]
-        transcodes = form.transcoded_from is not None and form.format != "INT12"
-        found = None if transcodes else in_file(rows, find)
+        found = None if form.transcoded else in_file(rows, find)
         with lend(rows) if found is None else nullcontext(rows) as data:
-            if transcodes:
+            if form.transcoded:
                 data = transcoded(tensor, data, form.format)
             if data.strides[-1] != 1:
                 data = np.ascontiguousarray(data)

@@ -80,7 +80,7 @@ def _interleaved(rows: list[list[int]], pieces: dict[int, list[list[int]]]) -> l
 def can_stream(forms: Iterable[Packed]) -> bool:
     """Whether kernels can pack all of these by themselves, into memory that is not zero."""
     return all(
-        (form.transcoded_from is None or form.format == "INT12") and form.n_cols % unit(form.format)[0] == 0
+        not form.transcoded and form.n_cols % unit(form.format)[0] == 0
         for form in forms
     )
 

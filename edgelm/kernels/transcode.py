@@ -1,52 +1,44 @@
-"""Weights of formats without kernels as blocks of a format that has some: integers times a scale, or plain floats.
+"""Weights that kernels cannot pack as they are: digits of base three, points of codebooks, other plain numbers.
 
-In NumPy, piece by piece while weights are packed. Imports no Numba.
+In NumPy, piece by piece while weights are packed. Imports no Numba. What the bits mean is in `edgelm.formats`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from edgelm.formats import QTensor
-from edgelm.kernels.units import INT8_BLOCK
-
-# Largest integers that 16 weights may be multiples of: the usual ones of codebooks first, then all that int8 holds.
-_LARGEST = tuple(dict.fromkeys([1, 43, 25, 9, 7, 15, 13, 11, 5, 3, 62, 52, 44, 36, 28, 12, 8, 6, 4, *range(1, 129)]))
+from edgelm.formats import TQ1_0, TQ2_0, QTensor
+from edgelm.formats.codebooks import Leveled
+from edgelm.kernels.units import UNITS
 
 
 def transcoded(tensor: QTensor, data: np.ndarray, format: str) -> np.ndarray:
-    """Some rows of a weight in the file form of another format: bytes (rows, bytes per row)."""
-    weights = QTensor(tensor.name, tensor.format, (len(data), tensor.shape[-1]), data)
-    values = weights.dequantize()
+    """Some rows of a weight as kernels pack them for `format`: bytes (rows, bytes per row)."""
+    blocks = data.reshape(-1).view(tensor.format.layout)
     if format == "F32":
-        return values.view(np.uint8)
-    scales, quants = integers(values.reshape(-1, 16))
-    blocks = np.empty(len(scales) // 2, INT8_BLOCK)
-    blocks["d"], blocks["q"] = scales.reshape(-1, 2), quants.reshape(-1, 32)
-    return blocks.view(np.uint8).reshape(len(values), -1)
+        made = QTensor(tensor.name, tensor.format, (len(data), tensor.shape[-1]), data).dequantize()
+    elif issubclass(tensor.format, Leveled):
+        made = _numbers(tensor.format, blocks)
+    else:
+        made = _two_bits(blocks)
+    return made.view(np.uint8).reshape(len(data), -1)
 
 
-def integers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(n, 16) float32 that are int8 times one scale for each row, as (scales (n,), int8 (n, 16)).
+def _two_bits(blocks: np.ndarray) -> np.ndarray:
+    """Blocks of TQ1_0 as those of TQ2_0."""
+    made = np.empty(len(blocks), TQ2_0.layout)
+    fields = TQ1_0.digits(blocks).reshape(-1, 2, 4, 32) << np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    made["d"], made["qs"] = blocks["d"], np.bitwise_or.reduce(fields, axis=2).reshape(-1, 64)
+    return made
 
-    Finds the largest integer by trial: different fractions of integers up to 128 are further apart than rounding takes
-    them. A scale may be negative, as only -128 fits. Rows that are no such multiples are rounded to 127 steps; of rows
-    with something that is not a number the scale is none.
-    """
-    with np.errstate(all="ignore"):
-        peaks = np.abs(values).max(axis=1)
-        scales, quants = np.where(np.isnan(peaks), peaks, np.float32(0)), np.zeros(values.shape, np.int8)
-        todo = np.flatnonzero(peaks > 0)
-        for largest in _LARGEST:
-            if len(todo) == 0:
-                break
-            steps = values[todo] / peaks[todo, None] * np.float32(largest)
-            whole = np.rint(steps)
-            fits = (np.abs(steps - whole) < 2e-3).all(axis=1)
-            found, whole = todo[fits], whole[fits]
-            sign = np.where(whole.max(axis=1) > 127, np.float32(-1), np.float32(1))
-            scales[found], quants[found] = sign * peaks[found] / np.float32(largest), sign[:, None] * whole
-            todo = todo[~fits]
-        scales[todo] = peaks[todo] / np.float32(127)
-        quants[todo] = np.nan_to_num(np.rint(values[todo] / scales[todo, None]), posinf=127, neginf=-127)
-    return scales, quants
+
+def _numbers(format: type[Leveled], blocks: np.ndarray) -> np.ndarray:
+    """Blocks with the number of each weight's level in the unit's table."""
+    unit = UNITS[format.__name__]
+    number_of = np.zeros(256, np.uint8)  # a level, as a byte
+    number_of[np.array(format.values, np.int8).view(np.uint8)] = np.arange(len(format.values))
+    made = np.empty(len(blocks), unit.source)
+    with np.errstate(all="ignore"):  # d may be anything
+        made["d"], made["scales"], levels = format.levels(blocks)
+    made["numbers"] = number_of[levels.view(np.uint8)]
+    return made

@@ -1,8 +1,7 @@
 """Packed weights as a whole: in which form each is kept, how many bytes that takes, where they lie side by side.
 
-`units` describes a unit of a format, this module matrices of them. Formats that have no kernels become others: those
-made of integers times a scale `INT8`, without loss, and plain numbers float32. Where integers are multiplied faster
-than floats, float16 and bfloat16 become integers of 12 bits (`int16`).
+`units` describes a unit of a format, this module matrices of them. Plain numbers of other kinds become float32. Where
+integers are multiplied faster than floats, float16 and bfloat16 become integers of 12 bits (`int16`).
 
 Imports no Numba. Knows nothing of files and threads: see `packing`.
 """
@@ -82,6 +81,13 @@ class Packed:
         """Units of a group; columns of a matrix of floats."""
         return self.group_bytes // unit(self.format)[1]
 
+    @property
+    def transcoded(self) -> bool:
+        """Whether the file's blocks become others before kernels pack them."""
+        if self.format in UNITS:
+            return UNITS[self.format].source is not None
+        return self.format == "F32" and self.transcoded_from is not None
+
     def within(self, memory: np.ndarray) -> Packed:
         """The same in `memory`, where the address has counted from its beginning."""
         return replace(self, address=memory.ctypes.data + self.address, keep=memory)
@@ -152,7 +158,7 @@ def format_for(tensor: QTensor) -> str:
         return "INT12"
     if name in FLOATS or name in UNITS:
         return name
-    return "INT8" if tensor.format.block > 1 else "F32"
+    return "F32"
 
 
 def zeroed(n_bytes: int) -> np.ndarray:

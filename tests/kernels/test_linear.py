@@ -16,7 +16,11 @@ from edgelm.kernels.records import LIMIT
 from edgelm.kernels.units import UNITS
 from edgelm.kernels.weight_layout import packed_bytes
 
-NATIVE = [*(name for name in UNITS if name != "INT8"), "F32"]
+NATIVE = [*UNITS, "F32"]
+BITS = {
+    "TQ1_0": 2.0625, "IQ1_S": 3.375, "IQ1_M": 3.625, "IQ2_XXS": 3.375, "IQ2_XS": 3.625, "IQ2_S": 3.625,
+    "IQ3_XXS": 4.375, "IQ3_S": 4.375,
+}  # of a weight in memory, where that is more than in the file
 HALVES = ("F16", "BF16")  # of `test_float_linear`
 TRANSCODED = [f.name for f in FORMATS.values() if f.name not in (*NATIVE, *HALVES)]
 
@@ -158,7 +162,37 @@ def test_looked_up_rows_are_the_dequantized_ones(name: str) -> None:
     np.testing.assert_allclose(view, values[5:11], rtol=3e-7)
 
 
-@pytest.mark.parametrize("name", ["Q4_1", "Q4_K", "Q6_K", "Q8_0", "F32"])
+def looked_up(tensor: QTensor) -> np.ndarray:
+    """All rows of a weight, as `row_embed` gives them."""
+    packed, space, n = linear.pack(tensor), Workspace(), len(tensor.data)
+    space.set(Env.N_TOKENS, n)
+    space.set(Env.TOKENS, np.arange(n, dtype=np.int32))
+    y, stride, view = space.buffer(n, packed.n_cols)
+    space.run(linear.row_embed(packed, y, stride))
+    return view.copy()
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_any_bytes_mean_the_same(name: str) -> None:
+    """What is no number included."""
+    format = by_name(name)
+    data = np.random.default_rng(0).integers(0, 256, (200, 2 * format.n_bytes), dtype=np.uint8)
+    data[0], data[1] = 0, 255
+    tensor = QTensor("w", format, (200, 2 * format.block), data)
+    np.testing.assert_array_equal(looked_up(tensor), tensor.dequantize())
+
+
+@pytest.mark.parametrize(("name", "scale"), [("MXFP4", "e"), ("NVFP4", "d")])
+def test_every_scale_of_a_byte(name: str, scale: str) -> None:
+    tensor = weight(name, 256, 64)
+    data = tensor.data.copy()
+    blocks = data.view(tensor.format.layout)[scale]
+    blocks[:] = np.arange(256, dtype=np.uint8).reshape(256, *[1] * (blocks.ndim - 1))
+    tensor = QTensor("w", tensor.format, tensor.shape, data)
+    np.testing.assert_array_equal(looked_up(tensor), tensor.dequantize())
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q4_K", "Q6_K", "Q8_0", "TQ2_0", "IQ2_XS", "F32"])
 @pytest.mark.parametrize("n_rows", [1, 16, 33, 96])
 def test_any_number_of_tokens_gives_the_same_bits(name: str, n_rows: int) -> None:
     """Also more tokens than a unit of work has, and more blocks than a slab has."""
@@ -307,8 +341,11 @@ def check_lines(lines: np.ndarray, q: np.ndarray, scale: np.ndarray, flags: np.n
 
 @pytest.mark.parametrize("name", NATIVE)
 def test_packed_weights_take_hardly_more_than_the_file(name: str) -> None:
-    format = by_name(name)
-    assert packed_bytes(name, 1024, 2048) <= 1.07 * 1024 * format.row_bytes(2048)
+    n_bytes = 1024 * by_name(name).row_bytes(2048)
+    if name in BITS:
+        assert packed_bytes(name, 1024, 2048) == 1024 * 2048 * BITS[name] / 8 > n_bytes
+    else:
+        assert packed_bytes(name, 1024, 2048) <= 1.07 * n_bytes
 
 
 def test_many_weights_are_packed_at_once() -> None:
