@@ -29,7 +29,7 @@ class Unit:
     quant that they are) of each bit plane; bits: of a weight as the kernels see it; zero: whether 2 ** (bits - 1)
     stands for zero; halves: 2 when each 16 inputs have a scale of their own; minimum: whether there is something to add
     to each weight; table: values that quants are indices of; file_blocks, file_bytes: a block in the file; source: what
-    `transcode` makes of that, if kernels cannot pack it.
+    `transcode` makes of such a block, whose bytes then count, where kernels cannot pack it.
     """
 
     name: str
