@@ -101,15 +101,17 @@ def test_groups_of_weights_that_are_read_together_alternate(name: str) -> None:
     """Gate and up: the same bytes as alone, a group of the one and a group of the other in turns."""
     tensors = [weight(name, rows, 512) for rows in (21, 3000, 40, 3000, 40, 16)]
     tensors.append(weight(name, 40, 2048))  # a group of this has more bytes than all that is before it
-    tensors[3] = replace(tensors[3], data=tensors[3].data[::-1].copy())
-    forms = packing.pack_all(tensors, n_threads=2, pairs=[(3, 1), (0, 2)])
+    tensors += [weight(name, 5, 512), weight(name, 16, 512), weight(name, 16, 512)]  # a pair of single groups
+    for i in (3, 9):
+        tensors[i] = replace(tensors[i], data=tensors[i].data[::-1].copy())
+    forms = packing.pack_all(tensors, n_threads=2, pairs=[(3, 1), (0, 2), (8, 9)])
     alone = [packing.pack(tensor) for tensor in tensors]
     for form, expected in zip(forms, alone, strict=True):
         start = form.address - form.keep.ctypes.data
         places = start + form.stride * np.arange(form.n_groups)[:, None] + np.arange(form.group_bytes)
         assert places.max() + 1 == start + form.span <= len(form.keep)
         assert np.array_equal(form.keep[places].reshape(-1), expected.keep[: expected.n_bytes])
-    assert [form.stride // form.group_bytes for form in forms] == [1, 2, 1, 2, 1, 1, 1], "those that are alike"
+    assert [form.stride // form.group_bytes for form in forms] == [1, 2, 1, 2, 1, 1, 1, 1, 2, 2], "those that are alike"
     assert forms[1].address == forms[3].address + forms[3].group_bytes
     assert len(forms[0].keep) < sum(form.n_bytes for form in forms) + 64 * len(forms)
 

@@ -275,7 +275,7 @@ def _alternating(tensors: Sequence[QTensor], forms: Sequence[Packed]) -> list[li
             found[-1].append((tensor, form))
         else:
             found.append([(tensor, form)])
-            end = form.address + form.span
+            end = form.address + max(form.span, form.stride)  # of a single group the other one's is behind it
     return found
 
 
