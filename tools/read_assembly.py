@@ -3,9 +3,9 @@
     python tools/read_assembly.py                                              # ARM: docs/arm.md
     python tools/read_assembly.py --cpu cortex-a76 --format Q4_K --show direct # the loops themselves
 
-For each processor, format and function of `edgelm/kernels/tiles.py` and `slab_tiles.py`, per block of 32 inputs of 16 rows and per token:
-instructions, those of them that multiply, loads, and spills, which are loads from the stack and stores to it. What is
-outside of the innermost loop is not counted. Nothing of it is run; see `tools/cross_compile.py`.
+For each processor, format and function of `edgelm/kernels/tiles.py` and `slab_tiles.py`, per block of 32 inputs of 16
+rows and per token: instructions, those of them that multiply, loads, and spills, which are loads from the stack and
+stores to it. What is outside of the innermost loop is not counted. Nothing of it is run; see `tools/cross_compile.py`.
 """
 
 from __future__ import annotations
