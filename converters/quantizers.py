@@ -8,7 +8,6 @@ threads; the result depends neither on their number nor on the machine. Imports 
 
 from __future__ import annotations
 
-import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,7 +27,6 @@ SEARCHED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "Q2_K", 
 LARGEST = 65504.0  # of float16, in which every block's scale is written
 _ROOM = (2 * 256 + 164) * 64 + 256 * 16 + 64  # bytes that a kernel works in: its ROOM, a test compares; and a line
 _SLAB = 1 << 18  # weights that a thread takes at a time
-_Native = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 
 
 def quantize(
@@ -126,11 +124,12 @@ class _Search:
 
     def __init__(self, format: type[Format], x: Floats, importance: Floats | None, out: Bytes) -> None:
         from edgelm.kernels import compiler
+        from edgelm.kernels.executor import Native
 
         self.format, self.x, self.out = format, x, out
         self.period = 1 if importance is None else x.shape[1] // format.block
         self.importance = np.ones(format.block, np.float32) if importance is None else importance
-        self.kernel: Any = _Native(compiler.address(f"converters.quantizer_kernels:{format.name.lower()}"))
+        self.kernel: Any = Native(compiler.address(f"converters.quantizer_kernels:{format.name.lower()}"))
 
     def __call__(self, first: int, n_rows: int) -> None:
         rows, out = self.x[first : first + n_rows], self.out[first : first + n_rows]

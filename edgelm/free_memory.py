@@ -34,7 +34,7 @@ def free_memory() -> int | None:
 def control_groups(kind: str) -> Iterator[tuple[int, Path]]:
     """Version and folder of each control group that may limit this process in `kind`, "memory" or "cpu": its own, and
     those around it up to the root."""
-    for line in _text(OWN_CGROUP).splitlines():
+    for line in text_of(OWN_CGROUP).splitlines():
         _, kinds, group = line.split(":", 2)
         if kinds and kind not in kinds.split(","):
             continue
@@ -49,7 +49,7 @@ def control_groups(kind: str) -> Iterator[tuple[int, Path]]:
 def _left() -> Iterator[int]:
     """What each limit leaves."""
     for version, group in control_groups("memory"):
-        limit, used = (_text(group / name).strip() for name in _LIMITS[version])
+        limit, used = (text_of(group / name) for name in _LIMITS[version])
         if limit.isdigit() and used.isdigit():  # not "max"
             stat = _fields(group / "memory.stat")
             yield max(0, int(limit) - int(used) + sum(stat.get(name, 0) for name in _CACHED[version]))
@@ -58,16 +58,17 @@ def _left() -> Iterator[int]:
 def _fields(path: Path) -> dict[str, int]:
     """The lines "name number" or "name: number kB" of a file, in bytes."""
     found = {}
-    for line in _text(path).splitlines():
+    for line in text_of(path).splitlines():
         name, *rest = line.split()
         if rest and rest[0].isdigit():
             found[name.rstrip(":")] = int(rest[0]) << (10 if rest[1:] == ["kB"] else 0)
     return found
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """What a file of the system says; nothing if it is not there."""
     try:
-        return path.read_text()
+        return path.read_text().strip()
     except OSError:
         return ""
 

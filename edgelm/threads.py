@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from .free_memory import control_groups, free_memory
+from .free_memory import control_groups, free_memory, text_of
 
 CPUS = Path("/sys/devices/system/cpu")
 SLOW_CPUS = Path("/sys/devices/cpu_atom/cpus")  # of Intel's hybrid processors, which tell no capacities
@@ -38,13 +38,13 @@ def processes(n_bytes: int) -> int:
 
 def _fast_cores(cpus: set[int]) -> int:
     """Distinct cores among `cpus`, without those that are much slower than the fastest."""
-    cpus = cpus - _cpu_list(_text(SLOW_CPUS) or "") or cpus
+    cpus = cpus - _cpu_list(text_of(SLOW_CPUS)) or cpus
     capacities = {cpu: _number(CPUS / f"cpu{cpu}" / "cpu_capacity") or 0 for cpu in cpus}
     fastest = max(capacities.values(), default=0)
     cores = set()
     for cpu in cpus:
         if 2 * capacities[cpu] >= fastest:
-            cores.add(_text(CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list") or str(cpu))
+            cores.add(text_of(CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list") or str(cpu))
     return len(cores)
 
 
@@ -53,9 +53,9 @@ def _quota() -> int | None:
     limits = []
     for version, group in control_groups("cpu"):
         if version == 2:
-            quota, _, period = (_text(group / "cpu.max") or "").partition(" ")
+            quota, _, period = text_of(group / "cpu.max").partition(" ")
         else:
-            quota, period = (_text(group / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period"))
+            quota, period = (text_of(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
         if quota.isdigit() and period.isdigit() and int(quota) and int(period):  # not "max", not -1
             limits.append(int(quota) / int(period))
     return max(1, -int(-min(limits) // 1)) if limits else None
@@ -67,15 +67,8 @@ def _cpu_list(text: str) -> set[int]:
     return {cpu for first, _, last in ranges for cpu in range(int(first), int(last or first) + 1)}
 
 
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return None
-
-
 def _number(path: Path) -> int | None:
-    text = _text(path)
+    text = text_of(path)
     try:
         return int(text) if text else None
     except ValueError:

@@ -12,7 +12,7 @@ import numpy as np
 
 from edgelm.errors import UnsupportedError
 from edgelm.kernels import compiler
-from edgelm.kernels.abi import Env, Row
+from edgelm.kernels.abi import Env, row_of
 from edgelm.kv_types import both
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ BLOCK = 128  # positions over which a softmax is taken before it is merged with 
 TILE = 64  # tokens that a group of units works on, and the number of parts that positions are divided into
 SPLIT_TOKENS = 8  # most tokens of a call for which positions are divided among threads
 LARGEST_HEAD = 1024
+GRAIN = 4  # units that a thread takes at a time
 AHEAD = 4  # tokens: queries of so much later are fetched, and the lines of their results
 COUNTER = 64  # bytes of a counter of finished blocks, one for each of SPLIT_TOKENS tokens and each KV head
 PARTIAL = 64  # bytes of a maximum and a sum, before the values that belong to them
@@ -74,17 +75,13 @@ def row_store_kv(
         rope: index into Env.COS and Env.SIN if keys have still to be rotated, with rope_dim and halves as for
             `elementwise.row_rope`.
     """
-    g, row = layout.group, [0] * Row.SIZE
+    g = layout.group
     _check(layout)
-    row[Row.KERNEL] = compiler.address("attention_store:store_kv")
-    row[Row.UNITS], row[Row.UNITS_PER], row[Row.COUNT] = g.n_kv_heads, 1, int(Env.N_TOKENS)
-    row[Row.GRAIN], row[Row.BARRIER] = 4, 1
-    row[Row.ARGS :] = [
+    return row_of(compiler.address("attention_store:store_kv"), g.n_kv_heads, 1, Env.N_TOKENS, GRAIN, [
         k_off, k_stride, v_off, v_stride, g.n_kv_heads, g.head_dim, g.v_head_dim, layout.k_offset(layer_in_group),
         layout.v_offset(layer_in_group), group, scratch_off, rope, rope_dim // 2, _flags(layout, True, halves), 0,
         0,
-    ]
-    return row
+    ])
 
 
 def row_attention(
@@ -105,19 +102,15 @@ def row_attention(
     Raises:
         UnsupportedError: heads larger than LARGEST_HEAD, or a window without causality.
     """
-    g, row = layout.group, [0] * Row.SIZE
+    g = layout.group
     _check(layout)
     if g.window and not causal:
         raise UnsupportedError("a sliding window in both directions")
     quantized = max(KINDS[name] for name in both(layout.kv_type)) >= KINDS["q4_0"]
     kernel = "attention" if quantized else "attention_of_floats"
-    row[Row.KERNEL] = compiler.address(f"attention_kernels:{kernel}")
-    row[Row.UNITS], row[Row.UNITS_PER], row[Row.COUNT] = g.n_kv_heads * TILE, TILE, int(count)
-    row[Row.GRAIN], row[Row.BARRIER] = 4, 1
-    row[Row.ARGS :] = [
+    return row_of(compiler.address(f"attention_kernels:{kernel}"), g.n_kv_heads * TILE, TILE, count, GRAIN, [
         q_off, q_stride, y_off, y_stride, g.n_kv_heads | n_heads // g.n_kv_heads << 32,
         g.head_dim | g.v_head_dim << 32, layout.k_offset(layer_in_group), layout.v_offset(layer_in_group),
         _bits(scale if softcap else scale * LOG2_E, softcap), group, g.window,
         _flags(layout, causal, halves, count == Env.N_OUTPUTS), rope, rope_dim // 2, scratch_off, n_scratch,
-    ]
-    return row
+    ])

@@ -50,18 +50,22 @@ class Blocks(Unit):
     # --- vectors
 
     def form(self, isa: Isa) -> Form:
-        return isa.form(self.bits, self.zero or self.centred(isa))
+        return isa.form(self.bits, self.has_zero(isa))
 
     def direct_form(self, isa: Isa) -> Form:
-        return isa.direct_form(self.bits, self.zero or self.centred(isa))
+        return isa.direct_form(self.bits, self.has_zero(isa))
 
     def joins(self, isa: Isa) -> bool:
         """Whether sums of both halves of a block go through `Isa.join`."""
-        return self.halves == 1 and isa.joins(self.bits, self.zero or self.centred(isa))
+        return self.halves == 1 and isa.joins(self.bits, self.has_zero(isa))
 
     def joins_less_zero(self, isa: Isa) -> bool:
         """Whether they fit only if they start with the zero point."""
         return self.joins(isa) and not isa.joins(self.bits, zero=False)
+
+    def has_zero(self, isa: Isa) -> bool:
+        """Whether products are those of quants less a zero point: the format's own, or the middle of `centred`."""
+        return self.zero or self.centred(isa)
 
     def centred(self, isa: Isa) -> bool:
         """Whether quants of a format with minima are taken less their middle, so that sums fit; minima make it good."""

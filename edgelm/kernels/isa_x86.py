@@ -59,7 +59,7 @@ class Vnni512Zen(Vnni512):
     """The same on AMD. What counts there are products and FMA (docs/LOG.md).
 
     With one group in a tile, every product reads its activations as it goes: a load and a product are one instruction.
-    Sums of 16 products with weights of four bits, or of five with a zero point, fit into int16, so one instruction
+    Sums of 16 products with weights of four bits, or of five less a zero point, fit into int16, so one instruction
     multiplies those of both halves of a block with whole scales and adds them. In tiles both are neighbours, and one
     instruction makes pairs of int16 of all of them; where few tokens meet packed weights they are not: it takes two.
     """

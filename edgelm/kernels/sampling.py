@@ -8,7 +8,6 @@ to compile.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.kernels import compiler
+from edgelm.kernels.executor import Native
 
 if TYPE_CHECKING:
     from edgelm.repetition import Find
@@ -54,7 +54,7 @@ _MOST_PLACES = 4096  # where a repetition may have begun
 
 @cache
 def _kernel(name: str) -> Any:
-    return ctypes.CFUNCTYPE(None, *(ctypes.c_int64,) * 4)(compiler.address(name))
+    return Native(compiler.address(name))
 
 
 def repetitions(history: NDArray[np.int64], shortest: int, longest: int) -> tuple[list[int], list[int]] | None:

@@ -20,7 +20,6 @@ import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -30,6 +29,7 @@ from edgelm.kernels import (
     block_formats,  # noqa: F401  (defines them)
     isas,
 )
+from edgelm.kernels.abi import float_bits
 from edgelm.kernels.amx import has_tiles
 from edgelm.kernels.amx_tiles import unpack_blocks
 from edgelm.kernels.block_tile import ROW, Tile
@@ -339,5 +339,5 @@ def code_fields(context: Any, b: ir.IRBuilder, blocks: Blocks) -> dict[int, Any]
         Code.RECORD_BYTES: RECORD,
         Code.SLAB_BLOCKS: SLAB,
         Code.SLAB_BYTES: SLAB * slab_block_bytes(blocks, isa.two_by_two),
-        Code.FACTOR: int(np.float32(blocks.factor(blocks.form(isa))).view(np.int32)),
+        Code.FACTOR: float_bits(blocks.factor(blocks.form(isa))),
     }
