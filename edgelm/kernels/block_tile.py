@@ -57,7 +57,7 @@ class Tile:
         self.acc = [[cgutils.alloca_once_value(b, zero) for _ in range(tokens)] for _ in range(groups)]
 
     def add_block(self, weights: list[Any], scales: list[Any], minima: list[Any], records: list[Value]) -> None:
-        """Adds the products of one block. weights[group](chunk), scales[group][half], minima[group][half]."""
+        """Adds the products of one block. weights[group](chunk), scales[group](half), minima[group](half)."""
         isa, fmt = self.isa, self.fmt
         places = [(g, t) for t in range(len(records)) for g in range(len(weights))]
         for halves in ((0, 1),) if isa.joins_halves else ((0,), (1,)):
@@ -65,14 +65,14 @@ class Tile:
             for g, t in places:
                 if self.whole or (isa.joins_halves and fmt.halves == 1):
                     join = self._whole if self.whole else self._joined
-                    self.add(g, t, join(sums[0, g, t], sums[1, g, t], records[t]), scales[g][0])
+                    self.add(g, t, join(sums[0, g, t], sums[1, g, t], records[t]), scales[g](0))
                     continue
                 for half in halves:
                     scaled = self._scaled(sums[half, g, t], records[t], half)
-                    self.add(g, t, scaled, scales[g][half % fmt.halves])
+                    self.add(g, t, scaled, scales[g](half % fmt.halves))
         for g, t in places:
-            for minimum, factor in zip(minima[g], self.minimum_factors(records[t]), strict=True):
-                self.add(g, t, minimum, factor)
+            for half, factor in enumerate(self.minimum_factors(records[t])):
+                self.add(g, t, minima[g](half), factor)
 
     def _sums(self, weights: list[Any], records: list[Value], halves: tuple[int, ...]) -> Sums:
         """Exact sums of products by (half, group, token)."""

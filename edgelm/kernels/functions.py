@@ -39,7 +39,8 @@ class Code(IntEnum):
     REST = 24  # adds the remainders of a slab; 0: activations have no remainders, and no unit: see `records`
     PAIRS = 25  # unpacks blocks to tiles of pairs of bfloat16: see `amx_tiles`; 0: the matrix unit is not used
     PAIR_TILES = 26  # of a block
-    SIZE = 27
+    DIRECT_LISTS = 27  # whether functions of few tokens take a list of the blocks that have a remainder
+    SIZE = 28
 
 
 def tile_fields(sizes: tuple[int, ...], function: Any, first: Code = Code.TILES) -> dict[int, Any]:

@@ -117,11 +117,11 @@ def machine(context: Any) -> Machine:
 
 
 def _int16_direct(context: Any, b: ir.IRBuilder, fmt: Any, args: list[Value], n_tokens: int) -> None:
-    """(first, second, n_units, x, x_stride, out, next_first, next_second): products of two packed groups.
+    """(first, second, n_units, x, x_stride, out, _, next_first, next_second): products of two packed groups.
 
     x: records; out: (token, 2, 16) float32. The last two: groups that this thread will read next.
     """
-    first, second, n_units, x, x_stride, out, next_first, next_second = args
+    first, second, n_units, x, x_stride, out, _, next_first, next_second = args
     isa, one_stream = machine(context), in_order(context, n_tokens)
     n_groups = 1 if one_stream else isa.groups
     with cgutils.for_range(b, I64(2 // n_groups), intp=I64) as outer:
@@ -271,7 +271,7 @@ def int16_linear_code(typingctx):
 
         isa = machine(context)
         fields = {
-            **tile_fields(isa.direct, lambda tokens: function(_int16_direct, 8, tokens), Code.DIRECT),
+            **tile_fields(isa.direct, lambda tokens: function(_int16_direct, 9, tokens), Code.DIRECT),
             **tile_fields(isa.tokens, lambda tokens: function(_int16_tile, 8, tokens)),
             Code.DIRECT_MOST: isa.direct[0],
             Code.UNPACK: function(_int16_unpack, 5),

@@ -96,7 +96,7 @@ class Vnni256(Vnni512):
     direct, direct_groups, direct_most = (2, 1), 1, 2
     tokens, groups = (4, 2, 1), 1
     float_tokens, float_groups = (4, 2, 1), 1
-    n_parts = 2
+    n_parts, kept = 2, 4  # reading again costs nothing: an instruction takes one operand from memory
     shuffle = "llvm.x86.avx2.pshuf.b"
     dot = "llvm.x86.avx512.vpdpbusd.256"
 
@@ -156,7 +156,7 @@ class Avx512(_Maddubs):
 class Avx2(_Maddubs):
     needs = (frozenset({"avx2", "fma"}),)
     magic = True
-    n_parts = 2
+    n_parts, kept = 2, 4
     shuffle = "llvm.x86.avx2.pshuf.b"
     pairs = "llvm.x86.avx2.pmadd.ub.sw"
     quads = "llvm.x86.avx2.pmadd.wd"

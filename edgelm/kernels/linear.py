@@ -12,7 +12,7 @@ from edgelm.errors import UnsupportedError
 from edgelm.kernels import compiler, int16, matrix_unit
 from edgelm.kernels.abi import Env, Row, float_bits, row_of
 from edgelm.kernels.packing import pack, pack_all
-from edgelm.kernels.records import LIMIT, MAX_TOKENS, activation_bytes
+from edgelm.kernels.records import BLOCK, LIMIT, MAX_BLOCKS, MAX_TOKENS, activation_bytes
 from edgelm.kernels.weight_layout import Packed, alike, is_float
 
 __all__ = [
@@ -136,6 +136,8 @@ def _linear(
     packed: Packed, units: int, x: tuple[int, int], y: tuple[int, int], count: int, by_unit: bool
 ) -> list[int]:
     """A row without what is special."""
+    if packed.n_cols > BLOCK * MAX_BLOCKS:
+        raise UnsupportedError(f"a matrix has {packed.n_cols} columns; kernels take at most {BLOCK * MAX_BLOCKS}")
     args = [0] * len(Arg)
     args[Arg.WEIGHTS], args[Arg.GROUP_STRIDE] = packed.address, packed.stride
     args[Arg.N_GROUPS], args[Arg.N_UNITS], args[Arg.N_ROWS] = packed.n_groups, packed.n_units, packed.n_rows

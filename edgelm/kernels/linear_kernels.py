@@ -11,7 +11,7 @@ Many, where there is a matrix unit, go through that: `linear_amx`.
 
 from __future__ import annotations
 
-from numba import float32, int8, njit
+from numba import float32, int8, int32, njit
 
 from edgelm.kernels.abi import WORD, Env
 from edgelm.kernels.block_tile import ROW
@@ -30,7 +30,7 @@ from edgelm.kernels.linear_unit import (
     groups_of,
     tokens_of,
 )
-from edgelm.kernels.records import ENTRY, FLAG, MAX_TOKENS, RECORD
+from edgelm.kernels.records import ENTRY, FLAG, MAX_BLOCKS, MAX_TOKENS, RECORD
 from edgelm.kernels.simd import load_f32, load_i32, load_i64, load_u8, splat_f32, store
 from edgelm.kernels.slab_tiles import PAIR
 from edgelm.kernels.tiles import MAX_SLAB_BYTES, SLAB, linear_code
@@ -42,16 +42,17 @@ POWERS_SCRATCH = 4 * MAX_TOKENS
 LISTED = 256  # blocks of which lists are kept: more are listed again for each unit
 ENTRIES = WORD * (LISTED + 1)  # where in the lists, after the addresses at which those of each slab begin
 OWN = WORD + MAX_TOKENS  # the tokens of one block
-LISTS_SCRATCH = ENTRIES + ENTRY * LISTED * (MAX_TOKENS // 2) + SLAB * OWN
+LISTS_SCRATCH = max(ENTRIES + ENTRY * LISTED * (MAX_TOKENS // 2) + SLAB * OWN, WORD + 4 * (MAX_BLOCKS + 1))
 _WORKSPACE = WORD * Env.WORKSPACE
 (
     _DIRECT, _DIRECT_TOKENS, _DIRECT_MOST, _TILES, _TILE_TOKENS, _UNPACK, _BLOCKS, _UNIT_BYTES, _RECORD_BYTES,
-    _SLAB_BLOCKS, _SLAB_BYTES, _FACTOR, _REST,
+    _SLAB_BLOCKS, _SLAB_BYTES, _FACTOR, _REST, _DIRECT_LISTS,
 ) = (
     WORD * field
     for field in (
         Code.DIRECT, Code.DIRECT_TOKENS, Code.DIRECT_MOST, Code.TILES, Code.TILE_TOKENS, Code.UNPACK, Code.BLOCKS,
         Code.UNIT_BYTES, Code.RECORD_BYTES, Code.SLAB_BLOCKS, Code.SLAB_BYTES, Code.FACTOR, Code.REST,
+        Code.DIRECT_LISTS,
     )
 )  # fmt: skip
 
@@ -87,14 +88,29 @@ def list_remainders(records, stride, n_tokens, n_blocks, lists):
 
 
 @njit
-def direct(code, first, second, n_units, records, stride, n_tokens, out, step):
+def list_blocks(records, stride, n_tokens, n_blocks, blocks):
+    """Which blocks have a remainder in any of a few records: how many, int64, and then each, int32."""
+    n = 0
+    for i in range(n_blocks):
+        flag = int32(0)
+        for t in range(n_tokens):
+            flag |= load_i32(records + t * stride + i * RECORD + FLAG)
+        store(blocks + WORD + 4 * n, int32(i))
+        n += flag != 0
+    store(blocks, n)
+
+
+@njit
+def direct(code, first, second, n_units, records, stride, n_tokens, out, lists, known, step):
     """`products` of few tokens, straight from the packed weights."""
+    if load_i64(code + _DIRECT_LISTS) != 0 and not known:
+        list_blocks(records, stride, n_tokens, n_units * load_i64(code + _BLOCKS), lists)
     t = 0
     for size in range(0, 32, 8):
         function, tokens = load_i64(code + _DIRECT + size), load_i64(code + _DIRECT_TOKENS + size)
         while t + tokens <= n_tokens:
             record, place = records + t * stride, out + t * PAIR
-            call_function(function, first, second, n_units, record, stride, place, first + step, second + step)
+            call_function(function, first, second, n_units, record, stride, place, lists, first + step, second + step)
             t += tokens
 
 
@@ -107,7 +123,7 @@ def products(code, first, second, n_units, records, stride, n_tokens, slab, out,
     asked for before that tile: it is in no near cache, and each line would be waited for.
     """
     if n_tokens <= load_i64(code + _DIRECT_MOST):
-        direct(code, first, second, n_units, records, stride, n_tokens, out, step)
+        direct(code, first, second, n_units, records, stride, n_tokens, out, lists, known, step)
         finish(results, out, 0, 0, n_tokens)
         return
     zero = splat_f32(0.0)

@@ -72,11 +72,11 @@ class PairTile:
                         for i, x in enumerate(inputs):
                             total = tile.isa.step_pair(b, total, group(half * CHUNKS // 2 + 2 * i + odd), x)
                         scaled = b.fmul(b.sitofp(total, F32x16), factor)
-                        tile.add(g, place + odd, scaled, scales[g][(2 * half + odd) % len(scales[g])])
+                        tile.add(g, place + odd, scaled, scales[g]((2 * half + odd) % (2 * tile.fmt.halves)))
             factors = map(self._of_tokens, zip(*(tile.minimum_factors(record) for record in pair), strict=True))
             for i, factor in enumerate(factors):
                 for g, odd in itertools.product(range(len(weights)), range(2)):
-                    tile.add(g, place + odd, minima[g][2 * i + odd], factor)
+                    tile.add(g, place + odd, minima[g](2 * i + odd), factor)
 
     def _of_tokens(self, values: list[Value]) -> Value:
         """Two vectors that each have one value in all lanes, as the lanes of an accumulator."""

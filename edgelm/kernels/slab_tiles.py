@@ -77,8 +77,9 @@ def _loads(b: ir.IRBuilder, slab: Value) -> Any:
     return lambda chunk: load_at(b, at(b, slab, 64 * chunk), I8x64, 64)
 
 
-def _floats(b: ir.IRBuilder, slab: Value, first: int, n: int) -> list[Value]:
-    return [load_at(b, at(b, slab, 64 * (first + i)), F32x16, 64) for i in range(n)]
+def _floats(b: ir.IRBuilder, slab: Value, first: int, n: int) -> Any:
+    floats = [load_at(b, at(b, slab, 64 * (first + i)), F32x16, 64) for i in range(n)]
+    return floats.__getitem__
 
 
 @contextlib.contextmanager

@@ -33,8 +33,8 @@ from edgelm.kernels.abi import float_bits
 from edgelm.kernels.amx import has_tiles
 from edgelm.kernels.amx_tiles import unpack_blocks
 from edgelm.kernels.block_tile import ROW, Tile
-from edgelm.kernels.blocks import BLOCKS, CHUNKS, Blocks, at
-from edgelm.kernels.emit import F32, I8, I32, I64, F32x16, I32x16, load_at, prefetch_at, spread, stack, store_at
+from edgelm.kernels.blocks import BLOCKS, CHUNKS, Blocks, Scales, at
+from edgelm.kernels.emit import F32, I8, I32, I64, F32x16, I32x16, fence, load_at, prefetch_at, spread, stack, store_at
 from edgelm.kernels.functions import Code, address_of, code_address, function_address, tile_fields
 from edgelm.kernels.isa import Form
 from edgelm.kernels.lanes import Int, Place, Rows
@@ -48,10 +48,6 @@ AHEAD = 4096  # how many bytes before they are needed weights are asked for: the
 NEAR = 448  # the same where it does not: only so that no line is touched before those that lie in front of it
 SLAB = 8  # blocks that are unpacked at a time: they stay in the first-level cache
 MAX_SLAB_BYTES = SLAB * 64 * (CHUNKS + 8)
-
-
-def _vectors(values: list[Value]) -> Any:
-    return lambda chunk: values[chunk]
 
 
 def _to_rest(b: ir.IRBuilder, record_stride: Value) -> Value:
@@ -69,11 +65,12 @@ def _has_rest(b: ir.IRBuilder, records: list[Value]) -> Value:
 
 
 def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_tokens: int, n_groups: int) -> None:
-    """(first, second, n_units, record, record_stride, out, next_first, next_second): products of two packed groups.
+    """(first, second, n_units, record, record_stride, out, listed, next_first, next_second): of two packed groups.
 
-    record + record_stride * token; out: (token, 2, 16) float32. The last two: groups that this thread will read next.
+    record + record_stride * token; out: (token, 2, 16) float32; listed: `linear_kernels.list_blocks`, where `Code` says
+    so. The last two: groups that this thread will read next.
     """
-    first, second, n_units, record, record_stride, out, next_first, next_second = args
+    first, second, n_units, record, record_stride, out, listed, next_first, next_second = args
     n_groups = 1 if in_order(context, n_tokens) else n_groups
     form = blocks.direct_form(isas.select(context))
     last = at(b, record, -RECORD, n_units, RECORD * blocks.blocks)
@@ -83,7 +80,7 @@ def _direct(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value], n_
         groups = in_turn(b, outer.index, n_groups, [first, second, next_first, next_second])
         records = [b.add(record, b.mul(record_stride, I64(t))) for t in range(n_tokens)]
         tile, rests = (Tile(context, b, blocks, form, n_groups, n_tokens) for _ in range(2))
-        _products(tile, rests, _Read(*groups, n_units, records, every), rest)
+        _products(tile, rests, _Read(*groups, n_units, records, every, listed), rest)
         place = b.add(out, b.mul(outer.index, I64(ROW)))
         for g, t in itertools.product(range(n_groups), range(n_tokens)):
             total = b.fadd(b.load(tile.acc[g][t]), b.load(rests.acc[g][t]))
@@ -98,6 +95,7 @@ class _Read(NamedTuple):
     n_units: Value  # of a group
     records: list[Value]
     all_rest: Value  # whether every block of them has a remainder, most likely
+    listed: Value  # the blocks of any of them that have one
 
 
 def _products(tile: Tile, rests: Tile, read: _Read, rest: Value) -> None:
@@ -111,7 +109,7 @@ def _products(tile: Tile, rests: Tile, read: _Read, rest: Value) -> None:
 
     def apart() -> None:
         _each_block(tile, read, lambda unpacked, inputs: tile.add_block(*unpacked, inputs))
-        _add_rests(b, rests, read.groups, read.n_units, read.records, rest)
+        _add_rests(rests, read, rest)
 
     if n_parts == 1:  # unpacked weights stay in registers, beside both sums
         _each_block(tile, read, with_its_rest)
@@ -156,29 +154,71 @@ def _each_block(tile: Tile, read: _Read, add: Callable[[Unpacked, list[Value]], 
                 _prefetch(b, blocks, b.add(unit, share))
 
 
-def _add_rests(
-    b: ir.IRBuilder, tile: Tile, groups: list[Value], n_units: Value, tokens: list[Value], rest: Value
-) -> None:
-    """Goes over packed groups once more, for the blocks that have a remainder in any of the records at `tokens`."""
-    blocks = tile.fmt
-    with cgutils.for_range(b, n_units, intp=I64) as loop:
-        units = [at(b, group, 0, loop.index, blocks.unit_bytes) for group in groups]
-        here = [at(b, token, 0, loop.index, RECORD * blocks.blocks) for token in tokens]
-        every = [at(b, record, RECORD * i) for record in here for i in range(blocks.blocks)]
-        with b.if_then(_has_rest(b, every), likely=False):  # most units have none: one branch for all their blocks
-            heads = [blocks.opened(b, unit) for unit in units]
-            with cgutils.for_range(b, I64(blocks.blocks), intp=I64) as inner:
-                inputs = [at(b, record, 0, inner.index, RECORD) for record in here]
-                with b.if_then(_has_rest(b, inputs), likely=False):
-                    unpacked = _unpacked(tile, units, heads, inner.index)
-                    tile.add_block(*unpacked, [b.add(record, rest) for record in inputs])
+def _add_rests(tile: Tile, read: _Read, rest: Value) -> None:
+    """Multiplies packed groups once more, with what is `rest` bytes behind the records: the blocks that are listed."""
+    b, blocks = tile.b, tile.fmt
+    with cgutils.for_range(b, load_at(b, read.listed, I64, 8), intp=I64) as loop:
+        listed = b.sext(load_at(b, at(b, read.listed, 8, loop.index, 4), I32, 4), I64)
+        units, within = zip(*(_locate(b, blocks, group, listed) for group in read.groups), strict=True)
+        heads = [blocks.opened(b, unit) for unit in units]
+        inputs = [b.add(at(b, record, 0, listed, RECORD), rest) for record in read.records]
+        tile.add_block(*_unpacked(tile, list(units), heads, within[0]), inputs)
 
 
 def _unpacked(tile: Tile, units: list[Value], heads: list[Value], block: Value) -> Unpacked:
-    """Weights, scales and minima of a block of each unit, as `Tile.add_block` takes them; heads: `Blocks.opened`."""
-    blocks, b = tile.fmt, tile.b
-    scales, minima = zip(*(blocks.scales_for(tile.isa, tile.context, b, head, block) for head in heads), strict=True)
-    return [_vectors(blocks.quants(b, tile.isa, unit, block, tile.form)) for unit in units], scales, minima
+    """Weights, scales and minima of a block of each unit, as `Tile.add_block` takes them; heads: `Blocks.opened`.
+
+    Where registers do not hold a block, each half of it is read when it is multiplied: else LLVM reads it whole, and
+    puts what it has no room for on the stack.
+    """
+    own = [_Halves(tile, unit, head, block) for unit, head in zip(units, heads, strict=True)]
+    both = sum(bits for bits, _ in tile.fmt.planes if bits < 8)  # vectors that both halves are made of
+    if tile.isa.n_parts * both <= tile.isa.kept:
+        for halves in own:
+            halves.read()
+    return [halves.weights for halves in own], [halves.scale for halves in own], [halves.minimum for halves in own]
+
+
+class _Halves:
+    """A block of a unit: what its halves are multiplied with, each read when it is first asked for."""
+
+    def __init__(self, tile: Tile, unit: Value, head: Value, block: Value) -> None:
+        self.tile, self.unit, self.head, self.block = tile, unit, head, block
+        self.quants: dict[int, list[Value]] = {}
+        self.floats: dict[tuple[int, int], list[Value]] = {}
+
+    def read(self) -> None:
+        """Reads all of it now."""
+        self.quants = dict.fromkeys(range(2), self._quants())
+        scales = self._scales()
+        self.floats = {(which, half): scales[which] for which in range(2) for half in range(2)}
+
+    def weights(self, chunk: int) -> Value:
+        half = chunk // (CHUNKS // 2)
+        if half not in self.quants:
+            if self.quants:
+                fence(self.tile.b)
+            self.quants[half] = self._quants()
+        return self.quants[half][chunk]
+
+    def scale(self, half: int) -> Value:
+        return self._float(0, half)
+
+    def minimum(self, half: int) -> Value:
+        return self._float(1, half)
+
+    def _float(self, which: int, half: int) -> Value:
+        if (which, half) not in self.floats:
+            self.floats[which, half] = self._scales()[which]
+        return self.floats[which, half][half]
+
+    def _quants(self) -> list[Value]:
+        tile = self.tile
+        return tile.fmt.quants(tile.b, tile.isa, self.unit, self.block, tile.form)
+
+    def _scales(self) -> Scales:
+        tile = self.tile
+        return tile.fmt.scales_for(tile.isa, tile.context, tile.b, self.head, self.block)
 
 
 def in_turn(b: ir.IRBuilder, turn: Value, n: int, groups: list[Value]) -> tuple[list[Value], list[Value]]:
@@ -325,11 +365,12 @@ def code_fields(context: Any, b: ir.IRBuilder, blocks: Blocks) -> dict[int, Any]
     return {
         **tile_fields(
             isa.direct_sizes(blocks.joins(isa)),
-            lambda tokens: function(_direct, 8, tokens, isa.direct_groups),
+            lambda tokens: function(_direct, 9, tokens, isa.direct_groups),
             Code.DIRECT,
         ),
         **tile_fields(isa.tokens, lambda tokens: function(_tile, 8, tokens)),
         Code.DIRECT_MOST: isa.direct_most,
+        Code.DIRECT_LISTS: int(isa.n_parts > 1),
         Code.UNPACK: function(_unpack, 5),
         Code.REST: function(_rest, 7),
         Code.PAIRS: function(unpack_blocks, 3) if has_tiles(context) else 0,
