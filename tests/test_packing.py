@@ -43,17 +43,17 @@ def model(tmp_path: Path, cache: Path) -> Path:
 
 
 # sha256 of packed weights of this number: what differs is not what older files hold, so the number has to be raised.
-LAYOUT = 4
+LAYOUT = 5
 PACKED = {
     "Q8_0 as Q8_0": "3c84b8b14d15cd2b",
     "Q4_0 as Q4_0": "135906bd65bac791",
     "Q4_1 as Q4_1": "60f2f949aa3b5fba",
-    "Q5_0 as Q5_0": "d21b7585a3c6a278",
-    "Q5_1 as Q5_1": "f0f991e7879c90ef",
+    "Q5_0 as Q5_0": "4fd3d0372ac8e724",
+    "Q5_1 as Q5_1": "b189709fd5523d82",
     "Q4_K as Q4_K": "0c16d586cb7fdafe",
-    "Q5_K as Q5_K": "bdcad90852ec88a9",
-    "Q6_K as Q6_K": "3bfdb4be0a8d7736",
-    "Q3_K as Q3_K": "f9590c0057e14178",
+    "Q5_K as Q5_K": "c08dbcd5676585c8",
+    "Q6_K as Q6_K": "645ea11f8bc9d8ee",
+    "Q3_K as Q3_K": "26c4ea3e2e0dbe43",
     "Q2_K as Q2_K": "31bf5d984e1dca8a",
     "IQ4_NL as IQ4_NL": "135906bd65bac791",
     "IQ4_XS as IQ4_XS": "23a12c065fcca8b3",
@@ -65,11 +65,11 @@ PACKED = {
     "TQ2_0 as TQ2_0": "e034de636e33e336",
     "TQ1_0 as TQ1_0": "3e3c1297076bc579",
     "NVFP4 as NVFP4": "d5de6943a70dd6bf",
-    "IQ1_S as IQ1_S": "d1260c8c4718299e",
-    "IQ1_M as IQ1_M": "97d83aa0f38a9d60",
-    "IQ2_XXS as IQ2_XXS": "af33c72f0ea135de",
-    "IQ2_XS as IQ2_XS": "4f2f08061165c617",
-    "IQ2_S as IQ2_S": "32093349c4de8803",
+    "IQ1_S as IQ1_S": "47c4cfbac11a8df4",
+    "IQ1_M as IQ1_M": "59a464b35dc4e7f9",
+    "IQ2_XXS as IQ2_XXS": "b033107981a7b887",
+    "IQ2_XS as IQ2_XS": "58b4c220c5ad3203",
+    "IQ2_S as IQ2_S": "673138c8b3abbf8a",
     "IQ3_XXS as IQ3_XXS": "70aeaedbeab22da3",
     "IQ3_S as IQ3_S": "024d859ce5b31ddc",
     "F32 as F32": "a4696450fedd4bcd",
@@ -83,9 +83,11 @@ PACKED = {
 def test_every_unit_has_code_and_bits_for_its_quants() -> None:
     assert tiles.BLOCKS.keys() == UNITS.keys()
     for unit in UNITS.values():
-        stored = sorted(bit for bits, lowest in unit.planes for bit in range(lowest, lowest + bits))
-        assert stored == list(range(len(stored)))
-        assert 1 << len(stored) == (1 << unit.bits if unit.table is None else len(unit.table))
+        bits = [(f.vector, f.at + i) for fields in unit.fields for f in fields for i in range(f.bits)]
+        assert sorted(bits) == [(vector, bit) for vector in range(unit.stored) for bit in range(8)], "each once"
+        for fields in unit.fields:
+            assert sorted(f.to + i for f in fields for i in range(f.bits)) == list(range(unit.stored))
+        assert 1 << unit.stored == (1 << unit.bits if unit.table is None else len(unit.table))
 
 
 @pytest.mark.parametrize("name", [*UNITS, "F32", "F16", "BF16"])

@@ -24,6 +24,7 @@ LISTED = "+aes,+crc,+fp-armv8,+neon,+sha2,-sve"
 FORMATS = ["Q4_0", "Q8_0", "Q4_K", "Q6_K", "F16"]
 # Instructions that multiply, and how many of them a block of 32 inputs, 16 rows and one token takes.
 PRODUCTS = {"smmla": 16, "sdot": 32, **dict.fromkeys(("smull", "smull2", "smlal", "smlal2"), 64), "fmla": 128}
+WIDENED = {"mul": "smull", "mla": "smlal"}  # of bytes that LLVM has widened before, where it knows them small
 INSTRUCTION = re.compile(r"^\t([a-z]\w*(?:\.\w+)?)\s*(.*)")
 
 
@@ -65,7 +66,7 @@ def read(function: str, lines: list[str], slab_bytes: int) -> Loop:
     """What is in the longest innermost loop of a function."""
     body = max(innermost(lines), key=len)
     found = [(match[1], match[2]) for line in body if (match := INSTRUCTION.match(line))]
-    names = [mnemonic for mnemonic, _ in found]
+    names = [mnemonic if ".8h" not in operands else WIDENED.get(mnemonic, mnemonic) for mnemonic, operands in found]
     counts = {product: names.count(product) for product in PRODUCTS}
     kind = [p for p in ("smmla", "sdot") if counts[p]] or [p for p in PRODUCTS if counts[p] and p != "fmla"] or ["fmla"]
     products = sum(counts[p] for p in kind)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from llvmlite import ir
@@ -14,7 +15,7 @@ from llvmlite import ir
 from edgelm.kernels.emit import I8, I16, F32x16, I8x64, I32x16, emit_fma, load_at, repeat, widen_f16
 from edgelm.kernels.isa import Form, Isa
 from edgelm.kernels.lanes import Int, Place, Rows
-from edgelm.kernels.units import ROWS, UNITS, Unit
+from edgelm.kernels.units import ROWS, UNITS, Field, Unit
 
 Value = ir.Value
 Scales = tuple[list[Value], list[Value]]  # of a block, and minima: one or two F32x16, and as many or no minima
@@ -86,19 +87,13 @@ class Blocks(Unit):
     def quants(self, b: ir.IRBuilder, isa: Isa, unit: Value, block: Value, form: Form) -> list[Value]:
         """The eight chunks of a block as I8x64 in `form`."""
         start = b.add(b.add(unit, unit.type(self.header)), b.mul(block, unit.type(self.quant_bytes)))
-        vectors: list[list[Value]] = []
-        for bits, _ in self.planes:
-            vectors.append([load_at(b, b.add(start, unit.type(64 * v)), I32x16) for v in range(bits)])
-            start = b.add(start, unit.type(64 * bits))
-        return [self._chunk(b, isa, vectors, chunk, form) for chunk in range(CHUNKS)]
+        vectors = [load_at(b, b.add(start, unit.type(64 * v)), I32x16) for v in range(self.stored)]
+        return [self._chunk(b, isa, vectors, fields, form) for fields in self.fields]
 
-    def _chunk(self, b: ir.IRBuilder, isa: Isa, vectors: list[list[Value]], chunk: int, form: Form) -> Value:
+    def _chunk(self, b: ir.IRBuilder, isa: Isa, vectors: list[Value], fields: list[Field], form: Form) -> Value:
         top = 8 - self.bits if form is Form.TOP and self.table is None else 0
-        value = None
-        for (bits, at), plane in zip(self.planes, vectors, strict=True):
-            part = _field(b, plane[chunk % bits], bits * (chunk // bits), at + top, bits, isa.shifts_bytes)
-            value = part if value is None else b.or_(value, part)
-        value = b.bitcast(value, I8x64)
+        parts = [_field(b, vectors[f.vector], f.at, f.to + top, f.bits, isa.shifts_bytes) for f in fields]
+        value = b.bitcast(functools.reduce(b.or_, parts), I8x64)
         if self.table is not None:
             shift = 128 if form is Form.TOP else 0
             return isa.lookup(b, [entry + shift for entry in self.table] * (16 // len(self.table)), value)
@@ -114,15 +109,15 @@ class Blocks(Unit):
         """Code that packs one block of each row."""
         words = self.words(source, part)
         target = unit + (block * self.quant_bytes + self.header)
-        for bits, at in self.planes:
-            for v in range(bits):
-                value = None
-                for k, word in enumerate(words[v::bits]):
-                    field = _shift(word, at, bits * k)
-                    field = field if bits == 8 else field & _bytes(((1 << bits) - 1) << (bits * k))
-                    value = field if value is None else value | field
-                (target + 64 * v).store(value)
-            target = target + 64 * bits
+        vectors: list[Int | None] = [None] * self.stored
+        for word, fields in zip(words, self.fields, strict=True):
+            for vector, at, to, bits in fields:
+                field = _shift(word, to, at)
+                field = field if bits == 8 else field & _bytes(((1 << bits) - 1) << at)
+                known = vectors[vector]
+                vectors[vector] = field if known is None else known | field
+        for v, value in enumerate(vectors):
+            (target + 64 * v).store(value)
         self.pack_scales(source, part, unit, block)
 
 

@@ -34,7 +34,21 @@ from edgelm.kernels.amx import has_tiles
 from edgelm.kernels.amx_tiles import unpack_blocks
 from edgelm.kernels.block_tile import ROW, Tile
 from edgelm.kernels.blocks import BLOCKS, CHUNKS, Blocks, Scales, at
-from edgelm.kernels.emit import F32, I8, I32, I64, F32x16, I32x16, fence, load_at, prefetch_at, spread, stack, store_at
+from edgelm.kernels.emit import (
+    F32,
+    I8,
+    I32,
+    I64,
+    F32x16,
+    I8x64,
+    I32x16,
+    fence,
+    load_at,
+    prefetch_at,
+    spread,
+    stack,
+    store_at,
+)
 from edgelm.kernels.functions import Code, address_of, code_address, function_address, tile_fields
 from edgelm.kernels.isa import Form
 from edgelm.kernels.lanes import Int, Place, Rows
@@ -45,7 +59,6 @@ from edgelm.kernels.slab_tiles import _rest, _tile, side_by_side, slab_block_byt
 Value = ir.Value
 Unpacked = tuple[list[Any], Any, Any]  # weights, scales and minima of a block of each group
 AHEAD = 4096  # how many bytes before they are needed weights are asked for: the processor's own prefetching comes late
-NEAR = 448  # the same where it does not: only so that no line is touched before those that lie in front of it
 SLAB = 8  # blocks that are unpacked at a time: they stay in the first-level cache
 MAX_SLAB_BYTES = SLAB * 64 * (CHUNKS + 8)
 
@@ -135,23 +148,30 @@ def _each_block(tile: Tile, read: _Read, add: Callable[[Unpacked, list[Value]], 
     with cgutils.for_range(b, read.n_units, intp=I64) as loop:
         step = b.mul(loop.index, I64(blocks.unit_bytes))
         units = [b.add(group, step) for group in read.groups]
-        heads = [blocks.opened(b, unit) for unit in units]
+        heads = [_in_lines(b, blocks, unit) if one_stream else blocks.opened(b, unit) for unit in units]
         ahead = [_ahead(b, blocks, *place) for place in zip(units, ends, read.after, strict=True)]
         offset = b.mul(loop.index, I64(RECORD * blocks.blocks))
         here = [b.add(record, offset) for record in read.records]
         with cgutils.for_range(b, I64(blocks.blocks), intp=I64) as inner:
             inputs = [at(b, record, 0, inner.index, RECORD) for record in here]
             share = b.mul(inner.index, I64(_share(blocks)))
-            if one_stream and len(blocks.planes) > 1:
-                with b.if_else(read.all_rest) as (long_work, short_work):
-                    with long_work:
-                        _prefetch(b, blocks, b.add(ahead[0], share))
-                    with short_work:
-                        place = behind(b, b.add(units[0], share), NEAR, ends[0], read.after[0])
-                        _prefetch(b, blocks, place, near=True)
+            if one_stream and 8 % blocks.stored:
+                with b.if_then(read.all_rest):
+                    _prefetch(b, blocks, b.add(ahead[0], share))
             add(_unpacked(tile, units, heads, inner.index), inputs)
             for unit in [] if one_stream else ahead:
                 _prefetch(b, blocks, b.add(unit, share))
+
+
+def _in_lines(b: ir.IRBuilder, blocks: Blocks, unit: Value) -> Value:
+    """`Blocks.opened`, with all lines of the header read before those behind it."""
+    head = blocks.opened(b, unit)
+    if head is not unit or blocks.header <= 64:
+        return head
+    place = stack(b, blocks.header)
+    for line in range(0, blocks.header, 64):
+        store_at(b, load_at(b, at(b, unit, line), I8x64), at(b, place, line), 64)
+    return place
 
 
 def _add_rests(tile: Tile, read: _Read, rest: Value) -> None:
@@ -172,7 +192,7 @@ def _unpacked(tile: Tile, units: list[Value], heads: list[Value], block: Value) 
     puts what it has no room for on the stack.
     """
     own = [_Halves(tile, unit, head, block) for unit, head in zip(units, heads, strict=True)]
-    both = sum(bits for bits, _ in tile.fmt.planes if bits < 8)  # vectors that both halves are made of
+    both = 0 if tile.fmt.stored == 8 else tile.fmt.stored  # vectors that both halves are made of
     if tile.isa.n_parts * both <= tile.isa.kept:
         for halves in own:
             halves.read()
@@ -233,10 +253,9 @@ def in_turn(b: ir.IRBuilder, turn: Value, n: int, groups: list[Value]) -> tuple[
 def in_order(context: Any, n_tokens: int) -> bool:
     """Whether this processor's own prefetching gets all that the memory gives, if it sees one stream of lines in order.
 
-    So does AMD's: two groups at a time, or lines asked for far ahead, are slower by a quarter.
-    Where a block has several planes its lines are not loaded in order, so each line is asked for shortly before, in
-    order. That works as long as the window of instructions under way reaches some blocks ahead: not with many tokens,
-    and if all blocks have remainders, lines are asked for far ahead there, too.
+    So does AMD's: two groups at a time, or lines asked for far ahead, are slower by a quarter. It works as long as the
+    window of instructions under way reaches some blocks ahead: not with many tokens. Nor if all blocks have remainders
+    and the last chunks need all lines of a block: then lines are asked for far ahead there, too.
     """
     return n_tokens <= 2 and isas.is_amd(context)
 
@@ -257,10 +276,10 @@ def _share(blocks: Blocks) -> int:
     return blocks.unit_bytes // blocks.blocks
 
 
-def _prefetch(b: ir.IRBuilder, blocks: Blocks, start: Value, near: bool = False) -> None:
+def _prefetch(b: ir.IRBuilder, blocks: Blocks, start: Value) -> None:
     """Asks for as many bytes as a block has."""
     for line in range(0, _share(blocks), 64):
-        prefetch_at(b, at(b, start, line), near)
+        prefetch_at(b, at(b, start, line))
 
 
 def _unpack(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) -> None:

@@ -21,7 +21,7 @@ from edgelm.kernels import int16
 from edgelm.kernels.units import ROWS, UNITS
 
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of a weight
-LAYOUT = 4  # of packed weights; to be raised when they change: a test compares
+LAYOUT = 5  # of packed weights; to be raised when they change: a test compares
 ALIGN = 64
 HUGE = 1 << 21  # bytes of a huge page
 
