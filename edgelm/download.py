@@ -202,5 +202,7 @@ def _fetch_rest(client: Client, url: str, part: Path, start: int, progress: Prog
         raise _Interrupted(_reason(error), worth_retrying=not permanent) from error
     except (http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
         raise _Interrupted(_reason(error)) from error
+    except ValueError as error:  # a port or a name that cannot be, letters beyond ASCII
+        raise _Interrupted(_reason(error), worth_retrying=False) from error
     except OSError as error:
         raise SourceError(f"cannot write {part}: {error}") from error

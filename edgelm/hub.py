@@ -390,22 +390,30 @@ def fetch_folder(
 # -------------------------------------------------------------------------------------------------------- a web server
 
 
-def _from_web(text: str, offline: bool, progress: Progress) -> Path:
+def _web_file(url: str) -> Path:
+    """Where the file lies in the cache."""
     from urllib.parse import unquote, urlsplit
 
+    from .download import redacted
+
+    try:
+        host, path = urlsplit(redacted(url)).netloc, unquote(urlsplit(url).path)
+    except ValueError:  # what it says may hold a password
+        raise UsageError("an address is written https://HOST[:PORT]/PATH, and this one cannot be read") from None
+    return _room("web", url, host) / _safe_name(path)
+
+
+def _from_web(text: str, offline: bool, progress: Progress) -> Path:
     from .download import download, redacted
     from .registry import Registry
 
     url, pin = _split_pin(text)
-    name = _safe_name(unquote(urlsplit(url).path)) or "model.gguf"
-    shown = redacted(url)
-    room = _room("web", url, urlsplit(shown).netloc)
-    file = room / name
+    file, shown = _web_file(url), redacted(url)
     if _is_whole(file, pin, progress):
         return file
     if offline:
         raise _offline_error(shown)
-    with _locked(room, progress):
+    with _locked(file.parent, progress):
         if not _is_whole(file, pin, progress):
             digest = download(Registry.configured().client, url, file, sha256=pin, progress=progress)
             _record(file, digest, shown)

@@ -211,3 +211,14 @@ def test_a_file_of_a_web_server(server: Server) -> None:
     assert hub.resolve(f"{server.url}/models/m.gguf", offline=True) == path
     with pytest.raises(SourceError, match="404"):
         hub.resolve(f"{server.url}/models/other.gguf")
+
+
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [("http://[user:word", UsageError), ("https://127.0.0.1:99999/m.gguf", SourceError), ("https://", SourceError),
+     ("http://a..b/m.gguf", SourceError), ("http://127.0.0.1:9/\xfc.gguf", SourceError)],
+)  # fmt: skip
+def test_addresses_that_cannot_be(source: str, error: type[Exception], cache: Path, no_network: None) -> None:
+    with pytest.raises(error) as raised:
+        hub.resolve(source)
+    assert "word" not in str(raised.value)
