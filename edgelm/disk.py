@@ -23,6 +23,7 @@ Progress = Callable[[str, int, int], None]  # (stage, done, total), both counted
 
 CHUNK = 1 << 20
 SPARE_DISK = 64 << 20  # bytes that are left free for others
+PART = ".part"  # end of the name of a file that is not whole yet
 
 
 def nothing(stage: str, done: int, total: int) -> None:
@@ -94,7 +95,7 @@ def _draft_of(path: Path) -> Iterator[Path]:
 
     Windows removes no file that somebody has open, and needs no lock.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{PART}")
     with contextlib.ExitStack() as stack:
         while sys.platform != "win32":
             held = stack.enter_context(draft.open("wb"))
@@ -109,16 +110,32 @@ def _draft_of(path: Path) -> Iterator[Path]:
                 draft.unlink()
 
 
-def remove_drafts(path: Path) -> list[Path]:
-    """Removes what processes have left behind that were ended while they wrote `path`; says which there were."""
-    removed = []
-    for draft in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+def remove_drafts(path: Path) -> dict[Path, int]:
+    """Removes what processes have left behind that were ended while they wrote `path`: bytes of each."""
+    removed = {}
+    for draft in path.parent.glob(f".{glob.escape(path.name)}.*{PART}"):
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:  # those that are being written
             if sys.platform != "win32":
                 fcntl.flock(stack.enter_context(draft.open("rb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            draft.unlink()
-            removed.append(draft)
+            removed[draft] = remove(draft)
     return removed
+
+
+def remove(path: Path) -> int:
+    """Removes a file: the bytes that are free by that, once nobody has it open; none of one with another name, too."""
+    status = path.lstat()
+    path.unlink()
+    return status.st_size if status.st_nlink == 1 else 0
+
+
+def bytes_below(folder: Path) -> int:
+    """Of all files in a folder and the folders in it; what a link leads to is not among them."""
+    total = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # somebody has just removed it
+                total += os.lstat(os.path.join(where, name)).st_size
+    return total
 
 
 def need_place(path: Path) -> None:
@@ -161,11 +178,12 @@ def make_folder(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def lock(path: Path, progress: Progress = nothing) -> Iterator[None]:
+def lock(path: Path, progress: Progress = nothing, wait: bool = True) -> Iterator[None]:
     """Holds an exclusive lock on `path` against other processes and threads, waiting for it as long as it takes.
 
-    The operating system drops the lock when its holder dies. The lock file stays: removing it would let a third
-    process lock a new file of the same name while the second still holds the old one.
+    wait: else SourceError if somebody holds it. The operating system drops the lock when its holder dies. The lock file
+    stays: removing it would let a third process lock a new file of the same name while the second still holds the old
+    one.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -173,6 +191,8 @@ def lock(path: Path, progress: Progress = nothing) -> Iterator[None]:
         raise SourceError(f"cannot make the lock file {path}: {error}") from error
     try:
         while not _try_lock(descriptor):
+            if not wait:
+                raise SourceError(f"another process is at work in {path.parent}; try again when it is done")
             progress("wait for another process", 0, 0)
             time.sleep(0.1)
         yield

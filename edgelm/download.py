@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .disk import CHUNK, Progress, file_sha256, need_disk, nothing
+from .disk import CHUNK, PART, Progress, file_sha256, need_disk, nothing
 from .errors import SourceError
 
 ATTEMPTS = 5  # tries in a row that bring no new byte before a download is given up
@@ -125,13 +125,13 @@ def download(
 ) -> str:
     """Fetches `url` into `target`, whose folder exists; returns the sha256 of what came, in hexadecimal.
 
-    What an earlier, interrupted attempt left in `target` + ".part" is continued where it stopped, provided that
+    What an earlier, interrupted attempt left in `target` + PART is continued where it stopped, provided that
     `sha256` is given: without it nobody could tell whether the two halves belong together.
 
     Raises:
         SourceError: unreachable, incomplete, no space left on the disk, or not what `sha256` promises.
     """
-    part = target.with_name(target.name + ".part")
+    part = target.with_name(target.name + PART)
     stage = stage or f"download {target.name}"
     if not sha256:
         part.unlink(missing_ok=True)

@@ -28,6 +28,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from . import disk
 from .arch import Config
 from .disk import Progress, need_disk, remove_drafts, replacing
 from .errors import EdgelmError, FormatError, SourceError
@@ -84,13 +85,13 @@ class PackedFile:
     @property
     def cached(self) -> Path:
         """In the cache: two models never share a place."""
-        return _in_cache() / f"{self.file.paths[0].stem}-{self._model.hex()[:16]}{SUFFIX}"
+        return in_cache() / f"{self.file.paths[0].stem}-{self._model.hex()[:16]}{SUFFIX}"
 
     def _places(self) -> Iterator[Path]:
         """Where a file may be. The name of one in the cache takes a look at all weights, so if there may be one."""
         yield self.beside
         with suppress(OSError):
-            if any(name.lstrip(".").startswith(self.file.paths[0].stem) for name in os.listdir(_in_cache())):
+            if any(name.lstrip(".").startswith(self.file.paths[0].stem) for name in os.listdir(in_cache())):
                 yield self.cached
 
     def there(self) -> dict[Path, str]:
@@ -113,12 +114,12 @@ class PackedFile:
             warnings.warn(wrong, stacklevel=2)
         return None
 
-    def remove(self) -> list[Path]:
-        """Removes the files in these places, and what was left of making them; says which there were."""
-        there = list(self.there())
-        for path in there:
-            path.unlink()
-        return there + [draft for path in self._places() for draft in remove_drafts(path)]
+    def remove(self) -> dict[Path, int]:
+        """Removes the files in these places, and what was left of making them: bytes of each."""
+        removed = {path: disk.remove(path) for path in self.there()}
+        for path in self._places():
+            removed |= remove_drafts(path)
+        return removed
 
     def map(self, path: Path) -> list[Packed]:
         """The weights in a file, which takes memory only as they are read.
@@ -208,7 +209,7 @@ class PackedFile:
     def _model(self) -> bytes:
         """Digest of the weights in the model's file: as a packed file in the cache that was made from this very file
         has it, or made anew."""
-        for path in _in_cache().glob(f"{glob.escape(self.file.paths[0].stem)}-*{SUFFIX}"):
+        for path in in_cache().glob(f"{glob.escape(self.file.paths[0].stem)}-*{SUFFIX}"):
             with suppress(OSError), path.open("rb") as file:
                 head, stamp = file.read(_HEAD.size), file.read(_STAMP)
                 if stamp == self._stamp(head) and _HEAD.unpack(head)[3] == self._order:
@@ -227,7 +228,8 @@ class PackedFile:
         return digest.digest()
 
 
-def _in_cache() -> Path:
+def in_cache() -> Path:
+    """The folder of packed weights that do not lie beside their model."""
     from .hub import cache_dir
 
     return cache_dir() / "packed"

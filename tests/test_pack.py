@@ -212,7 +212,9 @@ def test_what_a_process_has_left_that_was_killed_is_removed(model: Path, tmp_pat
     assert not drafts()
     killed()
     left = drafts()
-    assert set(file.remove()) == {file.beside, file.cached, *left} and not drafts()
+    removed = file.remove()
+    assert set(removed) == {file.beside, file.cached, *left} and not drafts()
+    assert removed[file.beside] == 0 and removed[file.cached] == packed.DATA + file.n_bytes
 
 
 def test_paths_that_cannot_be(model: Path, tmp_path: Path) -> None:
