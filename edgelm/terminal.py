@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -186,6 +186,13 @@ def json_text(value: Any) -> str:
         return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
     return json.dumps(plain(value), ensure_ascii=False, indent=2, default=str, allow_nan=False)
+
+
+def table(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Rows as lines with aligned columns: each is one line, whatever is in its cells."""
+    shown = [[printable(cell).replace("\n", "\\n").replace("\t", "\\t") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
 
 
 def readable(facts: dict[str, Any], indent: str = "") -> list[str]:

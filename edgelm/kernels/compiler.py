@@ -29,7 +29,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-from edgelm.disk import Progress, user_cache
+from edgelm.disk import Progress, bytes_below, user_cache
 from edgelm.kernels import child, elf, processor, sources
 
 if TYPE_CHECKING:
@@ -52,11 +52,15 @@ _symbols: dict[str, int] = {}  # the same, by name: a kernel may be given both w
 
 # --- where compiled code is kept ---------------------------------------------------------------------------------
 
+def _base() -> Path:
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    return Path(chosen) if chosen else user_cache() / "kernels"
+
+
 @functools.cache
 def cache_dir() -> Path:
     """Folder for compiled code: below NUMBA_CACHE_DIR, else in the user's cache; a temporary one where that fails."""
-    chosen = os.environ.get("NUMBA_CACHE_DIR")
-    base = Path(chosen) if chosen else user_cache() / "kernels"
+    base = _base()
     tag, machine = sys.implementation.cache_tag, platform.machine()
     name = f"{tag}-{sys.platform}-{machine}-{_versions()}-v{VERSION}"
     with contextlib.suppress(OSError):
@@ -86,6 +90,13 @@ def _versions() -> str:
         if spec is not None and spec.origin:
             digest.update(Path(spec.origin).with_name("_version.py").read_bytes())
     return digest.hexdigest()[:8]
+
+
+def kept() -> tuple[Path, int]:
+    """Where compiled code of all versions is, and its bytes."""
+    base = _base()
+    ours = (folder for folder in base.glob("*") if _OURS.fullmatch(folder.name))
+    return base, sum(map(bytes_below, ours))
 
 
 def prune(base: Path) -> None:
