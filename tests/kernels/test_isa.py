@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
 import pytest
+from in_processes import run_tests, under_way
 from numba.core.registry import cpu_target
 
 from edgelm.kernels import isas
 from edgelm.kernels.isa_x86 import AMD
-from edgelm.threads import default_threads
 
 SSE = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16"
 AVX2 = f"{SSE},+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+movbe"
@@ -57,30 +57,21 @@ def restricted(target: str) -> dict[str, str]:
 
 def run(environment: dict[str, str]) -> tuple[str, subprocess.CompletedProcess[str]]:
     """The instruction set that was chosen, and the tests of products with it."""
-    known: dict[str, Any] = {"env": {**os.environ, **environment}, "capture_output": True, "text": True}
-    chosen = subprocess.run([sys.executable, "-P", "-c", CHOSEN], check=True, **known)
-    tests = str(Path(__file__).with_name("test_linear.py"))
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
-    return chosen.stdout.strip(), subprocess.run(command, check=False, **known)
+    command = [sys.executable, "-P", "-c", CHOSEN]
+    chosen = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    return chosen.stdout.strip(), run_tests(environment, str(Path(__file__).with_name("test_linear.py")))
 
 
 @pytest.fixture(scope="module")
-def under_way(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Any]]]:
-    """The runs of all targets that will be asked for, as many at a time as there are cores: they compile."""
-    asked = [item.callspec.params["target"] for item in request.session.items if item.path == Path(__file__)]
-    with ThreadPoolExecutor(default_threads()) as pool:
-        runs: dict[str, Future[Any]] = {}
-        for target in asked:
-            with contextlib.suppress(pytest.skip.Exception):
-                runs[target] = pool.submit(run, restricted(target))
-        yield runs
+def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Any]]]:
+    yield from under_way(request, "target", lambda target: partial(run, restricted(target)))
 
 
 @pytest.mark.slow
 @ON_X86
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_format_on(target: str, under_way: dict[str, Future[Any]]) -> None:
+def test_every_format_on(target: str, runs: dict[str, Future[Any]]) -> None:
     restricted(target)
-    chosen, done = under_way[target].result(timeout=1800)
+    chosen, done = runs[target].result(timeout=1800)
     assert chosen == TARGETS[target][2]
     assert done.returncode == 0, done.stdout[-4000:]
