@@ -59,6 +59,7 @@ from edgelm.kernels.slab_tiles import _rest, _tile, side_by_side, slab_block_byt
 Value = ir.Value
 Unpacked = tuple[list[Any], Any, Any]  # weights, scales and minima of a block of each group
 AHEAD = 4096  # how many bytes before they are needed weights are asked for: the processor's own prefetching comes late
+NEAR = 448  # the same where it does not: only so that no line is touched before those that lie in front of it
 SLAB = 8  # blocks that are unpacked at a time: they stay in the first-level cache
 MAX_SLAB_BYTES = SLAB * 64 * (CHUNKS + 8)
 
@@ -156,8 +157,12 @@ def _each_block(tile: Tile, read: _Read, add: Callable[[Unpacked, list[Value]], 
             inputs = [at(b, record, 0, inner.index, RECORD) for record in here]
             share = b.mul(inner.index, I64(_share(blocks)))
             if one_stream and 8 % blocks.stored:
-                with b.if_then(read.all_rest):
-                    _prefetch(b, blocks, b.add(ahead[0], share))
+                with b.if_else(read.all_rest) as (long_work, short_work):
+                    with long_work:
+                        _prefetch(b, blocks, b.add(ahead[0], share))
+                    with short_work:
+                        place = behind(b, b.add(units[0], share), NEAR, ends[0], read.after[0])
+                        _prefetch(b, blocks, place, near=True)
             add(_unpacked(tile, units, heads, inner.index), inputs)
             for unit in [] if one_stream else ahead:
                 _prefetch(b, blocks, b.add(unit, share))
@@ -253,9 +258,10 @@ def in_turn(b: ir.IRBuilder, turn: Value, n: int, groups: list[Value]) -> tuple[
 def in_order(context: Any, n_tokens: int) -> bool:
     """Whether this processor's own prefetching gets all that the memory gives, if it sees one stream of lines in order.
 
-    So does AMD's: two groups at a time, or lines asked for far ahead, are slower by a quarter. It works as long as the
-    window of instructions under way reaches some blocks ahead: not with many tokens. Nor if all blocks have remainders
-    and the last chunks need all lines of a block: then lines are asked for far ahead there, too.
+    So does AMD's: two groups at a time, or lines asked for far ahead, are slower by a quarter. Headers of several lines
+    are read before the quants behind them. Where chunks need several lines of a block, each line is asked for shortly
+    before, in order. That works as long as the window of instructions under way reaches some blocks ahead: not with
+    many tokens, and if all blocks have remainders, lines are asked for far ahead there, too.
     """
     return n_tokens <= 2 and isas.is_amd(context)
 
@@ -276,10 +282,10 @@ def _share(blocks: Blocks) -> int:
     return blocks.unit_bytes // blocks.blocks
 
 
-def _prefetch(b: ir.IRBuilder, blocks: Blocks, start: Value) -> None:
+def _prefetch(b: ir.IRBuilder, blocks: Blocks, start: Value, near: bool = False) -> None:
     """Asks for as many bytes as a block has."""
     for line in range(0, _share(blocks), 64):
-        prefetch_at(b, at(b, start, line))
+        prefetch_at(b, at(b, start, line), near)
 
 
 def _unpack(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) -> None:
