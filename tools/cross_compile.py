@@ -4,8 +4,8 @@
     python tools/cross_compile.py --features +neon,+dotprod --into FOLDER                    # all kernels
 
 Numba compiles for the machine that LLVM names; here LLVM names another, which is why this needs a process of its own.
-llvmlite's wheels bring the back ends of all machines. The object files are byte for byte those that the other machine
-would make.
+llvmlite's wheels bring the back ends of all machines. The machine code in the object files is byte for byte that which
+the other machine would make; names of symbols depend on the order in which kernels are compiled.
 """
 
 from __future__ import annotations
