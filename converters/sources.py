@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from edgelm import hub, huggingface
+from edgelm import hub, huggingface, rooms
 from edgelm.disk import Progress, nothing
 from edgelm.errors import SourceError
 
@@ -27,7 +27,7 @@ def resolve(source: str | Path, offline: bool = False, progress: Progress = noth
     if os.path.exists(text):
         return Path(text)
     if text.startswith("hf:") and not huggingface.parse(text[3:])[2]:
-        return huggingface.fetch_folder(text[3:], (_WEIGHTS, _PICKLES), _REST, hub.is_offline(offline), progress)
+        return huggingface.fetch_folder(text[3:], (_WEIGHTS, _PICKLES), _REST, rooms.is_offline(offline), progress)
     if ":" not in text and text not in hub.KNOWN:
         raise SourceError(f"there is no {text}; a source is a Hugging Face folder, a GGUF file, or hf:ORG/REPO")
     return hub.resolve(text, offline=offline, progress=progress)

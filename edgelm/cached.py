@@ -1,6 +1,6 @@
 """What was fetched: the models in the caches of this machine, what else takes room there, and taking a model away.
 
-There are two caches: `hub.cache_dir()`, and the one that huggingface_hub shares with other programs, where nothing is
+There are two caches: `rooms.cache_dir()`, and the one that huggingface_hub shares with other programs, where nothing is
 removed from here. What is removed comes from the list of what is there, never from a path that somebody gave, and only
 where no link leads out of the cache. Nothing here asks the network.
 """
@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from . import disk, gguf, hub, huggingface, packed
+from . import disk, gguf, hub, huggingface, packed, rooms
 from .errors import EdgelmError, SourceError, UsageError
 from .kernels import compiler
 
@@ -58,7 +58,7 @@ def models() -> list[Cached]:
 def _own() -> Iterator[Cached]:
     for found in hub.fetched():
         sizes = {path: path.stat().st_size for path in _belonging(found.file) if path.exists()}
-        n_packed, n_record = sizes.get(_packed(found.file), 0), sizes.get(hub.record_of(found.file), 0)
+        n_packed, n_record = sizes.get(packed.beside(found.file), 0), sizes.get(rooms.record_of(found.file), 0)
         whole = found.file.stat() if found.is_whole else None
         n_bytes = whole.st_size if whole else sum(sizes.values()) - n_packed - n_record
         if n_bytes or n_packed:
@@ -69,7 +69,7 @@ def _own() -> Iterator[Cached]:
 def _shared() -> Iterator[Cached]:
     for name, paths, command in huggingface.cached():
         with suppress(OSError):  # another program has just removed it
-            n_packed = _packed(paths[0]).stat().st_size if _packed(paths[0]).exists() else 0
+            n_packed = packed.beside(paths[0]).stat().st_size if packed.beside(paths[0]).exists() else 0
             found = [path.stat() for path in paths]
             when = max(status.st_mtime for status in found)
             yield Cached(name, paths[0], sum(status.st_size for status in found), n_packed, when, False, command)
@@ -77,28 +77,24 @@ def _shared() -> Iterator[Cached]:
 
 def beside() -> dict[str, tuple[Path, int]]:
     """What takes room besides models, and can be made or fetched again: where it is, and its bytes."""
-    rooms = hub.cache_dir() / "models"
-    places = {"packages": rooms / "distributions", "unpacked packages": rooms / "folders"}
+    models = rooms.cache_dir() / "models"
+    places = {"packages": models / "distributions", "unpacked packages": models / "folders"}
     places |= {"packed weights": packed.in_cache()}
     found = {what: (path, disk.bytes_below(path)) for what, path in places.items()}
     found["compiled kernels"] = compiler.kept()
     return {what: (path, n_bytes) for what, (path, n_bytes) in found.items() if n_bytes}
 
 
-def _packed(file: Path) -> Path:
-    return file.with_name(file.name + packed.SUFFIX)
-
-
 def _belonging(file: Path) -> list[Path]:
     """What there is of a model in its folder: file, record, packed weights, and what was left of making them."""
-    unfinished = (file.with_name(file.name + end) for end in (disk.PART, hub.JOINED))
-    own = {file, hub.record_of(file), _packed(file), *unfinished}
+    unfinished = (file.with_name(file.name + end) for end in (disk.PART, rooms.JOINED))
+    record = rooms.record_of(file)
+    own = {file, record, packed.beside(file), *unfinished, *disk.drafts(file)}
 
     def belongs(path: Path) -> bool:
-        is_draft = path.name.startswith(f".{file.name}.") and path.name.endswith(disk.PART)
-        return path in own or is_draft or path.name.endswith((_WHEEL, _WHEEL + disk.PART))
+        return path in own or path.name.endswith((_WHEEL, _WHEEL + disk.PART))
 
-    return sorted(filter(belongs, file.parent.iterdir()), key=lambda path: (path != file, path == hub.record_of(file)))
+    return sorted(filter(belongs, file.parent.iterdir()), key=lambda path: (path != file, path == record))
 
 
 # --- taking away -----------------------------------------------------------------------------------------------------
@@ -119,10 +115,10 @@ def remove(names: Sequence[str]) -> tuple[dict[Path, int], list[Path]]:
         _need_ours(model)
     removed: dict[Path, int] = {}
     for model in chosen:
-        with disk.lock(model.path.with_name(hub.LOCK), wait=False):
+        with disk.lock(model.path.with_name(rooms.LOCK), wait=False):
             removed |= _remove_packed(model.path)
             removed |= {path: disk.remove(path) for path in _belonging(model.path)}
-    others = [path for model in chosen for path in sorted(model.path.parent.iterdir()) if path.name != hub.LOCK]
+    others = [path for model in chosen for path in sorted(model.path.parent.iterdir()) if path.name != rooms.LOCK]
     return removed, others
 
 
@@ -148,13 +144,13 @@ def _meant(name: str) -> Path | None:
 
 def _need_ours(model: Cached) -> None:
     """Raises UsageError unless removing `model` takes nothing but what edgelm has put into its own cache."""
-    cache = hub.cache_dir()
+    cache = rooms.cache_dir()
     if not model.is_ours:
         raise UsageError(
             f"{model.name} is in the cache of huggingface_hub, which other programs share: {model.removed_by}"
             + (f", after edgelm pack --remove {shlex.quote(model.name)}" if model.packed_bytes else "")
         )
-    for path in (*_belonging(model.path), model.path.with_name(hub.LOCK), packed.in_cache()):
+    for path in (*_belonging(model.path), model.path.with_name(rooms.LOCK), packed.in_cache()):
         if os.path.realpath(path) != os.path.join(os.path.realpath(cache), path.relative_to(cache)):
             raise UsageError(f"a link leads from {path} out of edgelm's cache, and edgelm removes nothing there")
         if path != packed.in_cache() and path.exists() and not stat.S_ISREG(path.lstat().st_mode):

@@ -110,10 +110,15 @@ def _draft_of(path: Path) -> Iterator[Path]:
                 draft.unlink()
 
 
+def drafts(path: Path) -> Iterator[Path]:
+    """What processes write, or have left behind, to put it at `path`, or at a name that begins so."""
+    return path.parent.glob(f".{glob.escape(path.name)}.*{PART}")
+
+
 def remove_drafts(path: Path) -> dict[Path, int]:
     """Removes what processes have left behind that were ended while they wrote `path`: bytes of each."""
     removed = {}
-    for draft in path.parent.glob(f".{glob.escape(path.name)}.*{PART}"):
+    for draft in drafts(path):
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:  # those that are being written
             if sys.platform != "win32":
                 fcntl.flock(stack.enter_context(draft.open("rb")), fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -28,7 +28,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from . import disk
+from . import disk, rooms
 from .arch import Config
 from .disk import Progress, need_disk, remove_drafts, replacing
 from .errors import EdgelmError, FormatError, SourceError
@@ -79,8 +79,7 @@ class PackedFile:
 
     @property
     def beside(self) -> Path:
-        model = self.file.paths[0]
-        return model.with_name(model.name + SUFFIX)
+        return beside(self.file.paths[0])
 
     @property
     def cached(self) -> Path:
@@ -228,11 +227,14 @@ class PackedFile:
         return digest.digest()
 
 
+def beside(model: Path) -> Path:
+    """Where packed weights are that every start of `model` finds."""
+    return model.with_name(model.name + SUFFIX)
+
+
 def in_cache() -> Path:
     """The folder of packed weights that do not lie beside their model."""
-    from .hub import cache_dir
-
-    return cache_dir() / "packed"
+    return rooms.cache_dir() / "packed"
 
 
 class _Writer:

@@ -22,7 +22,7 @@ from typing import Any
 
 from .download import Client, read_page, redacted
 from .errors import SourceError
-from .hub import canonical
+from .packages import canonical
 
 PYPI = "https://pypi.org/simple"
 ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"

