@@ -8,8 +8,8 @@ changes no bit of the result:
 
 where sum is an exact integer, of 16 inputs, and d the scale of these activations. Where `Isa.joins_halves` and there is
 one scale, both halves go to acc at once, as fma(float(sum of the second), d, float(sum of the first) * d); where the
-weights are so small that `Isa.joins`, as float(sum of the first * d + sum of the second * d), of integers. Remainders
-are summed up by themselves, in the same way, and that is added at the end.
+weights are so small that `Isa.joins`, or where `Isa.scales_sums`, as float(sum of the first * d + sum of the second
+* d), of integers. Remainders are summed up by themselves, in the same way, and that is added at the end.
 
 Knows formats as `blocks.Blocks`, machines as `isa.Isa`, activations as the record of `quantize`.
 """
@@ -51,7 +51,9 @@ class Tile:
     def __init__(self, context: Any, b: ir.IRBuilder, fmt: Blocks, form: Form, groups: int, tokens: int) -> None:
         self.context, self.b, self.fmt, self.form = context, b, fmt, form
         self.isa: Isa = isas.select(context)
-        self.whole, self.less_zero = fmt.joins(self.isa), fmt.joins_less_zero(self.isa)
+        self.scaled, self.whole, self.less_zero = (
+            has(self.isa) for has in (fmt.scales_sums, fmt.joins, fmt.joins_less_zero)
+        )
         self.neighbours = False  # whether weights are `slab_tiles.side_by_side`
         zero = ir.Constant(F32x16, None)
         self.acc = [[cgutils.alloca_once_value(b, zero) for _ in range(tokens)] for _ in range(groups)]
@@ -60,7 +62,9 @@ class Tile:
         """Adds the products of one block. weights[group](chunk), scales[group](half), minima[group](half)."""
         isa, fmt = self.isa, self.fmt
         places = [(g, t) for t in range(len(records)) for g in range(len(weights))]
-        for halves in ((0, 1),) if isa.joins_halves else ((0,), (1,)):
+        if self.scaled:
+            self._add_times_d(weights, scales, records)
+        for halves in () if self.scaled else ((0, 1),) if isa.joins_halves else ((0,), (1,)):
             sums = self._sums(weights, records, halves)
             for g, t in places:
                 if self.whole or (isa.joins_halves and fmt.halves == 1):
@@ -90,6 +94,26 @@ class Tile:
                 for g in range(len(weights)):
                     sums[half, g, t] = isa.step(b, sums[half, g, t], w[g], x, self.form, fmt.bits)
         return {place: isa.end(b, total) for place, total in sums.items()}
+
+    def _add_times_d(self, weights: list[Any], scales: list[Any], records: list[Value]) -> None:
+        """Adds exact sums of products that come multiplied with d, those of both halves at once if they share a scale."""
+        b, isa, fmt, sums = self.b, self.isa, self.fmt, Sums()
+        for halves in ((0, 1),) if fmt.halves == 1 else ((0,), (1,)):
+            for g, t in itertools.product(range(len(weights)), range(len(records))):
+                sums[0, g, t] = isa.empty(b, repeat(I32x16, 0))
+            for chunk in range(halves[0] * CHUNKS // 2, (halves[-1] + 1) * CHUNKS // 2):
+                w = [group(chunk) for group in weights]
+                for (t, record), g in itertools.product(enumerate(records), range(len(weights))):
+                    if chunk % (CHUNKS // 2) == 0:
+                        sums[0, g, t] = isa.times(b, sums[0, g, t], record, 2 * chunk // CHUNKS)
+                    x = isa.input(b, record, chunk_at(chunk, isa.whole_scales) // 4)
+                    sums[0, g, t] = isa.step(b, sums[0, g, t], w[g], x, self.form, fmt.bits)
+            for (_, g, t), partial in sums.items():
+                total = isa.end(b, partial)
+                if fmt.has_zero(isa) and self.form is Form.LOW:
+                    field, bits = (ZERO, 4) if fmt.halves == 1 else (HALVES[halves[0]][0], 6)
+                    total = b.add(total, self._zero(records[t], field, bits))
+                self.add(g, t, b.sitofp(total, F32x16), scales[g](halves[0]))
 
     def _start(self, record: Value, half: int) -> Any:
         """A sum without products, less the zero point of those to come unless that is made good at the end."""
@@ -130,10 +154,15 @@ class Tile:
         join = self.isa.join_neighbours if self.neighbours else self.isa.join
         total = join(self.b, low, high, self._integer(record, FACTORS))
         if self.fmt.zero and not self.less_zero:
-            zero = self._integer(record, ZERO)  # of four bits
-            zero = self.b.ashr(zero, repeat(I32x16, 4 - self.fmt.bits)) if self.fmt.bits < 4 else zero
-            total = self.b.add(total, zero)
+            total = self.b.add(total, self._zero(record, ZERO, 4))
         return self.b.sitofp(total, F32x16)
+
+    def _zero(self, record: Value, field: int, bits: int) -> Value:
+        """What the zero point takes off sums; the field is that of weights of `bits` bits."""
+        value, more = self._integer(record, field), self.fmt.bits - bits
+        if more == 0:
+            return value
+        return (self.b.shl if more > 0 else self.b.ashr)(value, repeat(I32x16, abs(more)))
 
     def factor(self, record: Value, half: int) -> Value:
         """d of half a block, in all lanes."""
@@ -151,7 +180,10 @@ class Tile:
         """d times the sum of half a block."""
         b = self.b
         total = b.sub(I32(self.isa.first), load_at(b, at(b, record, offset), I32, 4))
-        scaled = b.fmul(b.sitofp(total, F32), load_at(b, at(b, record, d), F32, 4))
+        scaled = b.sitofp(total, F32)
+        if self.isa.scales_sums:
+            return spread(b, b.fmul(scaled, ir.Constant(F32, 1 / 32)), F32x16)
+        scaled = b.fmul(scaled, load_at(b, at(b, record, d), F32, 4))
         return spread(b, b.fmul(scaled, ir.Constant(F32, 1 / 128)), F32x16)
 
     def _integer(self, record: Value, field: int) -> Value:

@@ -15,6 +15,7 @@ from llvmlite import ir
 from edgelm.kernels.emit import I8, I16, F32x16, I8x64, I32x16, emit_fma, load_at, repeat, widen_f16
 from edgelm.kernels.isa import Form, Isa
 from edgelm.kernels.lanes import Int, Place, Rows
+from edgelm.kernels.records import BLOCK
 from edgelm.kernels.units import ROWS, UNITS, Field, Unit
 
 Value = ir.Value
@@ -57,8 +58,12 @@ class Blocks(Unit):
         return isa.direct_form(self.bits, self.has_zero(isa))
 
     def joins(self, isa: Isa) -> bool:
-        """Whether sums of both halves of a block go through `Isa.join`."""
+        """Whether sums of both halves of a block, which share a scale, are added up as integers: `Isa.joins`."""
         return self.halves == 1 and isa.joins(self.bits, self.has_zero(isa))
+
+    def scales_sums(self, isa: Isa) -> bool:
+        """Whether sums come multiplied with d: those of both halves at once, or of each."""
+        return isa.scales_sums and (self.joins(isa) or self.halves == 2 and isa.fits(BLOCK // 2, self.bits, self.zero))
 
     def joins_less_zero(self, isa: Isa) -> bool:
         """Whether they fit only if they start with the zero point."""

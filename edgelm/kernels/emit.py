@@ -95,6 +95,12 @@ def fence(b: ir.IRBuilder) -> None:
     b.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
 
+def here(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """`value`, which is computed before this place, and before anything behind it is loaded: a `fence` for x86 vectors."""
+    function = ir.FunctionType(value.type, [value.type])
+    return b.asm(function, "", "=x,0,~{memory}", [value], side_effect=True)
+
+
 def assembler(b: ir.IRBuilder, type_: ir.Type, code: str, places: str, values: list[ir.Value]) -> ir.Value:
     """What a piece of assembler makes of `values`, in LLVM's notation; places: where it has its result, and them."""
     _load_assembler()

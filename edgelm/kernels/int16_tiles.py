@@ -42,6 +42,7 @@ from edgelm.kernels.emit import (
     call,
     emit_fma,
     fence,
+    here,
     load_at,
     opaque,
     prefetch_at,
@@ -90,7 +91,8 @@ class Machine:
         done = []
         for acc, *pair in zip(*(parts(b, v, self.n_parts) for v in (total, w, b.bitcast(x, I16x32))), strict=True):
             if self.product.startswith("llvm."):
-                done.append(b.add(acc, call(b, self.product, acc.type, *pair)))
+                total = b.add(acc, call(b, self.product, acc.type, *pair))
+                done.append(total if self.n_parts == 1 else here(b, total))
             else:
                 places = "=v,0,v,v" if self.n_parts == 1 else "=x,0,x,x"
                 done.append(assembler(b, acc.type, self.product, places, [acc, *pair]))
@@ -102,7 +104,7 @@ MACHINES = (
     Machine(frozenset({"avx512vnni", "avx512bw"}), 1, 2, (8, 4, 2, 1), (4, 2, 1), "vpdpwssd $3, $2, $0"),
     Machine(frozenset({"avxvnni"}), 2, 1, (6, 4, 2, 1), (2, 1), "{vex} vpdpwssd $3, $2, $0"),
     Machine(frozenset({"avx512bw"}), 1, 2, (8, 4, 2, 1), (4, 2, 1), "llvm.x86.avx512.pmaddw.d.512"),
-    Machine(frozenset({"avx2"}), 2, 1, (4, 2, 1), (2, 1), "llvm.x86.avx2.pmadd.wd"),
+    Machine(frozenset({"avx2"}), 2, 1, (6, 4, 2, 1), (2, 1), "llvm.x86.avx2.pmadd.wd"),
     Machine(frozenset(), 4, 1, (2, 1), (1,), "llvm.x86.sse2.pmadd.wd"),
 )
 

@@ -14,7 +14,7 @@ formats but the number of bits and whether there is a zero point.
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from llvmlite import ir
 
@@ -30,7 +30,7 @@ from edgelm.kernels.emit import (
     spread,
     undefined,
 )
-from edgelm.kernels.records import MAGIC_BITS
+from edgelm.kernels.records import BLOCK, MAGIC_BITS
 
 Value = ir.Value
 X_MAX = 127  # largest |activation|
@@ -77,7 +77,9 @@ class Isa:
     shifts_bytes: ClassVar[bool] = False  # by an instruction, not only larger lanes
     magic: ClassVar[bool] = False  # whether sums start at MAGIC_BITS; only where there is a fused multiply-add
     joins_halves: ClassVar[bool] = False  # whether both halves of a block are added before a scale that they share
-    whole_scales: ClassVar[bool] = False  # whether records are those of `join`: `records.FACTORS`, halves in turn
+    factor_bits: ClassVar[int] = 0  # of the whole numbers that d are in records: `records.FACTORS`; 0: they are any
+    scales_sums: ClassVar[bool] = False  # whether sums can come multiplied with these: `times`
+    side_by_side: ClassVar[bool] = False  # whether tiles have both halves in neighbouring lanes: `join_neighbours`
     asks_for_records: ClassVar[bool] = False  # whether a tile does, for those of the next one
 
     def form(self, bits: int, zero: bool) -> Form:
@@ -87,6 +89,10 @@ class Isa:
     def direct_form(self, bits: int, zero: bool) -> Form:
         """The same for what is multiplied straight from packed weights. Of both `Blocks.factor` must be the same."""
         return self.form(bits, zero)
+
+    @property
+    def whole_scales(self) -> bool:
+        return self.factor_bits > 0
 
     @property
     def first(self) -> int:
@@ -124,9 +130,20 @@ class Isa:
         """The sums as I32x16."""
         return sums
 
+    def times(self, b: ir.IRBuilder, sums: Any, record: Value, half: int) -> Any:
+        """The same sums, to which products come from now on that are multiplied with d of half a block."""
+        raise NotImplementedError
+
     def joins(self, bits: int, zero: bool) -> bool:
-        """Whether sums of half a block with weights of `bits` bits, less a zero point if `zero`, fit into `join`."""
-        return False
+        """Whether sums of both halves of a block are added up as integers, each times its d, as far as they fit.
+
+        That are those with weights of `bits` bits, less a zero point if `zero`.
+        """
+        return self.whole_scales and self.fits(BLOCK, bits, zero)
+
+    def fits(self, n: int, bits: int, zero: bool) -> bool:
+        """Whether the sum of `n` such products, times whole d, fits into int32."""
+        return n * X_MAX * (1 << bits - 1 if zero else (1 << bits) - 1) << self.factor_bits <= 1 << 31
 
     def direct_sizes(self, joins: bool) -> tuple[int, ...]:
         """`direct`, for sums that go through `join` or do not."""
@@ -158,6 +175,15 @@ class Isa:
         return picked
 
 
+class Partial(NamedTuple):
+    """Of a `Narrow` machine: in 32 bits, and what was added up in 16 bits since."""
+
+    wide: list[Value]
+    narrow: list[Value] | None = None
+    steps: int = 0  # that are in `narrow`
+    factor: Value | None = None  # address of the int16 that it is multiplied with as it is widened
+
+
 class Narrow(Isa):
     """Machines that add products in 16 bits, as many steps as fit, and then widen the sums to 32."""
 
@@ -169,24 +195,24 @@ class Narrow(Isa):
         """The products of a step, or sums of neighbouring ones, in vectors of int16."""
         raise NotImplementedError
 
-    def widened(self, b: ir.IRBuilder, acc: list[Value], narrow: list[Value]) -> list[Value]:
-        """acc plus sums of what `products` gave, in vectors of int32."""
+    def widened(self, b: ir.IRBuilder, sums: Partial, narrow: list[Value]) -> list[Value]:
+        """The wide sums plus sums of what `products` gave, in vectors of int32."""
         raise NotImplementedError
 
     def empty(self, b: ir.IRBuilder, first: Value) -> Any:
-        return parts(b, first, self.n_parts), None, 0
+        return Partial(parts(b, first, self.n_parts))
 
     def step(self, b: ir.IRBuilder, sums: Any, w: Value, x: Value, form: Form, bits: int) -> Any:
-        acc, narrow, n = sums
         products = self.products(b, w, x, form)
-        if narrow is not None:
-            products = [b.add(old, product) for old, product in zip(narrow, products, strict=True)]
-        sums = acc, products, n + 1
-        return self._widen(b, sums) if n + 1 == self.most(form, bits) else sums
+        if sums.narrow is not None:
+            products = [b.add(old, product) for old, product in zip(sums.narrow, products, strict=True)]
+        sums = sums._replace(narrow=products, steps=sums.steps + 1)
+        return self._widen(b, sums) if sums.steps == self.most(form, bits) else sums
 
-    def _widen(self, b: ir.IRBuilder, sums: Any) -> Any:
-        acc, narrow, _ = sums
-        return sums if narrow is None else (self.widened(b, acc, narrow), None, 0)
+    def _widen(self, b: ir.IRBuilder, sums: Partial) -> Partial:
+        if sums.narrow is None:
+            return sums
+        return Partial(self.widened(b, sums, sums.narrow), factor=sums.factor)
 
     def end(self, b: ir.IRBuilder, sums: Any) -> Value:
-        return joined(b, self._widen(b, sums)[0])
+        return joined(b, self._widen(b, sums).wide)

@@ -7,7 +7,7 @@ from typing import Any
 from llvmlite import ir
 
 from edgelm.kernels.emit import I8, I16, I32, I32x16, call, load_at, repeat, undefined
-from edgelm.kernels.isa import X_MAX, Form, Isa, Narrow, Value, joined, parts
+from edgelm.kernels.isa import X_MAX, Form, Isa, Narrow, Partial, Value, joined, parts
 
 
 class _Neon(Isa):
@@ -76,9 +76,9 @@ class Neon(Narrow, _Neon):
             for u, s in zip(parts(b, w, 8), parts(b, b.bitcast(x, w.type), 8), strict=True)
         ]
 
-    def widened(self, b: ir.IRBuilder, acc: list[Value], narrow: list[Value]) -> list[Value]:
+    def widened(self, b: ir.IRBuilder, sums: Partial, narrow: list[Value]) -> list[Value]:
         done = []
-        for a, low, high in zip(acc, narrow[::2], narrow[1::2], strict=True):
+        for a, low, high in zip(sums.wide, narrow[::2], narrow[1::2], strict=True):
             pairs = call(b, "llvm.aarch64.neon.addp.v8i16", low.type, low, high)
             done.append(b.add(a, call(b, "llvm.aarch64.neon.saddlp.v4i32.v8i16", a.type, pairs)))
         return done

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 from llvmlite import ir
 from llvmlite.binding import llvm_version_info
 
-from edgelm.kernels.emit import I8, I16, I8x64, I16x32, I32x16, assembler, call, repeat
-from edgelm.kernels.isa import X_MAX, Form, Isa, Narrow, Value, joined, parts
-from edgelm.kernels.records import BLOCK
+from edgelm.kernels.emit import I8, I16, I8x64, I16x32, I32x16, assembler, call, here, load_at, repeat, spread
+from edgelm.kernels.isa import X_MAX, Form, Isa, Narrow, Partial, Value, joined, parts
+from edgelm.kernels.records import FACTORS
 
 AMD = "sse4a"  # an extension that AMD's processors have, and nobody else's
 
@@ -65,14 +65,11 @@ class Vnni512Zen(Vnni512):
     """
 
     needs = (frozenset({"avx512vnni", "avx512bw", AMD}),)
-    magic, joins_halves, whole_scales, asks_for_records = False, True, True, True
+    magic, joins_halves, factor_bits, side_by_side, asks_for_records = False, True, 15, True, True
     groups = 1  # 12 sums of halves and 6 accumulators, and weights of the next block can be under way
 
     def form(self, bits: int, zero: bool) -> Form:
         return Form.LOW if self.joins(bits, zero) else super().form(bits, zero)
-
-    def joins(self, bits: int, zero: bool) -> bool:
-        return BLOCK // 2 * X_MAX * (1 << bits - 1 if zero else (1 << bits) - 1) < 1 << 15
 
     def direct_sizes(self, joins: bool) -> tuple[int, ...]:
         return (2, 1) if joins else self.direct
@@ -105,10 +102,11 @@ class _Maddubs(Narrow, _Bytes):
     """`pmaddubsw` adds pairs of products of unsigned and signed bytes in 16 bits, with saturation.
 
     Up to 6 bits nothing can saturate, and with fewer bits several steps fit into 16 bits before they are widened. For 8
-    bits the sign of the weight moves to the activation: 2 * 128 * 127 fits.
+    bits the sign of the weight moves to the activation: 2 * 128 * 127 fits. `pmaddwd` widens them, and multiplies them
+    with whole d as it does, where that fits into 32 bits.
     """
 
-    tokens = (4, 2, 1)
+    factor_bits, scales_sums = 15, True
     pairs: ClassVar[str]  # bytes to sums of pairs in int16
     quads: ClassVar[str]  # int16 to sums of pairs in int32
 
@@ -127,10 +125,24 @@ class _Maddubs(Narrow, _Bytes):
             terms.append(call(b, self.pairs, ir.VectorType(I16, u.type.count // 2), u, s))
         return terms
 
-    def widened(self, b: ir.IRBuilder, acc: list[Value], narrow: list[Value]) -> list[Value]:
-        ones = repeat(narrow[0].type, 1)
-        wide = [call(b, self.quads, a.type, term, ones) for a, term in zip(acc, narrow, strict=True)]
-        return [b.add(a, quad) for a, quad in zip(acc, wide, strict=True)]
+    def step(self, b: ir.IRBuilder, sums: Any, w: Value, x: Value, form: Form, bits: int) -> Any:
+        sums = super().step(b, sums, w, x, form, bits)
+        if self.n_parts == 1:
+            return sums
+        # LLVM would make all sums of the first registers of weights, then those of the others, and spill what they share
+        if sums.narrow is None:
+            return sums._replace(wide=[here(b, own) for own in sums.wide])
+        return sums._replace(narrow=[here(b, own) for own in sums.narrow])
+
+    def times(self, b: ir.IRBuilder, sums: Any, record: Value, half: int) -> Any:
+        return self._widen(b, sums)._replace(factor=b.add(record, record.type(FACTORS + 2 * half)))
+
+    def widened(self, b: ir.IRBuilder, sums: Partial, narrow: list[Value]) -> list[Value]:
+        factors = repeat(narrow[0].type, 1)
+        if sums.factor is not None:
+            factors = spread(b, load_at(b, sums.factor, I16, 2), narrow[0].type)
+        wide = [call(b, self.quads, own.type, pairs, factors) for own, pairs in zip(sums.wide, narrow, strict=True)]
+        return [b.add(own, quad) for own, quad in zip(sums.wide, wide, strict=True)]
 
     def signed_like(self, b: ir.IRBuilder, s: Value, w: Value) -> Value:
         """s where w > 0, -s where w < 0; anything where w is 0."""
@@ -141,7 +153,6 @@ class Avx512(_Maddubs):
     """AVX-512 without VNNI (Skylake-X)."""
 
     needs = (frozenset({"avx512bw"}),)
-    magic = True
     tokens = (8, 4, 2, 1)
     float_tokens, float_groups = (8, 2, 1), 2
     shuffle = "llvm.x86.avx512.pshuf.b.512"
@@ -155,7 +166,7 @@ class Avx512(_Maddubs):
 
 class Avx2(_Maddubs):
     needs = (frozenset({"avx2", "fma"}),)
-    magic = True
+    tokens = (2, 1)  # more spill
     n_parts, kept = 2, 4
     shuffle = "llvm.x86.avx2.pshuf.b"
     pairs = "llvm.x86.avx2.pmadd.ub.sw"
@@ -168,8 +179,6 @@ class Avx2(_Maddubs):
 
 class Ssse3(Avx2):
     needs = (frozenset({"ssse3"}),)
-    magic = False
-    tokens = (2, 1)
     n_parts = 4
     shuffle = "llvm.x86.ssse3.pshuf.b.128"
     pairs = "llvm.x86.ssse3.pmadd.ub.sw.128"

@@ -35,12 +35,11 @@ from edgelm.kernels.emit import (
 )
 from edgelm.kernels.functions import call_function, statement
 from edgelm.kernels.int16_tiles import int16_record_code
-from edgelm.kernels.isa import Form
+from edgelm.kernels.isa import Form, Isa
 from edgelm.kernels.records import (
     BLOCK,
     FLAG,
     MAGIC,
-    MAX_FACTOR,
     RECORD,
     SCALE_HIGH,
     SCALE_LOW,
@@ -82,7 +81,8 @@ def _integers(floats: Value) -> ir.VectorType:
 
 def _scales(context: Any, b: ir.IRBuilder, peaks: Value, inverse_unit: Value) -> tuple[Value, Value]:
     """d of halves of blocks whose largest magnitudes are `peaks`, and what values are multiplied with."""
-    return _whole_scales(b, peaks, inverse_unit) if isas.select(context).whole_scales else _float_scales(b, peaks)
+    isa = isas.select(context)
+    return _whole_scales(b, isa, peaks, inverse_unit) if isa.whole_scales else _float_scales(b, peaks)
 
 
 def _float_scales(b: ir.IRBuilder, peaks: Value) -> tuple[Value, Value]:
@@ -94,9 +94,9 @@ def _float_scales(b: ir.IRBuilder, peaks: Value) -> tuple[Value, Value]:
     return b.select(normal, scales, repeat(floats, 0.0)), inverses
 
 
-def _whole_scales(b: ir.IRBuilder, peaks: Value, inverse_unit: Value) -> tuple[Value, Value]:
+def _whole_scales(b: ir.IRBuilder, isa: Isa, peaks: Value, inverse_unit: Value) -> tuple[Value, Value]:
     floats, integers = peaks.type, _integers(peaks)
-    units, most = spread(b, inverse_unit, floats), repeat(floats, MAX_FACTOR - 1)
+    units, most = spread(b, inverse_unit, floats), repeat(floats, (1 << isa.factor_bits) - 2)
     wanted = b.fmul(b.fmul(peaks, repeat(floats, 1 / 127)), units)
     wanted = b.select(b.fcmp_ordered("<", wanted, most), wanted, most)
     scales = b.sitofp(b.add(b.fptosi(wanted, integers), repeat(integers, 1)), floats)
@@ -118,14 +118,12 @@ def _write_blocks(
     context: Any, b: ir.IRBuilder, halves: list[Value], scales: Value, inverses: list[Value], target: Value
 ) -> None:
     """Writes 64 bytes of a record for each two of `halves`, of 16 float32. inverses: one for each half."""
-    isa, integers = isas.select(context), _integers(scales)
+    isa = isas.select(context)
     products = [b.fmul(x, spread(b, inverse, F32x16)) for x, inverse in zip(halves, inverses, strict=True)]
-    write = _write_whole if isa.whole_scales else _write_floats
-    sums, total, third, fourth = write(b, isa, products, scales, target)
-    offsets = b.sub(repeat(integers, isa.first), b.mul(sums, repeat(integers, 128)))
-    low, high = _low_and_high(b, offsets)
+    write = _write_floats if not isa.whole_scales else _write_scaled if isa.scales_sums else _write_whole
+    total, third, fourth, low, high = write(b, isa, products, scales, target)
     fields = [
-        b.bitcast(scales, integers), _in_turn(b, b.bitcast(total, low.type), third), _in_turn(b, fourth, low),
+        b.bitcast(scales, _integers(scales)), _in_turn(b, b.bitcast(total, low.type), third), _in_turn(b, fourth, low),
         _in_turn(b, high, repeat(high.type, 0)),
     ]  # two fields of each block, as they lie from SCALE_LOW on
     for i in range(0, len(halves), 2):
@@ -134,25 +132,44 @@ def _write_blocks(
         store_at(b, line, b.add(target, I64(RECORD * (i // 2) + SCALE_LOW)), 32)
 
 
-Fields = tuple[Value, Value, Value, Value]  # sums of q of each half; of each block, what is at 40, 44 and 48
+Fields = tuple[Value, Value, Value, Value, Value]  # of each block, what is at 40, 44, 48, 52 and 56
 
 
-def _write_floats(b: ir.IRBuilder, isa: Any, products: list[Value], scales: Value, target: Value) -> Fields:
+def _write_floats(b: ir.IRBuilder, isa: Isa, products: list[Value], scales: Value, target: Value) -> Fields:
     """Writes the q of blocks, products rounded to nearest even, for scales that are any numbers."""
+    sums = _write_quants(b, isa, products, target)
+    total = b.fadd(*_low_and_high(b, b.fmul(scales, b.sitofp(sums, scales.type))))
+    third, fourth = _low_and_high(b, b.bitcast(b.fmul(scales, repeat(scales.type, -MAGIC)), sums.type))
+    return total, third, fourth, *_offsets(b, isa, sums)
+
+
+def _offsets(b: ir.IRBuilder, isa: Isa, sums: Value) -> list[Value]:
+    return _low_and_high(b, b.sub(repeat(sums.type, isa.first), b.mul(sums, repeat(sums.type, 128))))
+
+
+def _write_quants(b: ir.IRBuilder, isa: Isa, products: list[Value], target: Value) -> Value:
+    """Rounds `products` to nearest even, writes them, and returns sums of halves."""
     magic, quants = repeat(F32x16, MAGIC), []
     for x in products:
         quants.append(b.sub(b.bitcast(b.fadd(x, magic), I32x16), b.bitcast(magic, I32x16)))
     for i in range(0, len(quants), 2):
         bytes_ = [b.trunc(half, I8x16) for half in quants[i : i + 2]]
-        store_at(b, shuffle(b, *bytes_, _order(False)), b.add(target, I64(RECORD * (i // 2))), 32)
-    sums = _reduce(b, quants, b.add)
-    total = b.fadd(*_low_and_high(b, b.fmul(scales, b.sitofp(sums, scales.type))))
-    third, fourth = _low_and_high(b, b.bitcast(b.fmul(scales, repeat(scales.type, -MAGIC)), _integers(scales)))
-    return sums, total, third, fourth
+        store_at(b, shuffle(b, *bytes_, _order(isa.whole_scales)), b.add(target, I64(RECORD * (i // 2))), 32)
+    return _reduce(b, quants, b.add)
 
 
-def _write_whole(b: ir.IRBuilder, isa: Any, products: list[Value], scales: Value, target: Value) -> Fields:
-    """The same for whole scales, with what AVX-512 has for it.
+def _write_scaled(b: ir.IRBuilder, isa: Isa, products: list[Value], scales: Value, target: Value) -> Fields:
+    """The same for whole scales, where `Isa.scales_sums`."""
+    factors = b.fptosi(scales, _integers(scales))
+    both = _low_and_high(b, b.mul(_write_quants(b, isa, products, target), factors))
+    total, (low, high) = b.add(*both), _low_and_high(b, factors)
+    pairs = b.or_(low, b.shl(high, repeat(high.type, 16)))
+    zero, *offsets = (b.mul(own, repeat(own.type, times)) for own, times in zip((total, *both), (-8, -32, -32)))
+    return b.sitofp(total, _halved(scales.type)), pairs, zero, *offsets
+
+
+def _write_whole(b: ir.IRBuilder, isa: Isa, products: list[Value], scales: Value, target: Value) -> Fields:
+    """The same where they are not, with what AVX-512 has for it.
 
     Packing two blocks puts four q of each half of either side by side, so a product with ones adds up one half's.
     """
@@ -175,7 +192,7 @@ def _write_whole(b: ir.IRBuilder, isa: Any, products: list[Value], scales: Value
     both = (_pick(b, x, [i % n for i in range(8)]) for x in (factors, short_sums))
     total = _pick(b, call(b, "llvm.x86.sse2.pmadd.wd", I32x4, *both), list(range(n // 2)))
     zero = b.mul(total, repeat(total.type, -8))
-    return sums, b.sitofp(total, _halved(scales.type)), b.bitcast(factors, total.type), zero
+    return b.sitofp(total, _halved(scales.type)), b.bitcast(factors, total.type), zero, *_offsets(b, isa, sums)
 
 
 def _order(whole: bool) -> list[int]:
@@ -219,7 +236,8 @@ def _write_unit(context: Any, b: ir.IRBuilder, peaks: Value, n_bytes: Value, pla
             b.store(_largest(b, bits, b.load(largest)), largest)
         bits = call(b, "llvm.vector.reduce.umax.v16i32", I32, b.load(largest))
         bits = b.bitcast(b.fmul(b.bitcast(bits, F32), ir.Constant(F32, 1 / 127)), I32)
-        exponent = b.sub(b.lshr(bits, I32(23)), I32(14))  # of the largest d, less the bits of MAX_FACTOR but one
+        most = isas.select(context).factor_bits
+        exponent = b.sub(b.lshr(bits, I32(23)), I32(most - 1))  # of the largest d, in units
         usable = b.icmp_signed(">", exponent, I32(0))
         finite = b.icmp_unsigned("<", bits, I32(0x7F800000))
         unit = b.bitcast(b.shl(exponent, I32(23)), F32)

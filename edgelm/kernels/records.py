@@ -14,10 +14,12 @@ A record holds one row of activations: for each block of 32 inputs 64 bytes, one
 
 and at its end, in the last line, two float32: a unit, in which all d are given, and 1 / unit. So sums of products
 are multiplied with the unit at their end. It is 1, or, where `Isa.whole_scales`, a power of two such that all d are
-whole numbers from 1 to 32767; 0 if no d is a normal number, NaN if one is not finite. There,
+whole numbers of `Isa.factor_bits` bits, none of them 0; 0 if no d is a normal number, NaN if one is not finite. There,
 
     44  int16        both d
     48  int32        -8 * (d * sum of q of inputs 0-15 + d * sum of q of inputs 16-31), for weights of 4 bits less 8
+    52  int32        where `Isa.scales_sums`, -32 * d * sum of q of inputs 0-15, for weights of 6 bits less 32; at 56
+                     of inputs 16-31
 
 and the q of both halves take turns, four at a time.
 
@@ -42,7 +44,6 @@ SCALE_LOW, SCALE_HIGH = 32, 36
 SCALED_SUM = 40
 MAGIC_LOW, MAGIC_HIGH = 44, 48
 FACTORS, ZERO = 44, 48
-MAX_FACTOR = 32767
 OFFSET_LOW, OFFSET_HIGH = 52, 56
 FLAG = 60
 LIMIT = 2.4e-3  # times the mean square of its row the sum of d² of a block must be for a remainder (docs/LOG.md);

@@ -9,6 +9,7 @@ A slab has for each block eight int8 vectors, scales and minima, ready to multip
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,7 +49,7 @@ class _SlabTile:
         self.b, self.fmt, self.isa, self.slabs = b, fmt, isas.select(context), slabs
         self.copies = 2 if self.isa.two_by_two and n_tokens == 1 else 1  # a token goes with itself
         self.tile: Any = Tile(context, b, fmt, fmt.form(self.isa), len(slabs), n_tokens * self.copies)
-        self.tile.neighbours = self.tile.whole
+        self.tile.neighbours = self.tile.whole and self.isa.side_by_side
         if self.isa.two_by_two:
             self.tile = PairTile(self.tile)
 
@@ -67,8 +68,8 @@ class _SlabTile:
         b, n = self.b, self.fmt.halves * (2 if self.isa.two_by_two else 1)
         self.tile.add_block(
             [_loads(b, slab) for slab in slabs],
-            [_floats(b, slab, CHUNKS, n) for slab in slabs],
-            [_floats(b, slab, CHUNKS + n, n * self.fmt.minimum) for slab in slabs],
+            [_floats(b, slab, CHUNKS) for slab in slabs],
+            [_floats(b, slab, CHUNKS + n) for slab in slabs],
             records * self.copies,
         )
 
@@ -77,9 +78,8 @@ def _loads(b: ir.IRBuilder, slab: Value) -> Any:
     return lambda chunk: load_at(b, at(b, slab, 64 * chunk), I8x64, 64)
 
 
-def _floats(b: ir.IRBuilder, slab: Value, first: int, n: int) -> Any:
-    floats = [load_at(b, at(b, slab, 64 * (first + i)), F32x16, 64) for i in range(n)]
-    return floats.__getitem__
+def _floats(b: ir.IRBuilder, slab: Value, first: int) -> Any:
+    return functools.cache(lambda i: load_at(b, at(b, slab, 64 * (first + i)), F32x16, 64))
 
 
 @contextlib.contextmanager

@@ -299,7 +299,7 @@ def _unpack_block(context, b, isa, blocks: Blocks, unit, head, block, target, fo
     own = blocks.scales_for(isa, context, b, head, block) if for_tiles else blocks.scales(context, b, head, block)
     scales, minima = own
     quants = blocks.quants(b, isa, unit, block, form)
-    if for_tiles and blocks.joins(isa):
+    if for_tiles and isa.side_by_side and blocks.joins(isa):
         quants = side_by_side(b, quants)
     elif for_tiles and isa.two_by_two:
         quants, scales, minima = paired(b, quants), doubled(b, scales), doubled(b, minima)

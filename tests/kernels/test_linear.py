@@ -46,15 +46,18 @@ def activations(n_tokens: int, n_cols: int, seed: int = 1) -> np.ndarray:
     return (rng.standard_normal((n_tokens, n_cols)) * rng.uniform(0.1, 3, (n_tokens, n_cols))).astype(np.float32)
 
 
-WHOLE = isas.select(cpu_target.target_context).whole_scales
+ISA = isas.select(cpu_target.target_context)
+FACTOR_BITS = ISA.factor_bits
 FUSES = emit.fuses(cpu_target.target_context)
 
 
 def unit(x: np.ndarray) -> np.ndarray:
-    """(tokens, 1, 1) float32: in what scales are given. With `WHOLE`, the largest has 15 bits before the point."""
+    """(tokens, 1, 1) float32: in what scales are given. The largest has `FACTOR_BITS` bits before the point."""
     peak = np.abs(x).max(axis=-1)[:, None, None] * np.float32(1 / 127)
-    exponent = (peak.view(np.int32) >> 23) - 14
-    return np.where(exponent > 0, exponent << 23, 0).astype(np.int32).view(np.float32) if WHOLE else np.ones_like(peak)
+    if not FACTOR_BITS:
+        return np.ones_like(peak)
+    exponent = (peak.view(np.int32) >> 23) - (FACTOR_BITS - 1)
+    return np.where(exponent > 0, exponent << 23, 0).astype(np.int32).view(np.float32)
 
 
 def quantized(x: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -62,9 +65,9 @@ def quantized(x: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     blocks = x.reshape(len(x), -1, 16)
     scale = np.abs(blocks).max(axis=-1, keepdims=True) * np.float32(1 / 127)
     with np.errstate(divide="ignore", over="ignore"):
-        if WHOLE:
+        if FACTOR_BITS:
             inverse = np.where(units == 0, np.float32(0), 1 / units)
-            whole = np.minimum(scale * inverse, np.float32(32766)).astype(np.int32) + 1
+            whole = np.minimum(scale * inverse, np.float32((1 << FACTOR_BITS) - 2)).astype(np.int32) + 1
             return np.rint(blocks * (inverse / whole.astype(np.float32))).astype(np.int8), whole.astype(np.float32)
         scale = (scale.view(np.int32) & -4).view(np.float32)
         inverse = np.where(scale < np.finfo(np.float32).tiny, np.float32(0), np.float32(1) / scale)
@@ -213,7 +216,7 @@ def test_what_records_are_short_of_is_added(name: str, limit: float) -> None:
     x[::2, 77] = 100
     product = Product(packed, x, limit)
     size = np.abs(x.reshape(len(x), -1, 16)).max(axis=-1, keepdims=True)
-    error = np.maximum(np.abs(product.exact - x).reshape(len(x), -1, 16) - unit(x) * WHOLE, 0) / size
+    error = np.maximum(np.abs(product.exact - x).reshape(len(x), -1, 16) - unit(x) * ISA.whole_scales, 0) / size
     least = 1 / 250**2
     assert error.max() < least if limit == 0 else error[::2, 77 // 16].max() < least < error.max()
     result = product.linear(packed)
@@ -321,21 +324,21 @@ def test_records() -> None:
 def check_lines(lines: np.ndarray, q: np.ndarray, scale: np.ndarray, flags: np.ndarray | int = 0) -> None:
     """Cache lines of blocks, of any shape, hold these numbers."""
     shape = lines.shape[:-1]
-    stored = q.reshape(*shape, 2, 4, 4).swapaxes(-3, -2) if WHOLE else q  # halves in turn, four at a time
+    stored = q.reshape(*shape, 2, 4, 4).swapaxes(-3, -2) if ISA.whole_scales else q  # halves in turn, four at a time
     assert np.array_equal(lines[..., :32].view(np.int8), stored.reshape(*shape, 32))
     floats, ints = (np.ascontiguousarray(lines[..., 32:]).view(t) for t in (np.float32, np.int32))
     sums, scale = q.reshape(*shape, 2, 16).astype(np.int32).sum(axis=-1), scale.reshape(*shape, 2)
     assert np.array_equal(floats[..., :2], scale)
     assert np.array_equal(floats[..., 2], (scale * sums.astype(np.float32)).sum(axis=-1))
-    if WHOLE:
+    if ISA.whole_scales:
         factors = scale.astype(np.int32)
         assert np.array_equal(np.ascontiguousarray(lines[..., 44:48]).view(np.int16), factors)
         assert np.array_equal(ints[..., 4], -8 * (factors * sums).sum(axis=-1))
     else:
         assert np.array_equal(floats[..., 3:5].astype(np.float64), -1.5 * 2.0**23 * scale.astype(np.float64))
-    first = isas.select(cpu_target.target_context).first
-    assert first in (0, np.float32(1.5 * 2**23).view(np.int32))
-    assert np.array_equal(ints[..., 5:7], first - 128 * sums)
+    assert ISA.first in (0, np.float32(1.5 * 2**23).view(np.int32))
+    offsets = -32 * scale.astype(np.int32) * sums if ISA.scales_sums else ISA.first - 128 * sums
+    assert np.array_equal(ints[..., 5:7], offsets)
     assert np.array_equal(ints[..., 7], np.broadcast_to(flags, shape))
 
 
