@@ -58,14 +58,19 @@ class Tile:
         zero = ir.Constant(F32x16, None)
         self.acc = [[cgutils.alloca_once_value(b, zero) for _ in range(tokens)] for _ in range(groups)]
 
-    def add_block(self, weights: list[Any], scales: list[Any], minima: list[Any], records: list[Value]) -> None:
-        """Adds the products of one block. weights[group](chunk), scales[group](half), minima[group](half)."""
+    def add_block(
+        self, weights: list[Any], scales: list[Any], minima: list[Any], records: list[Value], words: Any = None
+    ) -> None:
+        """Adds the products of one block. weights[group](chunk), scales[group](half), minima[group](half).
+
+        words: the activations of `records` once more, as `Isa.input_words` takes them, if weights are from `Isa.words`.
+        """
         isa, fmt = self.isa, self.fmt
         places = [(g, t) for t in range(len(records)) for g in range(len(weights))]
         if self.scaled:
             self._add_times_d(weights, scales, records)
         for halves in () if self.scaled else ((0, 1),) if isa.joins_halves else ((0,), (1,)):
-            sums = self._sums(weights, records, halves)
+            sums = self._sums(weights, records, words, halves)
             for g, t in places:
                 if self.whole or (isa.joins_halves and fmt.halves == 1):
                     join = self._whole if self.whole else self._joined
@@ -78,7 +83,7 @@ class Tile:
             for half, factor in enumerate(self.minimum_factors(records[t])):
                 self.add(g, t, minima[g](half), factor)
 
-    def _sums(self, weights: list[Any], records: list[Value], halves: tuple[int, ...]) -> Sums:
+    def _sums(self, weights: list[Any], records: list[Value], words: Any, halves: tuple[int, ...]) -> Sums:
         """Exact sums of products by (half, group, token)."""
         b, isa, fmt, sums = self.b, self.isa, self.fmt, Sums()
         for half, (t, record), g in itertools.product(halves, enumerate(records), range(len(weights))):
@@ -87,7 +92,9 @@ class Tile:
             chunk = half * CHUNKS // 2 + i
             w = [group(chunk) for group in weights]
             for t, record in enumerate(records):
-                if self.neighbours:
+                if words is not None:
+                    x = isa.input_words(b, words[t], chunk_at(chunk, isa.whole_scales) // 4)
+                elif self.neighbours:
                     x = isa.inputs_of_halves(b, record, i)
                 else:
                     x = isa.input(b, record, chunk_at(chunk, isa.whole_scales) // 4)
@@ -96,7 +103,7 @@ class Tile:
         return {place: isa.end(b, total) for place, total in sums.items()}
 
     def _add_times_d(self, weights: list[Any], scales: list[Any], records: list[Value]) -> None:
-        """Adds exact sums of products that come multiplied with d, those of both halves at once if they share a scale."""
+        """Adds exact sums of products times d: of both halves at once if they share a scale."""
         b, isa, fmt, sums = self.b, self.isa, self.fmt, Sums()
         for halves in ((0, 1),) if fmt.halves == 1 else ((0,), (1,)):
             for g, t in itertools.product(range(len(weights)), range(len(records))):

@@ -63,7 +63,8 @@ class Blocks(Unit):
 
     def scales_sums(self, isa: Isa) -> bool:
         """Whether sums come multiplied with d: those of both halves at once, or of each."""
-        return isa.scales_sums and (self.joins(isa) or self.halves == 2 and isa.fits(BLOCK // 2, self.bits, self.zero))
+        each_fits = self.halves == 2 and isa.fits(BLOCK // 2, self.bits, self.zero)
+        return isa.scales_sums and (self.joins(isa) or each_fits)
 
     def joins_less_zero(self, isa: Isa) -> bool:
         """Whether they fit only if they start with the zero point."""

@@ -22,11 +22,14 @@ from edgelm.kernels.emit import (
     I32,
     I64,
     I8x64,
+    I16x32,
+    I16x64,
     I32x16,
     I64x8,
     indices,
     load_at,
     repeat,
+    shuffle,
     spread,
     undefined,
 )
@@ -123,12 +126,25 @@ class Isa:
         return b.bitcast(spread(b, load_at(b, b.add(record, record.type(8 * i)), I64, 4), I64x8), I32x16)
 
     def step(self, b: ir.IRBuilder, sums: Any, w: Value, x: Value, form: Form, bits: int) -> Any:
-        """Adds w * x: w as I8x64, x from `input`."""
+        """Adds w * x: w as I8x64, x from `input`; or from `words` and `input_words`."""
         raise NotImplementedError
 
     def end(self, b: ir.IRBuilder, sums: Any) -> Value:
         """The sums as I32x16."""
         return sums
+
+    def widens(self, form: Form) -> bool:
+        """Whether tiles multiply weights of a form as int16: `words`."""
+        return False
+
+    def words(self, b: ir.IRBuilder, w: Value) -> Value:
+        """Four int8 of 16 rows as I16x64: the first two of each row, then the others."""
+        w = b.bitcast(w, I16x32)
+        return b.sext(b.bitcast(shuffle(b, w, w, [*range(0, 32, 2), *range(1, 32, 2)]), I8x64), I16x64)
+
+    def input_words(self, b: ir.IRBuilder, words: Value, chunk: int) -> list[Value]:
+        """Activations as for `words`, each pair in every lane; words: address of them as int16."""
+        return [spread(b, load_at(b, b.add(words, words.type(8 * chunk + i)), I32, 4), I32x16) for i in (0, 4)]
 
     def times(self, b: ir.IRBuilder, sums: Any, record: Value, half: int) -> Any:
         """The same sums, to which products come from now on that are multiplied with d of half a block."""

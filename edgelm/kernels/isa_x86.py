@@ -101,9 +101,10 @@ class Vnni256(Vnni512):
 class _Maddubs(Narrow, _Bytes):
     """`pmaddubsw` adds pairs of products of unsigned and signed bytes in 16 bits, with saturation.
 
-    Up to 6 bits nothing can saturate, and with fewer bits several steps fit into 16 bits before they are widened. For 8
-    bits the sign of the weight moves to the activation: 2 * 128 * 127 fits. `pmaddwd` widens them, and multiplies them
-    with whole d as it does, where that fits into 32 bits.
+    Up to 6 bits nothing can saturate, and with fewer bits several steps fit into 16 bits before they are widened.
+    `pmaddwd` widens them, and multiplies them with whole d as it does, where that fits into 32 bits. For 8 bits the
+    sign of the weight moves to the activation, as 2 * 128 * 127 fits; in tiles both are int16 instead, which takes two
+    multiplications for three.
     """
 
     factor_bits, scales_sums = 15, True
@@ -125,14 +126,24 @@ class _Maddubs(Narrow, _Bytes):
             terms.append(call(b, self.pairs, ir.VectorType(I16, u.type.count // 2), u, s))
         return terms
 
-    def step(self, b: ir.IRBuilder, sums: Any, w: Value, x: Value, form: Form, bits: int) -> Any:
-        sums = super().step(b, sums, w, x, form, bits)
+    def step(self, b: ir.IRBuilder, sums: Any, w: Value, x: Any, form: Form, bits: int) -> Any:
+        sums = self._add_words(b, sums, w, x) if isinstance(x, list) else super().step(b, sums, w, x, form, bits)
         if self.n_parts == 1:
             return sums
-        # LLVM would make all sums of the first registers of weights, then those of the others, and spill what they share
+        # LLVM would make all sums of one register of weights, then those of the next, and spill what both have in common
         if sums.narrow is None:
             return sums._replace(wide=[here(b, own) for own in sums.wide])
         return sums._replace(narrow=[here(b, own) for own in sums.narrow])
+
+    def widens(self, form: Form) -> bool:
+        return form is Form.SIGNED
+
+    def _add_words(self, b: ir.IRBuilder, sums: Partial, w: Value, x: list[Value]) -> Partial:
+        wide = sums.wide
+        for word, pair in zip(parts(b, w, 2), x, strict=True):
+            both = zip(wide, *(parts(b, v, self.n_parts) for v in (word, b.bitcast(pair, word.type))), strict=True)
+            wide = [b.add(own, call(b, self.quads, own.type, *words)) for own, *words in both]
+        return sums._replace(wide=wide)
 
     def times(self, b: ir.IRBuilder, sums: Any, record: Value, half: int) -> Any:
         return self._widen(b, sums)._replace(factor=b.add(record, record.type(FACTORS + 2 * half)))

@@ -164,7 +164,7 @@ def _write_scaled(b: ir.IRBuilder, isa: Isa, products: list[Value], scales: Valu
     both = _low_and_high(b, b.mul(_write_quants(b, isa, products, target), factors))
     total, (low, high) = b.add(*both), _low_and_high(b, factors)
     pairs = b.or_(low, b.shl(high, repeat(high.type, 16)))
-    zero, *offsets = (b.mul(own, repeat(own.type, times)) for own, times in zip((total, *both), (-8, -32, -32)))
+    zero, offsets = b.mul(total, repeat(total.type, -8)), (b.mul(own, repeat(own.type, -32)) for own in both)
     return b.sitofp(total, _halved(scales.type)), pairs, zero, *offsets
 
 

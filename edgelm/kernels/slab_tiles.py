@@ -19,17 +19,26 @@ from numba.core import cgutils
 from edgelm.kernels import isas
 from edgelm.kernels.block_tile import ROW, Tile
 from edgelm.kernels.blocks import CHUNKS, Blocks, at
-from edgelm.kernels.emit import I8, I64, F32x16, I8x64, I32x16, load_at, prefetch_at
+from edgelm.kernels.emit import I8, I64, F32x16, I8x64, I16x32, I16x64, I32x16, load_at, prefetch_at, stack, store_at
+from edgelm.kernels.isa import Isa
 from edgelm.kernels.pair_tiles import ZIP, PairTile, both
-from edgelm.kernels.records import ENTRY, RECORD
+from edgelm.kernels.records import BLOCK, ENTRY, RECORD
 
 Value = ir.Value
 PAIR = 2 * ROW  # bytes of a token's sums
+SLAB = 8  # blocks that are unpacked at a time: they stay in the first-level cache
+WORDS = 2 * BLOCK  # bytes of a block's activations as int16
 
 
-def slab_block_bytes(fmt: Blocks, pairs: bool = False) -> int:
-    """Bytes of a block in a slab: quants, scales, minima; for `pair_tiles` the latter twice."""
-    return 64 * (CHUNKS + fmt.halves * (2 if fmt.minimum else 1) * (2 if pairs else 1))
+def slab_block_bytes(fmt: Blocks, isa: Isa | None = None) -> int:
+    """Bytes of a block in a slab: quants, scales, minima; for `pair_tiles` the latter twice. Without `isa`: once."""
+    floats = fmt.halves * (2 if fmt.minimum else 1) * (2 if isa and isa.two_by_two else 1)
+    return (CHUNKS * chunk_bytes(fmt, isa) if isa else 64 * CHUNKS) + 64 * floats
+
+
+def chunk_bytes(fmt: Blocks, isa: Isa) -> int:
+    """Bytes of a chunk in a slab: of int8, or of int16."""
+    return 128 if isa.widens(fmt.form(isa)) else 64
 
 
 def side_by_side(b: ir.IRBuilder, chunks: list[Value]) -> list[Value]:
@@ -63,23 +72,37 @@ class _SlabTile:
     def _places(self, outs: list[Value]) -> list[list[Value]]:
         return [[at(self.b, out, ROW * g) for out in outs * self.copies] for g in range(len(self.slabs))]
 
-    def add_block(self, slabs: list[Value], records: list[Value]) -> None:
-        """Adds the products of a block with its tokens."""
-        b, n = self.b, self.fmt.halves * (2 if self.isa.two_by_two else 1)
+    def add_block(self, slabs: list[Value], records: list[Value], words: list[Value]) -> None:
+        """Adds the products of a block with its tokens; words: what `_widen` stored of these, if it did."""
+        b, n_bytes = self.b, chunk_bytes(self.fmt, self.isa)
+        floats, n = CHUNKS * n_bytes, self.fmt.halves * (2 if self.isa.two_by_two else 1)
         self.tile.add_block(
-            [_loads(b, slab) for slab in slabs],
-            [_floats(b, slab, CHUNKS) for slab in slabs],
-            [_floats(b, slab, CHUNKS + n) for slab in slabs],
+            [_loads(b, slab, n_bytes) for slab in slabs],
+            [_floats(b, slab, floats) for slab in slabs],
+            [_floats(b, slab, floats + 64 * n) for slab in slabs],
             records * self.copies,
+            *([words] if words else []),
         )
 
 
-def _loads(b: ir.IRBuilder, slab: Value) -> Any:
-    return lambda chunk: load_at(b, at(b, slab, 64 * chunk), I8x64, 64)
+def _loads(b: ir.IRBuilder, slab: Value, n_bytes: int) -> Any:
+    return lambda chunk: load_at(b, at(b, slab, n_bytes * chunk), I8x64 if n_bytes == 64 else I16x64, 64)
 
 
-def _floats(b: ir.IRBuilder, slab: Value, first: int) -> Any:
-    return functools.cache(lambda i: load_at(b, at(b, slab, 64 * (first + i)), F32x16, 64))
+def _floats(b: ir.IRBuilder, slab: Value, start: int) -> Any:
+    return functools.cache(lambda i: load_at(b, at(b, slab, start + 64 * i), F32x16, 64))
+
+
+def widens(context: Any, fmt: Blocks) -> bool:
+    """Whether weights in a slab are int16, and are multiplied with `_widen`ed activations."""
+    isa = isas.select(context)
+    return isa.widens(fmt.form(isa))
+
+
+def _widen(b: ir.IRBuilder, record: Value, words: Value) -> None:
+    """Stores the activations of a record as int16."""
+    q = load_at(b, record, ir.VectorType(I8, BLOCK), 64)
+    store_at(b, b.sext(q, I16x32), words, 64)
 
 
 @contextlib.contextmanager
@@ -91,7 +114,7 @@ def _groups(b: ir.IRBuilder, n: int, slab: Value, second: Value, out: Value) -> 
 
 
 def _at_block(b: ir.IRBuilder, context: Any, fmt: Blocks, slabs: list[Value], block: Value) -> list[Value]:
-    size = slab_block_bytes(fmt, isas.select(context).two_by_two)
+    size = slab_block_bytes(fmt, isas.select(context))
     return [at(b, slab, 0, block, size) for slab in slabs]
 
 
@@ -101,6 +124,13 @@ def _tile(context: Any, b: ir.IRBuilder, fmt: Blocks, args: list[Value], n_token
     slab, second: blocks from `unpack` of either group; record + record_stride * token; out: (token, 2, 16) float32.
     """
     slab, second, n_blocks, record, stride, out = args[:6]
+    words = []
+    if widens(context, fmt):
+        words = [stack(b, SLAB * WORDS) for _ in range(n_tokens)]
+        with cgutils.for_range(b, n_blocks, intp=I64) as loop:
+            for t, place in enumerate(words):
+                own = b.add(b.add(record, b.mul(stride, I64(t))), b.mul(loop.index, I64(RECORD)))
+                _widen(b, own, at(b, place, 0, loop.index, WORDS))
     with _groups(b, isas.select(context).groups, slab, second, out) as (slabs, sums):
         outs = [at(b, sums, PAIR * t) for t in range(n_tokens)]
         tile = _SlabTile(context, b, fmt, slabs, n_tokens)
@@ -110,7 +140,8 @@ def _tile(context: Any, b: ir.IRBuilder, fmt: Blocks, args: list[Value], n_token
             for t in range(n_tokens, 2 * n_tokens) if isas.select(context).asks_for_records else []:
                 prefetch_at(b, b.add(here, b.mul(stride, I64(t))), near=True)
             own = [b.add(here, b.mul(stride, I64(t))) for t in range(n_tokens)]
-            tile.add_block(_at_block(b, context, fmt, slabs, loop.index), own)
+            own_words = [at(b, place, 0, loop.index, WORDS) for place in words]
+            tile.add_block(_at_block(b, context, fmt, slabs, loop.index), own, own_words)
         tile.store(outs)
 
 
@@ -129,6 +160,10 @@ def _rest(context: Any, b: ir.IRBuilder, fmt: Blocks, args: list[Value]) -> None
         block, *tokens = (b.zext(load_at(b, at(b, own, i), I8), I64) for i in range(ENTRY))
         outs, tile = [at(b, sums, 0, token, PAIR) for token in tokens], _SlabTile(context, b, fmt, slabs, len(tokens))
         here = at(b, record, 0, block, RECORD)
+        records = [b.add(here, b.mul(t, stride)) for t in tokens]
+        words = [stack(b, WORDS) for _ in tokens] if widens(context, fmt) else []
+        for own, place in zip(records, words, strict=False):
+            _widen(b, own, place)
         tile.load(outs)
-        tile.add_block(_at_block(b, context, fmt, slabs, block), [b.add(here, b.mul(t, stride)) for t in tokens])
+        tile.add_block(_at_block(b, context, fmt, slabs, block), records, words)
         tile.store(outs)

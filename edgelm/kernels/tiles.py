@@ -50,18 +50,17 @@ from edgelm.kernels.emit import (
     store_at,
 )
 from edgelm.kernels.functions import Code, address_of, code_address, function_address, tile_fields
-from edgelm.kernels.isa import Form
+from edgelm.kernels.isa import Form, parts
 from edgelm.kernels.lanes import Int, Place, Rows
 from edgelm.kernels.pair_tiles import doubled, paired
 from edgelm.kernels.records import FLAG, RECORD
-from edgelm.kernels.slab_tiles import _rest, _tile, side_by_side, slab_block_bytes
+from edgelm.kernels.slab_tiles import SLAB, _rest, _tile, side_by_side, slab_block_bytes
 
 Value = ir.Value
 Unpacked = tuple[list[Any], Any, Any]  # weights, scales and minima of a block of each group
 AHEAD = 4096  # how many bytes before they are needed weights are asked for: the processor's own prefetching comes late
 NEAR = 448  # the same where it does not: only so that no line is touched before those that lie in front of it
-SLAB = 8  # blocks that are unpacked at a time: they stay in the first-level cache
-MAX_SLAB_BYTES = SLAB * 64 * (CHUNKS + 8)
+MAX_SLAB_BYTES = SLAB * 64 * (2 * CHUNKS + 8)
 
 
 def _to_rest(b: ir.IRBuilder, record_stride: Value) -> Value:
@@ -278,7 +277,7 @@ def _unpack(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) ->
     """(weights, n_blocks, slab, end, after): blocks (whole units) of a packed group on to a slab; as for `_ahead`."""
     weights, n_blocks, slab, end, after = args
     isa = isas.select(context)
-    size = slab_block_bytes(blocks, isa.two_by_two)
+    size = slab_block_bytes(blocks, isa)
     with cgutils.for_range(b, b.udiv(n_blocks, I64(blocks.blocks)), intp=I64) as outer:
         unit = at(b, weights, 0, outer.index, blocks.unit_bytes)
         head, ahead = blocks.opened(b, unit), _ahead(b, blocks, unit, end, after)
@@ -301,6 +300,8 @@ def _unpack_block(context, b, isa, blocks: Blocks, unit, head, block, target, fo
     quants = blocks.quants(b, isa, unit, block, form)
     if for_tiles and isa.side_by_side and blocks.joins(isa):
         quants = side_by_side(b, quants)
+    elif for_tiles and isa.widens(form):
+        quants = [pair for chunk in quants for pair in parts(b, isa.words(b, chunk), 2)]
     elif for_tiles and isa.two_by_two:
         quants, scales, minima = paired(b, quants), doubled(b, scales), doubled(b, minima)
     for k, vector in enumerate([*quants, *scales, *minima]):
@@ -390,6 +391,6 @@ def code_fields(context: Any, b: ir.IRBuilder, blocks: Blocks) -> dict[int, Any]
         Code.UNIT_BYTES: blocks.unit_bytes,
         Code.RECORD_BYTES: RECORD,
         Code.SLAB_BLOCKS: SLAB,
-        Code.SLAB_BYTES: SLAB * slab_block_bytes(blocks, isa.two_by_two),
+        Code.SLAB_BYTES: SLAB * slab_block_bytes(blocks, isa),
         Code.FACTOR: float_bits(blocks.factor(blocks.form(isa))),
     }
