@@ -76,6 +76,8 @@ class Isa:
     float_groups: ClassVar[int] = 1
     n_parts: ClassVar[int] = 1  # registers that hold 64 bytes
     kept: ClassVar[int] = 16  # registers for packed weights of a block; if it has more, each half is read by itself
+    ordered: ClassVar[bool] = False  # whether steps stay in order; LLVM would sum up one register of weights, then the
+    # next, and spill what both have in common
     two_by_two: ClassVar[bool] = False  # tiles multiply two rows with two tokens at a time: `step_pair`
     shifts_bytes: ClassVar[bool] = False  # by an instruction, not only larger lanes
     magic: ClassVar[bool] = False  # whether sums start at MAGIC_BITS; only where there is a fused multiply-add

@@ -128,9 +128,8 @@ class _Maddubs(Narrow, _Bytes):
 
     def step(self, b: ir.IRBuilder, sums: Any, w: Value, x: Any, form: Form, bits: int) -> Any:
         sums = self._add_words(b, sums, w, x) if isinstance(x, list) else super().step(b, sums, w, x, form, bits)
-        if self.n_parts == 1:
+        if not self.ordered:
             return sums
-        # LLVM would make all sums of one register of weights, then those of the next, and spill what both have in common
         if sums.narrow is None:
             return sums._replace(wide=[here(b, own) for own in sums.wide])
         return sums._replace(narrow=[here(b, own) for own in sums.narrow])
@@ -179,6 +178,7 @@ class Avx2(_Maddubs):
     needs = (frozenset({"avx2", "fma"}),)
     tokens = (2, 1)  # more spill
     n_parts, kept = 2, 4
+    ordered = True
     shuffle = "llvm.x86.avx2.pshuf.b"
     pairs = "llvm.x86.avx2.pmadd.ub.sw"
     quads = "llvm.x86.avx2.pmadd.wd"

@@ -78,19 +78,21 @@ class _SlabTile:
         floats, n = CHUNKS * n_bytes, self.fmt.halves * (2 if self.isa.two_by_two else 1)
         self.tile.add_block(
             [_loads(b, slab, n_bytes) for slab in slabs],
-            [_floats(b, slab, floats) for slab in slabs],
-            [_floats(b, slab, floats + 64 * n) for slab in slabs],
+            [self._floats(slab, floats, n) for slab in slabs],
+            [self._floats(slab, floats + 64 * n, n * self.fmt.minimum) for slab in slabs],
             records * self.copies,
             *([words] if words else []),
         )
 
+    def _floats(self, slab: Value, start: int, n: int) -> Any:
+        load = functools.cache(lambda i: load_at(self.b, at(self.b, slab, start + 64 * i), F32x16, 64))
+        for i in [] if self.isa.ordered else range(n):  # before the weights, unless they would stay in registers
+            load(i)
+        return load
+
 
 def _loads(b: ir.IRBuilder, slab: Value, n_bytes: int) -> Any:
     return lambda chunk: load_at(b, at(b, slab, n_bytes * chunk), I8x64 if n_bytes == 64 else I16x64, 64)
-
-
-def _floats(b: ir.IRBuilder, slab: Value, start: int) -> Any:
-    return functools.cache(lambda i: load_at(b, at(b, slab, start + 64 * i), F32x16, 64))
 
 
 def widens(context: Any, fmt: Blocks) -> bool:
