@@ -96,9 +96,10 @@ def fence(b: ir.IRBuilder) -> None:
 
 
 def here(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    """`value`, computed before this place, and before anything behind it is loaded: a `fence` for vectors of x86."""
+    """Integers, computed before this place, and before anything behind it is loaded: a `fence` for vectors of x86."""
     function = ir.FunctionType(value.type, [value.type])
-    return b.asm(function, "", "=x,0,~{memory}", [value], side_effect=True)
+    place = "v" if value.type.count * value.type.element.width == 512 else "x"  # any of 32 registers, or of 16
+    return b.asm(function, "", f"={place},0,~{{memory}}", [value], side_effect=True)
 
 
 def assembler(b: ir.IRBuilder, type_: ir.Type, code: str, places: str, values: list[ir.Value]) -> ir.Value:

@@ -91,8 +91,7 @@ class Machine:
         done = []
         for acc, *pair in zip(*(parts(b, v, self.n_parts) for v in (total, w, b.bitcast(x, I16x32))), strict=True):
             if self.product.startswith("llvm."):
-                total = b.add(acc, call(b, self.product, acc.type, *pair))
-                done.append(total if self.n_parts == 1 else here(b, total))
+                done.append(here(b, b.add(acc, call(b, self.product, acc.type, *pair))))
             else:
                 places = "=v,0,v,v" if self.n_parts == 1 else "=x,0,x,x"
                 done.append(assembler(b, acc.type, self.product, places, [acc, *pair]))
