@@ -29,6 +29,8 @@ from edgelm.kernels.units import UNITS
 from edgelm.kernels.weight_layout import FLOATS, Packed, packed_bytes, zeroed
 
 LINE = 64
+EACH = {"int8": 64, "int16": 32, "float32": 16}  # multiply-adds of one vector
+AT_ONCE = {name: 96 * each for name, each in EACH.items()} | {"unit": 4 * 16 * 16 * 32}
 
 
 class Bench:
@@ -86,27 +88,47 @@ def compiled(write: Callable[[Any, Any, Any], Any]) -> Callable[[int], int]:
     return run
 
 
-def spin(name: str, chains: int = 12) -> Callable[[int], int]:
-    """A loop of n times `chains` multiply-adds of whole vectors in registers: "int8" (64 each) or "float32" (16)."""
+def spin(name: str) -> Callable[[int], int]:
+    """A loop of n times `AT_ONCE` multiply-adds in registers: "int8", "int16" or "float32".
+
+    What adds products of int8 in 16 bits takes as many of weights of four bits as fit there before it widens them.
+    """
+    from llvmlite import ir
     from numba.core import cgutils
 
-    from edgelm.kernels import isas
-    from edgelm.kernels.emit import I32, I64, F32x16, I8x64, I32x16, emit_fma, repeat, spread
+    from edgelm.kernels import int16_tiles, isas
+    from edgelm.kernels.emit import I32, I64, F32x16, I8x64, I16x32, I32x16, emit_fma, repeat, spread, target
+    from edgelm.kernels.isa import joined, parts
 
     def write(context: Any, b: Any, n: Any) -> Any:
         isa = isas.select(context)
         form = isa.form(4, False)
         x = spread(b, b.trunc(b.add(n, I64(0x3F800000)), I32), I32x16)  # as float32 about 1
-        vector = I32x16 if name == "int8" else F32x16
+        place = "w" if target(context)[0] == "aarch64" else "v" if isa.n_parts == 1 else "x"
+
+        def unknown(vector: Any) -> Any:
+            """The same, of which LLVM does not know that: else it multiplies once for all."""
+            same = [
+                b.asm(ir.FunctionType(part.type, [part.type]), "", f"={place},0", [part], side_effect=True)
+                for part in parts(b, vector, isa.n_parts)
+            ]
+            return joined(b, same)
+
+        vector, chains, steps = F32x16 if name == "float32" else I32x16, 12 // isa.n_parts, AT_ONCE[name] // EACH[name]
         sums = [cgutils.alloca_once_value(b, repeat(vector, 0)) for _ in range(chains)]
         with cgutils.for_range(b, n, intp=I64):
             for acc in sums:
-                old = b.load(acc)
-                if name == "int8":
-                    new = isa.end(b, isa.step(b, isa.empty(b, old), b.bitcast(x, I8x64), x, form, 4))
-                else:
-                    new = emit_fma(context, b, old, repeat(F32x16, 0.5), b.bitcast(x, F32x16))
-                b.store(new, acc)
+                new = b.load(acc)
+                new = isa.empty(b, new) if name == "int8" else new
+                for _ in range(steps // chains):
+                    w = unknown(x)
+                    if name == "int8":
+                        new = isa.step(b, new, b.bitcast(w, I8x64), x, form, 4)
+                    elif name == "int16":
+                        new = int16_tiles.machine(context).step(b, new, b.bitcast(w, I16x32), x)
+                    else:
+                        new = emit_fma(context, b, new, repeat(F32x16, 0.5), b.bitcast(x, F32x16))
+                b.store(isa.end(b, new) if name == "int8" else new, acc)
         total = repeat(I32x16, 0)
         for acc in sums:
             total = b.add(total, b.bitcast(b.load(acc), I32x16))
@@ -144,7 +166,7 @@ class Roofs:
         self.threads, self.pool = threads, ThreadPoolExecutor(threads)
         self._read, self._memory = bandwidth._read, zeroed(n_bytes)
         self._memory[:] = 1
-        self._spins = {"int8": spin("int8"), "float32": spin("float32"), "unit": spin_unit()}
+        self._spins = {**{name: spin(name) for name in EACH}, "unit": spin_unit()}
 
     def read(self) -> float:
         """Bytes a second."""
@@ -154,13 +176,10 @@ class Roofs:
 
     def peak(self, name: str) -> float:
         """Multiply-adds a second: "int8", "int16", "float32", or "unit", bfloat16 of the matrix unit, 0 without one."""
-        if name == "int16":
-            return self.peak("int8") / 2  # the same instructions, half as many to a vector
-        spins, n = self._spins[name], 1_000_000
+        spins, n = self._spins[name], 1_000_000 if name == "unit" else 125_000
         if spins is None:
             return 0.0
-        each = {"int8": 12 * 64, "float32": 12 * 16, "unit": 4 * 16 * 16 * 32}[name]
-        return self._rate(spins, [(n,)] * self.threads, n * each * self.threads)
+        return self._rate(spins, [(n,)] * self.threads, n * AT_ONCE[name] * self.threads)
 
     def _rate(self, work: Any, arguments: list[tuple[int, ...]], amount: float) -> float:
         start = time.perf_counter()

@@ -165,7 +165,7 @@ def roofs(n_threads: int) -> Record:
     from edgelm.bench import beyond_caches
 
     measured = Roofs(n_threads, beyond_caches())
-    peaks = {name: max(measured.peak(name) for _ in range(3)) for name in ("int8", "float32", "unit")}
+    peaks = {name: max(measured.peak(name) for _ in range(3)) for name in ("int8", "int16", "float32", "unit")}
     return {"read": max(measured.read() for _ in range(3)), **peaks}
 
 

@@ -146,14 +146,14 @@ def rates(result: Record, test: Test, found: dict[int, Speeds], threads: list[in
 def roof(work: Record, n_prompt: int, measured: Record) -> float:
     """What a machine can do of that which a test goes through: bytes or multiply-adds a second.
 
-    Products of int16 take the instructions of int8, half as many to a vector.
+    Rounds without a figure for products of int16 are of machines where they are int8's, half as many to a vector.
     """
     if not n_prompt:
         return float(measured["read"])
     if n_prompt >= LEAST_OF_UNIT and measured.get("unit"):
         return float(measured["unit"])
     kind = products(work)
-    return float(measured["int8"] / 2 if kind == "int16" else measured[kind])
+    return float(measured[kind] if kind in measured else measured["int8"] / 2)
 
 
 def products(work: Record) -> str:
