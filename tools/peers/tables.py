@@ -218,10 +218,11 @@ def machine_itself(results: list[Record]) -> Iterable[str]:
             roofs[threads].append(measured)
     for threads, measured in sorted(roofs.items(), key=lambda item: int(item[0])):
         read = [m["read"] / 1e9 for m in measured]
-        int8, float32 = (statistics.median(m[kind] for m in measured) / 1e9 for kind in ("int8", "float32"))
+        kinds = [kind for kind in ("int8", "int16", "float32") if all(kind in m for m in measured)]
+        peaks = [f"{statistics.median(m[kind] for m in measured) / 1e9:.0f} G {kind}" for kind in kinds]
         text = f"- the machine itself, {threads} thread{'s' * (threads != '1')}: "
         text += f"reads {statistics.median(read):.1f} ({min(read):.1f} … {max(read):.1f}) GB/s, "
-        text += f"{int8:.0f} G int8 and {float32:.0f} G float32 multiply-adds/s"
+        text += f"{', '.join(peaks[:-1])} and {peaks[-1]} multiply-adds/s"
         if unit := statistics.median(m.get("unit", 0) for m in measured) / 1e9:
             text += f"; its matrix unit {unit:.0f} G of bfloat16"
         yield text
