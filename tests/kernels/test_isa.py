@@ -1,4 +1,4 @@
-"""Matrix products on other instruction sets: the same tests, in a process whose code is restricted to them."""
+"""All kernels on other instruction sets: the same tests, in a process whose code is restricted to them."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ TARGETS = {
     "avx512vnni": ("cascadelake", f"{AVX512},+avx512vnni", "Vnni512", "avx512vnni"),
     "zen4": ("znver4", f"{AVX512},+avx512vnni,+sse4a", "Vnni512Zen", "avx512vnni"),
 }
+FILES = [
+    f"test_{kernels}.py"
+    for kernels in ("linear", "float_linear", "attention", "elementwise", "vector_math", "compiled_sampling")
+]
 CHOSEN = """
 from edgelm.kernels import isas
 from numba.core.registry import cpu_target
@@ -56,10 +60,10 @@ def restricted(target: str) -> dict[str, str]:
 
 
 def run(environment: dict[str, str]) -> tuple[str, subprocess.CompletedProcess[str]]:
-    """The instruction set that was chosen, and the tests of products with it."""
+    """The instruction set that was chosen, and the tests with it."""
     command = [sys.executable, "-P", "-c", CHOSEN]
     chosen = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
-    return chosen.stdout.strip(), run_tests(environment, str(Path(__file__).with_name("test_linear.py")))
+    return chosen.stdout.strip(), run_tests(environment, *(str(Path(__file__).with_name(name)) for name in FILES))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +74,7 @@ def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Any]]]:
 @pytest.mark.slow
 @ON_X86
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_format_on(target: str, runs: dict[str, Future[Any]]) -> None:
+def test_every_kernel_on(target: str, runs: dict[str, Future[Any]]) -> None:
     restricted(target)
     chosen, done = runs[target].result(timeout=1800)
     assert chosen == TARGETS[target][2]

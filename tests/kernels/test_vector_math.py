@@ -7,8 +7,10 @@ import math
 import numpy as np
 import pytest
 from numba import njit
+from numba.core.registry import cpu_target
 
 from edgelm.kernels import vector_math
+from edgelm.kernels.emit import fuses
 from edgelm.kernels.simd import load_f32x16, store
 
 
@@ -65,6 +67,7 @@ def compiled(name):
     return apply
 
 
+FUSES = fuses(cpu_target.target_context)
 FUNCTIONS = {name: compiled(name) for name in dict.fromkeys([case[0] for case in CASES] + ["relu"])}
 
 
@@ -73,7 +76,7 @@ def test_accuracy(name, exact, bounds, ulps, floor):
     x = np.random.default_rng(1).uniform(*bounds, 100_000).astype(np.float32)
     y, want = FUNCTIONS[name](x), exact(x.astype(np.float64))
     unit = np.spacing((np.abs(want) + floor).astype(np.float32)).astype(np.float64)
-    assert np.max(np.abs(y - want) / unit) <= ulps + 0.01
+    assert np.max(np.abs(y - want) / unit) <= ulps + (0.01 if FUSES else 0.2)  # what is rounded twice is off by more
 
 
 def test_edges():
