@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from edgelm.bench import beyond_caches
-from edgelm.kernels import compiler, linear
+from edgelm.kernels import compiler, int16, linear
 from edgelm.kernels.abi import Env
 from edgelm.kernels.executor import Executor
 from edgelm.kernels.units import UNITS
@@ -166,7 +166,8 @@ class Roofs:
         self.threads, self.pool = threads, ThreadPoolExecutor(threads)
         self._read, self._memory = bandwidth._read, zeroed(n_bytes)
         self._memory[:] = 1
-        self._spins = {**{name: spin(name) for name in EACH}, "unit": spin_unit()}
+        measured = [name for name in EACH if name != "int16" or int16.preferred()]  # ARM has no products of pairs
+        self._spins = {**{name: spin(name) for name in measured}, "unit": spin_unit()}
 
     def read(self) -> float:
         """Bytes a second."""
@@ -175,8 +176,8 @@ class Roofs:
         return self._rate(self._read, [(start, share) for start in starts], share * self.threads)
 
     def peak(self, name: str) -> float:
-        """Multiply-adds a second: "int8", "int16", "float32", or "unit", bfloat16 of the matrix unit, 0 without one."""
-        spins, n = self._spins[name], 1_000_000 if name == "unit" else 125_000
+        """Multiply-adds a second: "int8", "int16", "float32", or "unit", bfloat16 of the matrix unit; 0 without."""
+        spins, n = self._spins.get(name), 1_000_000 if name == "unit" else 125_000
         if spins is None:
             return 0.0
         return self._rate(spins, [(n,)] * self.threads, n * AT_ONCE[name] * self.threads)
@@ -203,7 +204,7 @@ def in_turns(bench: Bench, amount: float, roof: Callable[[], float], rounds: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("formats", nargs="*", default=[*UNITS, *FLOATS, "INT12"])
+    parser.add_argument("formats", nargs="*", default=[*UNITS, *FLOATS, *(["INT12"] if int16.preferred() else [])])
     parser.add_argument("-t", "--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 128, 512])
     parser.add_argument("--shape", type=int, nargs=2, default=(1024, 2048), metavar=("ROWS", "COLUMNS"))

@@ -85,22 +85,28 @@ class Tile:
 
     def _sums(self, weights: list[Any], records: list[Value], words: Any, halves: tuple[int, ...]) -> Sums:
         """Exact sums of products by (half, group, token)."""
-        b, isa, fmt, sums = self.b, self.isa, self.fmt, Sums()
+        b, isa, sums = self.b, self.isa, Sums()
         for half, (t, record), g in itertools.product(halves, enumerate(records), range(len(weights))):
             sums[half, g, t] = self._start(record, half)
         for i, half in itertools.product(range(CHUNKS // 2), halves):
-            chunk = half * CHUNKS // 2 + i
-            w = [group(chunk) for group in weights]
-            for t, record in enumerate(records):
-                if words is not None:
-                    x = isa.input_words(b, words[t], chunk_at(chunk, isa.whole_scales) // 4)
-                elif self.neighbours:
-                    x = isa.inputs_of_halves(b, record, i)
-                else:
-                    x = isa.input(b, record, chunk_at(chunk, isa.whole_scales) // 4)
-                for g in range(len(weights)):
-                    sums[half, g, t] = isa.step(b, sums[half, g, t], w[g], x, self.form, fmt.bits)
+            self._add_chunk(sums, half, half * CHUNKS // 2 + i, weights, records, words)
         return {place: isa.end(b, total) for place, total in sums.items()}
+
+    def _add_chunk(
+        self, sums: Sums, half: int, chunk: int, weights: list[Any], records: list[Value], words: Any = None
+    ) -> None:
+        """Adds the products of a chunk to sums[half, group, token]."""
+        b, isa, place = self.b, self.isa, chunk_at(chunk, self.isa.whole_scales) // 4
+        w = [group(chunk) for group in weights]
+        for t, record in enumerate(records):
+            if words is not None:
+                x = isa.input_words(b, words[t], place)
+            elif self.neighbours:
+                x = isa.inputs_of_halves(b, record, chunk % (CHUNKS // 2))
+            else:
+                x = isa.input(b, record, place)
+            for g in range(len(weights)):
+                sums[half, g, t] = isa.step(b, sums[half, g, t], w[g], x, self.form, self.fmt.bits)
 
     def _add_times_d(self, weights: list[Any], scales: list[Any], records: list[Value]) -> None:
         """Adds exact sums of products times d: of both halves at once if they share a scale."""
@@ -109,12 +115,9 @@ class Tile:
             for g, t in itertools.product(range(len(weights)), range(len(records))):
                 sums[0, g, t] = isa.empty(b, repeat(I32x16, 0))
             for chunk in range(halves[0] * CHUNKS // 2, (halves[-1] + 1) * CHUNKS // 2):
-                w = [group(chunk) for group in weights]
-                for (t, record), g in itertools.product(enumerate(records), range(len(weights))):
-                    if chunk % (CHUNKS // 2) == 0:
-                        sums[0, g, t] = isa.times(b, sums[0, g, t], record, 2 * chunk // CHUNKS)
-                    x = isa.input(b, record, chunk_at(chunk, isa.whole_scales) // 4)
-                    sums[0, g, t] = isa.step(b, sums[0, g, t], w[g], x, self.form, fmt.bits)
+                for (_, g, t), partial in sums.items() if chunk % (CHUNKS // 2) == 0 else ():
+                    sums[0, g, t] = isa.times(b, partial, records[t], 2 * chunk // CHUNKS)
+                self._add_chunk(sums, 0, chunk, weights, records)
             for (_, g, t), partial in sums.items():
                 total = isa.end(b, partial)
                 if fmt.has_zero(isa) and self.form is Form.LOW:

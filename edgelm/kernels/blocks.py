@@ -70,6 +70,10 @@ class Blocks(Unit):
         """Whether they fit only if they start with the zero point."""
         return self.joins(isa) and not isa.joins(self.bits, zero=False)
 
+    def widens(self, isa: Isa) -> bool:
+        """Whether tiles multiply its weights as int16: `Isa.widens`."""
+        return isa.widens(self.form(isa))
+
     def has_zero(self, isa: Isa) -> bool:
         """Whether products are those of quants less a zero point: the format's own, or the middle of `centred`."""
         return self.zero or self.centred(isa)

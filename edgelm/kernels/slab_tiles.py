@@ -38,7 +38,7 @@ def slab_block_bytes(fmt: Blocks, isa: Isa | None = None) -> int:
 
 def chunk_bytes(fmt: Blocks, isa: Isa) -> int:
     """Bytes of a chunk in a slab: of int8, or of int16."""
-    return 128 if isa.widens(fmt.form(isa)) else 64
+    return 128 if fmt.widens(isa) else 64
 
 
 def side_by_side(b: ir.IRBuilder, chunks: list[Value]) -> list[Value]:
@@ -95,12 +95,6 @@ def _loads(b: ir.IRBuilder, slab: Value, n_bytes: int) -> Any:
     return lambda chunk: load_at(b, at(b, slab, n_bytes * chunk), I8x64 if n_bytes == 64 else I16x64, 64)
 
 
-def widens(context: Any, fmt: Blocks) -> bool:
-    """Whether weights in a slab are int16, and are multiplied with `_widen`ed activations."""
-    isa = isas.select(context)
-    return isa.widens(fmt.form(isa))
-
-
 def _widen(b: ir.IRBuilder, record: Value, words: Value) -> None:
     """Stores the activations of a record as int16."""
     q = load_at(b, record, ir.VectorType(I8, BLOCK), 64)
@@ -126,8 +120,8 @@ def _tile(context: Any, b: ir.IRBuilder, fmt: Blocks, args: list[Value], n_token
     slab, second: blocks from `unpack` of either group; record + record_stride * token; out: (token, 2, 16) float32.
     """
     slab, second, n_blocks, record, stride, out = args[:6]
-    words = []
-    if widens(context, fmt):
+    words: list[Value] = []
+    if fmt.widens(isas.select(context)):
         words = [stack(b, SLAB * WORDS) for _ in range(n_tokens)]
         with cgutils.for_range(b, n_blocks, intp=I64) as loop:
             for t, place in enumerate(words):
@@ -163,7 +157,7 @@ def _rest(context: Any, b: ir.IRBuilder, fmt: Blocks, args: list[Value]) -> None
         outs, tile = [at(b, sums, 0, token, PAIR) for token in tokens], _SlabTile(context, b, fmt, slabs, len(tokens))
         here = at(b, record, 0, block, RECORD)
         records = [b.add(here, b.mul(t, stride)) for t in tokens]
-        words = [stack(b, WORDS) for _ in tokens] if widens(context, fmt) else []
+        words = [stack(b, WORDS) for _ in tokens] if fmt.widens(isa) else []
         for own, place in zip(records, words, strict=False):
             _widen(b, own, place)
         tile.load(outs)

@@ -300,7 +300,7 @@ def _unpack_block(context, b, isa, blocks: Blocks, unit, head, block, target, fo
     quants = blocks.quants(b, isa, unit, block, form)
     if for_tiles and isa.side_by_side and blocks.joins(isa):
         quants = side_by_side(b, quants)
-    elif for_tiles and isa.widens(form):
+    elif for_tiles and blocks.widens(isa):
         quants = [pair for chunk in quants for pair in parts(b, isa.words(b, chunk), 2)]
     elif for_tiles and isa.two_by_two:
         quants, scales, minima = paired(b, quants), doubled(b, scales), doubled(b, minima)

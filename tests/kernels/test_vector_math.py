@@ -30,12 +30,13 @@ def gelu_erf(x):
     return x / 2 * (1 + erf(x / math.sqrt(2)))
 
 
+FUSES = fuses(cpu_target.target_context)  # what is rounded twice is off by more
 # name, exact function, range, largest error in units in the last place of |result| + floor
 CASES = [
     ("exp", np.exp, (-87.3, 88.7), 1.0, 0.0),
     ("exp", np.exp, (-104, -87.3), 1.0, 2.0**-126),
     ("exp_negative", np.exp, (-87.3, 0), 1.0, 0.0),
-    ("exp2_negative", np.exp2, (-125.9, 0), 1.0, 0.0),
+    ("exp2_negative", np.exp2, (-125.9, 0), 1.0 if FUSES else 1.13, 0.0),
     ("exp2_rough", np.exp2, (-125.9, 0), 3.1e-6 * 2**24, 0.0),
     ("exp2_rougher", np.exp2, (-125.9, 0), 7.6e-5 * 2**24, 0.0),
     ("tanh", np.tanh, (-0.7, 0.7), 2.0, 0.0),
@@ -67,7 +68,6 @@ def compiled(name):
     return apply
 
 
-FUSES = fuses(cpu_target.target_context)
 FUNCTIONS = {name: compiled(name) for name in dict.fromkeys([case[0] for case in CASES] + ["relu"])}
 
 
@@ -76,7 +76,7 @@ def test_accuracy(name, exact, bounds, ulps, floor):
     x = np.random.default_rng(1).uniform(*bounds, 100_000).astype(np.float32)
     y, want = FUNCTIONS[name](x), exact(x.astype(np.float64))
     unit = np.spacing((np.abs(want) + floor).astype(np.float32)).astype(np.float64)
-    assert np.max(np.abs(y - want) / unit) <= ulps + (0.01 if FUSES else 0.2)  # what is rounded twice is off by more
+    assert np.max(np.abs(y - want) / unit) <= ulps + 0.01
 
 
 def test_edges():
