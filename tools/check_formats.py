@@ -41,9 +41,14 @@ TYPES: dict[str, tuple[list[str], str]] = {
     **{name: (PURE, name) for name in ("q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")},
     **{name: ([], name) for name in ("q2_k_s", "q3_k_m", "q4_k_m", "q5_k_m")},
     **{name: ([part.format(name) for part in EACH], "q8_0") for name in ("mxfp4", "nvfp4")},
-    **{name: (PURE, name) for name in ("iq3_s", "iq3_xxs", "tq1_0", "tq2_0")},
+    **{name: (PURE, name) for name in ("iq3_s", "iq3_xxs")},
+    # of a model that was not trained for it three values leave nothing, so of one matrix alone
+    **{name: (["--tensor-type", f"blk.5.ffn_down={name}"], "q8_0") for name in ("tq1_0", "tq2_0")},
 }  # fmt: skip
-NEED_IMATRIX = {name: (PURE, name) for name in ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s")}
+NEED_IMATRIX = {
+    **{name: (PURE, name) for name in ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs")},
+    "iq2_s": ([part.format("iq2_s") for part in EACH], "q8_0"),
+}
 
 
 def quantize(source: Path, target: Path, name: str, args: argparse.Namespace) -> None:
