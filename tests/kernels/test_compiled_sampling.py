@@ -31,7 +31,7 @@ chains = st.fixed_dictionaries(
         "top_p": st.floats(0, 1.1), "min_p": st.floats(0, 1.1), "min_keep": st.integers(0, 200),
         "repeat_penalty": st.floats(0.1, 10), "frequency_penalty": penalties,
         "presence_penalty": penalties, "repeat_last_n": st.integers(-1, 9),
-        "dry_multiplier": st.floats(0, 5), "dry_allowed_length": st.integers(0, 3),
+        "dry_multiplier": st.integers(0, 5000).map(lambda n: n / 1000), "dry_allowed_length": st.integers(0, 3),
         "logit_bias": st.sampled_from([{}, {0: 3.5}, {0: -math.inf}]),
     },
 )  # fmt: skip
