@@ -188,15 +188,19 @@ def min_p(c: Candidates, p: float, min_keep: int = 0) -> Candidates:
 
 
 def typical(c: Candidates, p: float, min_keep: int = 0) -> Candidates:
-    """The candidates whose surprise is nearest the expected one, until they hold more than p (Meister et al. 2022)."""
+    """The candidates whose surprise is nearest the expected one, until they hold more than p (Meister et al. 2022).
+
+    A surprise is a logit but for its sign and a constant; a logarithm of probabilities would lose small differences.
+    """
     if p >= 1:
         return c
     c = _by_id(c)
-    probability = softmax(c)
+    probability, best = softmax(c), peak(c)
     possible = probability > 0
-    surprise = -np.log(probability, out=np.full_like(probability, -math.inf), where=possible)
-    expected = float(np.dot(probability[possible], surprise[possible]))
-    score = -np.abs(surprise - probability.dtype.type(expected))
+    below = np.zeros(len(probability))
+    np.subtract(c.logits, best, out=below, where=c.logits < best, dtype=np.float64)  # inf - inf is no number
+    mean = float(np.dot(probability[possible], below[possible]))
+    score = np.where(possible, -np.abs(below - mean), -math.inf)
     kept = _until(score, probability, p + _SLACK, "right")
     if len(kept) < min_keep:
         kept = _best(score, min(min_keep, len(score)))

@@ -33,21 +33,27 @@ sys.path.insert(0, str(ROOT))
 
 Record = dict[str, Any]
 MAX_RATIO, MAX_KL = 0.001, 0.001
-PURE, EACH = ["--pure"], ["--tensor-type", "attn={0}", "--tensor-type", "ffn={0}", "--token-embedding-type", "q8_0"]
+PURE = ["--pure"]
+
+
+def each(name: str) -> tuple[list[str], str]:
+    """Arguments for a type that llama-quantize makes no whole model of: of attention and feed-forward matrices."""
+    return ["--tensor-type", f"attn={name}", "--tensor-type", f"ffn={name}", "--token-embedding-type", "q8_0"], "q8_0"
+
+
 # llama-quantize's arguments: options, then what it calls the type. What it calls a mix is taken as such where people
 # use the mix; a format without a name of its own is asked for tensor by tensor.
 TYPES: dict[str, tuple[list[str], str]] = {
     **{name: (PURE, name) for name in ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k")},
-    **{name: (PURE, name) for name in ("q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")},
+    **{name: (PURE, name) for name in ("q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "iq3_s", "iq3_xxs")},
     **{name: ([], name) for name in ("q2_k_s", "q3_k_m", "q4_k_m", "q5_k_m")},
-    **{name: ([part.format(name) for part in EACH], "q8_0") for name in ("mxfp4", "nvfp4")},
-    **{name: (PURE, name) for name in ("iq3_s", "iq3_xxs")},
+    **{name: each(name) for name in ("mxfp4", "nvfp4")},
     # of a model that was not trained for it three values leave nothing, so of one matrix alone
     **{name: (["--tensor-type", f"blk.5.ffn_down={name}"], "q8_0") for name in ("tq1_0", "tq2_0")},
 }  # fmt: skip
 NEED_IMATRIX = {
     **{name: (PURE, name) for name in ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs")},
-    "iq2_s": ([part.format("iq2_s") for part in EACH], "q8_0"),
+    "iq2_s": each("iq2_s"),  # what it calls IQ2_S is a mix of IQ2_XS
 }
 
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edgelm.errors import FormatError, UsageError
@@ -31,7 +31,7 @@ chains = st.fixed_dictionaries(
         "top_p": st.floats(0, 1.1), "min_p": st.floats(0, 1.1), "min_keep": st.integers(0, 200),
         "repeat_penalty": st.floats(0.1, 10), "frequency_penalty": penalties,
         "presence_penalty": penalties, "repeat_last_n": st.integers(-1, 9),
-        "dry_multiplier": st.integers(0, 5000).map(lambda n: n / 1000), "dry_allowed_length": st.integers(0, 3),
+        "dry_multiplier": st.floats(0, 5), "dry_allowed_length": st.integers(0, 3),
         "logit_bias": st.sampled_from([{}, {0: 3.5}, {0: -math.inf}]),
     },
 )  # fmt: skip
@@ -54,6 +54,10 @@ def outcome(sampler, row):
 
 @settings(deadline=None, max_examples=600)
 @given(chains, rows)
+@example(  # penalties that no logarithm of a probability shows
+    {"top_k": 3, "seed": 0, "typical_p": 0.0, "dry_allowed_length": 0, "dry_multiplier": 1.401298464324817e-45},
+    np.zeros(3, np.float32),
+)
 def test_gives_the_same_tokens_as_the_filters(params, row):
     compiled, plain = (Sampler(Sampling(**params), len(row), compiled=on) for on in (True, False))
     assert plain._chooser is None
