@@ -222,6 +222,9 @@ def choose(x, n, state, _):
             bound = load_f64(state + LOGITS) + math.log(min(a, 1.0))
             count = min(count, max(above(state, count, bound), min_keep))
         elif code == TEMPERATURE and count > 0:
-            heat(state, count, a)
+            if a > 0:
+                heat(state, count, a)
+            else:
+                count = 1
     store(state + COUNT, np.int64(count))
     store(state + RESULT, draw(state, count, load_f64(state + UNIFORM)) if count > 0 else np.int64(-1))

@@ -58,6 +58,9 @@ def outcome(sampler, row):
     {"top_k": 3, "seed": 0, "typical_p": 0.0, "dry_allowed_length": 0, "dry_multiplier": 1.401298464324817e-45},
     np.zeros(3, np.float32),
 )
+@example(  # penalties after one candidate alone was left of equal ones
+    {"top_k": 2, "seed": 0, "samplers": "kte", "temperature": 0.0, "presence_penalty": 0.001}, np.zeros(2, np.float32)
+)
 def test_gives_the_same_tokens_as_the_filters(params, row):
     compiled, plain = (Sampler(Sampling(**params), len(row), compiled=on) for on in (True, False))
     assert plain._chooser is None
