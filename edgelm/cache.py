@@ -12,7 +12,6 @@ PagedAttention" (2023); the layout is our own, see `GroupLayout`.
 from __future__ import annotations
 
 import io
-import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import UsageError
+from .forks import lock_of
 from .kv_types import both, named
 from .pages import PAGE, UNDO, GroupLayout, Pool
 
@@ -78,7 +78,7 @@ class KVCache:
         self.layouts = tuple(GroupLayout(g, self.kv_type) for g in self.groups)
         together = sum(layout.page_bytes for layout in self.layouts)
         self._pools = tuple(Pool(layout, together) for layout in self.layouts)
-        self._lock = threading.Lock()
+        self._lock = lock_of(self)
         # Tables of sequences that were collected without release(). A finaliser may run inside any allocation, also
         # one made under the lock: so it only leaves its table here, and whoever takes pages next frees them.
         self._orphans: deque[_Tables] = deque()

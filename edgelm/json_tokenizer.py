@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .errors import FormatError, SourceError, UnsupportedError
+from .forks import lock_of
 from .onnx_folder import OnnxFolder, read_text
 from .pretokenizers import PreTokenizer
 from .subwords import SPACE
@@ -31,7 +31,7 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, v: Vocabulary, cutter: Any, around: tuple[list[int], list[int]]) -> None:
         super().__init__(v)
-        self._cutter, self._around, self._lock = cutter, around, threading.Lock()
+        self._cutter, self._around, self._lock = cutter, around, lock_of(self)
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         with self._lock:

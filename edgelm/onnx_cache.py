@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-import threading
 import zlib
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import CacheFull, FormatError, UsageError
+from .forks import lock_of
 from .onnx_folder import CacheTensor
 
 FIRST = 256  # positions that arrays have room for at first
@@ -51,7 +51,7 @@ class OnnxCache:
     def __init__(self, tensors: tuple[CacheTensor, ...], n_ctx: int, *, shared: bool) -> None:
         self.tensors, self.n_ctx, self.shared = tensors, n_ctx, shared
         self.keeps_tokens = not tensors
-        self.lock = threading.Lock()  # of who uses which arrays
+        self.lock = lock_of(self, "lock")  # of who uses which arrays
 
     def new_sequence(self) -> OnnxSequence:
         return OnnxSequence(self)

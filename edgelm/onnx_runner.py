@@ -7,7 +7,6 @@ the batch. Only here is onnxruntime imported, and only when a model is loaded.
 from __future__ import annotations
 
 import re
-import threading
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from .cache import Batch
 from .errors import ContextFull, FormatError, UnsupportedError, UsageError
+from .forks import lock_of
 from .onnx_cache import OnnxCache, OnnxSequence
 from .onnx_folder import FROM, IDS, MASK, POOLED, POSITIONS, TYPES, OnnxFolder
 from .threads import default_threads
@@ -50,7 +50,7 @@ class OnnxRunner:
         most = MOST_TOKENS if self._chooses else min(MOST_TOKENS, MAX_LOGIT_BYTES // (4 * max(1, self._n_cols)))
         # A text without a cache cannot be cut: all of its tokens see each other, or are computed anew each time.
         self.max_tokens = min(max_tokens or max(16, most), n_ctx) if self._has_cache else n_ctx
-        self._lock = threading.Lock()
+        self._lock = lock_of(self)
         self._ort: Any = None
         self._session = self._open()
         self._inputs = {each.name: self._dtype(each) for each in self._session.get_inputs()}

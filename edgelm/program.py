@@ -7,9 +7,6 @@ is `edgelm.lowering`'s matter, what a run tells its kernels that of `edgelm.envi
 
 from __future__ import annotations
 
-import os
-import threading
-import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +17,7 @@ from .arch import Config
 from .cache import Batch, KVCache, Sequence, paged
 from .environment import Environment, Part
 from .errors import ContextFull, UsageError
+from .forks import lock_of
 from .formats import QTensor
 from .graph import Matrix, Node, Recorder, gates, in_order, matrices
 from .kernels.abi import Env
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 Pack = Callable[[list[QTensor], list[tuple[int, int]]], tuple[list[Any], Any]]
 
-_programs: weakref.WeakSet[Program] = weakref.WeakSet()
 TOKENS_AT_ONCE = 512  # if nothing else is said: as many as a unit of work takes, for each of two threads (docs/LOG.md)
 
 
@@ -90,8 +87,7 @@ class Program:
         self._resources = self._packed(shared, pack or self._into_memory, matrix_unit)
         self._factors = weights.factors()
         self._groups = config.cache_groups()
-        self._lock, self._first_run = threading.Lock(), True
-        _programs.add(self)
+        self._lock, self._first_run = lock_of(self), True
         n = max(self.n_threads, self.n_threads_batch)
         self._environment = Environment(self.max_tokens, len(self._groups), n, yield_address(), matrix_unit)
         self._plans: dict[str, Plan] = {}
@@ -300,13 +296,3 @@ def _pack(nodes: list[Node], there: Mapping[Matrix, Any], pack: Pack) -> tuple[d
     forms, packing = pack([matrix.slice() for matrix in missing], gates(nodes, missing)) if missing else ([], None)
     packed = dict(zip(missing, forms, strict=True))
     return {matrix: packed[matrix] if matrix in packed else there[matrix] for matrix in needed}, packing
-
-
-def _after_fork() -> None:
-    """A thread that was in the middle of a call has stayed behind, with the lock."""
-    for program in list(_programs):
-        program._lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

@@ -8,7 +8,6 @@ are (rows, columns), a row per token of the batch.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -18,6 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 from .arch import Config, Rope
 from .cache import Batch, KVCache, paged
 from .errors import ContextFull, UsageError
+from .forks import lock_of
 from .formats import QTensor
 from .rope import RopeTable, rotate
 from .weights import Layer, Weights
@@ -60,7 +60,7 @@ class Reference:
         ropes = {rope for i in range(config.n_layers) if (rope := config.rope(i)) is not None}
         factors = weights.factors()
         self._ropes = {rope: RopeTable(rope, factors, self.n_ctx) for rope in ropes}
-        self._lock = threading.Lock()
+        self._lock = lock_of(self)
 
     def new_cache(self, kv_type: str = "f32", max_bytes: int | None = None) -> KVCache:
         """A cache for sequences of this model; float32 unless asked otherwise, as befits an oracle."""

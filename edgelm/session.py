@@ -11,7 +11,6 @@ Knows tokens, a runner and a sampler; nothing of files, terminals or kernels.
 from __future__ import annotations
 
 import copy
-import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from . import overflow
 from .cache import Batch
 from .errors import UsageError
+from .forks import lock_of
 from .request import Request, StopStrings
 from .sampling import Sampler, logprobs
 
@@ -110,7 +110,7 @@ class Session:
         self.defaults = Request.of(settings)
         self._tokens: list[int] = []  # exactly what `_sequence` holds, whenever nothing is being computed
         self._sequence = model.new_cache().new_sequence()
-        self._busy = threading.Lock()
+        self._busy = lock_of(self, "_busy")
         self._is_closed = False
         self._answer = 0  # which answer may go on: a later one ends those before it
 
@@ -351,7 +351,7 @@ class Session:
         with self._alone():
             other = copy.copy(self)
             other._sequence, other._tokens = self._sequence.fork(), list(self._tokens)
-            other._busy, other._answer = threading.Lock(), 0
+            other._busy, other._answer = lock_of(other, "_busy"), 0
         return other
 
     def save(self, path: str | os.PathLike[str]) -> None:

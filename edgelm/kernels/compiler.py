@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from edgelm.disk import Progress, bytes_below, user_cache
 from edgelm.kernels import child, elf, processor, sources
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import subprocess
 
 Kernel = Callable[[int, int, int, int], None]
-VERSION = 1  # to be raised when `_compile` makes other code of the same source
+VERSION = 2  # to be raised when `_compile` makes other code of the same source
 MOST_PROCESSES = 8  # that compile at the same time
 PROCESS_BYTES = 256 << 20  # that each of them takes, with Numba
 KEEP_DAYS = 30  # compiled code that was not used for so long is removed
@@ -171,44 +171,84 @@ def compile_all(
     """
     todo = list(dict.fromkeys(kernels))
     missing = [kernel for kernel in todo if isinstance(kernel, str) and not is_compiled(kernel)]
-    todo.sort(key=lambda kernel: kernel in missing)
-    theirs = _start_helpers(missing, n_processes() if missing else 0)
-    todo.sort(key=lambda kernel: kernel in theirs)  # by the time that this process gets to them, they are there
-    try:
-        for done, kernel in enumerate(todo):
-            helper = theirs.get(kernel)
-            while helper is not None and helper.poll() is None and not is_compiled(kernel):
+    done = 0
+
+    def tell() -> None:
+        if progress is not None:
+            progress("compiling kernels", done, len(todo))
+
+    with contextlib.closing(_Helpers(missing, n_processes() if missing else 0)) as helpers:
+        for kernel in sorted(todo, key=missing.__contains__):  # by the time that it gets to them, they are there
+            while helpers.are_at(kernel):
                 time.sleep(0.01)
-                if progress is not None:
-                    progress("compiling kernels", done, len(todo))
+                tell()
             address(kernel)
-            if progress is not None:
-                progress("compiling kernels", done + 1, len(todo))
-    finally:
-        for helper in set(theirs.values()):
-            helper.terminate()
-            helper.wait()
+            done += 1
+            tell()
 
 
-def _start_helpers(missing: list[str], n_processes: int) -> dict[Kernel | str, subprocess.Popen[bytes]]:
-    """Starts processes that compile `missing` into the cache: which of them will find which."""
-    if not missing or not sys.executable or getattr(sys, "frozen", False):
-        return {}
+class _Helpers:
+    """Processes that compile kernels into the cache, each one after the other.
+
+    What kernels of a module have in common is compiled once in a process, and takes most of the time. So a process goes
+    on with the module that it is at, and then with one that no other has begun.
+    """
+
+    def __init__(self, missing: list[str], n_processes: int) -> None:
+        self._left = list(missing)
+        self._at: dict[subprocess.Popen[bytes], list[str]] = {}  # what each was given; it is at the last of them
+        if not missing or not sys.executable or getattr(sys, "frozen", False):
+            return
+        for _ in range(min(n_processes, MOST_PROCESSES, -(-len(missing) // 2))):
+            with contextlib.suppress(OSError):  # then this process compiles them
+                self._at[_start_helper()] = []
+
+    def are_at(self, kernel: Kernel | str) -> bool:
+        """Whether a kernel, of those that are missing or any other one, is still to come. Hands out work."""
+        for helper, given in list(self._at.items()):
+            if helper.poll() is not None:
+                self._end(helper)  # what it was at is left to this process, which will see why it failed
+            elif self._left and (not given or is_compiled(given[-1])):
+                self._give(helper, given)
+        under_way = kernel in self._left or any(kernel in given for given in self._at.values())
+        return bool(self._at) and under_way and not is_compiled(kernel)
+
+    def _give(self, helper: subprocess.Popen[bytes], given: list[str]) -> None:
+        begun = {_parts(name)[0] for names in self._at.values() for name in names}
+        mine = _parts(given[-1])[0] if given else None
+        modules = [_parts(name)[0] for name in self._left]
+        others = (i for i, module in enumerate(modules) if module not in begun)
+        given.append(self._left.pop(modules.index(mine) if mine in modules else next(others, 0)))
+        with contextlib.suppress(OSError):  # it has just ended
+            helper.stdin.write(f"{given[-1]}\n".encode())  # type: ignore[union-attr]
+
+    def _end(self, helper: subprocess.Popen[bytes]) -> None:
+        del self._at[helper]
+        helper.terminate()
+        helper.wait()
+        helper.stdin.close()  # type: ignore[union-attr]
+
+    def close(self) -> None:
+        for helper in list(self._at):
+            self._end(helper)
+
+
+def _start_helper() -> subprocess.Popen[bytes]:
     import subprocess
 
-    n = min(n_processes, MOST_PROCESSES, -(-len(missing) // 2))
-    code = "import sys; from edgelm.kernels import compiler; [compiler.address(name) for name in sys.argv[1:]]"
-    settings = {**child.environment(), "NUMBA_CACHE_DIR": str(cache_dir().parent)}
-    helpers: dict[Kernel | str, subprocess.Popen[bytes]] = {}
-    for i in range(n):
-        names = missing[i::n]
-        with contextlib.suppress(OSError):  # then this process compiles them
-            helper = subprocess.Popen(
-                child.command("-c", code, *names), env=settings, stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            )
-            helpers.update(dict.fromkeys(names, helper))
-    return helpers
+    return subprocess.Popen(
+        child.command("-c", "from edgelm.kernels import compiler; compiler.help_out()"),
+        env={**child.environment(), "NUMBA_CACHE_DIR": str(cache_dir().parent)},
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, bufsize=0,
+    )
+
+
+def help_out() -> None:
+    """Compiles the kernels whose names come in, a line each, as long as they can be kept."""
+    for name in map(str.strip, sys.stdin):
+        address(name)
+        if not is_compiled(name):
+            return
 
 
 def _path_of(kernel: Kernel | str) -> tuple[str, Path]:
@@ -350,7 +390,7 @@ def _compile(kernel: FunctionType, symbol: str) -> bytes:
             return flags
 
     signature = (types.int64,) * 4
-    with global_compiler_lock:
+    with global_compiler_lock, _only_linked():
         bare = Bare(kernel, cpu_target, {"nopython": True, "error_model": "numpy"}, {}, Compiler)
         compiled = bare.compile(signature, types.void)
         library, context = compiled.library, cpu_target.target_context
@@ -374,9 +414,47 @@ def _compile(kernel: FunctionType, symbol: str) -> bytes:
         for item in (*module.functions, *module.global_variables):
             if not item.is_declaration and item.name != symbol:
                 item.linkage = "internal"
-        library._optimize_final_module()
+        passes, settings = library._codegen._module_pass_manager()
+        passes.run(module, settings)
         _prove_bare(module, symbol)
         return library._codegen._tm.emit_object(module)
+
+
+@contextlib.contextmanager
+def _only_linked() -> Iterator[None]:
+    """Within it Numba makes of what a kernel calls only what is linked into the kernel, and optimised as a part of it.
+
+    As it does it else, each of these functions is optimised with all that it calls, again by who calls it, becomes
+    machine code, and has wrappers to be called by Python: a third of the time that it takes to compile.
+    """
+    from numba.core.codegen import JITCodeLibrary
+    from numba.core.dispatcher import _FunctionCompiler
+    from numba.core.registry import cpu_target
+
+    class Linked(JITCodeLibrary):
+        def _optimize_final_module(self) -> None: ...
+
+        def _finalize_final_module(self) -> None:
+            self._finalize_dynamic_globals()
+            self._finalized = True
+
+    def executable(library: Any, function: Any, environment: object) -> Callable[..., object]:
+        """For Numba to know a function by, each by another one; nobody has a reason to call it, and it refuses."""
+        library._ensure_finalized()
+        return cast(Callable[..., object], function.mangled_name.join)
+
+    def without_wrappers(self: object, flags: Any) -> Any:
+        flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+        return flags
+
+    context, customized = cpu_target.target_context, _FunctionCompiler._customize_flags
+    context.codegen()._library_class, context.get_executable = Linked, executable
+    _FunctionCompiler._customize_flags = without_wrappers
+    try:
+        yield
+    finally:
+        _FunctionCompiler._customize_flags = customized
+        del context.codegen()._library_class, context.get_executable
 
 
 def _prove_bare(module: Any, symbol: str) -> None:

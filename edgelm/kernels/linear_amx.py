@@ -7,10 +7,12 @@ stays in a near cache, some units are done side by side, for a part of the input
 from __future__ import annotations
 
 from numba import njit
+from numba.core.registry import cpu_target
+from numba.extending import overload
 
 from edgelm.kernels.abi import WORD, Env
 from edgelm.kernels.activation_tiles import in_tiles
-from edgelm.kernels.amx import ROWS, TILE
+from edgelm.kernels.amx import ROWS, TILE, has_tiles
 from edgelm.kernels.amx_tiles import configure, multiply_code, release
 from edgelm.kernels.functions import Code, call_function, scratch
 from edgelm.kernels.linear_unit import (
@@ -43,15 +45,29 @@ _PAIRS, _PAIR_TILES, _BLOCKS, _UNIT_BYTES = (
 )
 
 
-@njit
-def goes_through_unit(code, op, env):
-    """Whether the units of a row are done by the matrix unit: then its activations are `in_tiles`."""
-    return load_i64(code + _PAIRS) != 0 and in_tiles(op, env)
+def through_unit(code, op, env, begin, end):
+    """Does units of a row by the matrix unit, if its activations are `in_tiles`: whether it did."""
+    raise NotImplementedError("for kernels only")
+
+
+@overload(through_unit)
+def _through_unit(code, op, env, begin, end):
+    """Where there is no such unit, nothing is compiled for it."""
+    if not has_tiles(cpu_target.target_context):
+        return lambda code, op, env, begin, end: False
+
+    def by_tiles(code, op, env, begin, end):
+        found = load_i64(code + _PAIRS) != 0 and in_tiles(op, env)
+        if found:
+            units_by_tiles(code, op, env, begin, end)
+        return found
+
+    return by_tiles
 
 
 @njit
 def units_by_tiles(code, op, env, begin, end):
-    """The body of a kernel, as `linear_kernels.units`."""
+    """The body of a kernel, as `linear_kernels.units`, for activations `in_tiles`."""
     x_stride, x = load_i64(op + X_STRIDE), load_i64(env + _WORKSPACE) + load_i64(op + X)
     powers, out, slab, results = scratch(POWERS_SCRATCH), scratch(OUT_SCRATCH), scratch(SLAB_SCRATCH), scratch(RESULTS)
     for i in range(0, POWERS_SCRATCH, 64):

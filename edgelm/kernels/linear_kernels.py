@@ -18,7 +18,7 @@ from edgelm.kernels.block_tile import ROW
 from edgelm.kernels.float_tiles import float_linear_code
 from edgelm.kernels.functions import Code, call_function, scratch
 from edgelm.kernels.int16_tiles import SLAB_BYTES, int16_linear_code
-from edgelm.kernels.linear_amx import goes_through_unit, units_by_tiles
+from edgelm.kernels.linear_amx import through_unit
 from edgelm.kernels.linear_unit import (
     GROUP_UNITS,
     RESULTS,
@@ -179,8 +179,7 @@ def products(code, first, second, n_units, records, stride, n_tokens, slab, out,
 @njit
 def units(code, op, env, begin, end):
     """The body of a kernel: units `begin` to `end` of the operation `op`. code: address of a `Code`."""
-    if goes_through_unit(code, op, env):
-        units_by_tiles(code, op, env, begin, end)
+    if through_unit(code, op, env, begin, end):
         return
     n_units, x_stride = load_i64(op + GROUP_UNITS), load_i64(op + X_STRIDE)
     x = load_i64(env + _WORKSPACE) + load_i64(op + X)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import platform
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -198,6 +201,7 @@ def test_how_many_processes_compile(asked: int | None, expected: int, monkeypatc
 
     class Process:
         def __init__(self, command: list[str], **settings: object) -> None:
+            self.stdin = io.BytesIO()
             started.append(command)
 
         def poll(self) -> int:
@@ -209,14 +213,53 @@ def test_how_many_processes_compile(asked: int | None, expected: int, monkeypatc
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5}, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(subprocess, "Popen", Process)
-    monkeypatch.setattr(compiler, "address", lambda name: 0)
+    found: list[str] = []
+    monkeypatch.setattr(compiler, "address", found.append)
     kernels = [f"nowhere:kernel_{i}" for i in range(8)]
     if asked is None:
         compiler.compile_all(kernels)
     else:
         compiler.compile_all(kernels, n_processes=lambda: asked)
     assert len(started) == expected
-    assert sorted(name for command in started for name in command if name.startswith("nowhere:")) == kernels
+    assert found == kernels
+
+
+def test_a_process_stays_with_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What kernels of a module have in common is compiled once."""
+
+    class Lines(io.RawIOBase):
+        def __init__(self) -> None:
+            self.lines: list[bytes] = []
+
+        def write(self, line: Any) -> None:
+            self.lines.append(line)
+
+    class Process:
+        poll = terminate = wait = lambda self: None
+
+        def __init__(self, *command: object, **settings: object) -> None:
+            self.stdin = Lines()
+            started.append(self)
+
+        @property
+        def given(self) -> list[str]:
+            return [line.decode().strip() for line in self.stdin.lines]
+
+    started: list[Process] = []
+    looks = Counter[str]()
+
+    def is_compiled(name: str) -> bool:  # soon after it was given to a process
+        looks[name] += any(name in process.given for process in started)
+        return looks[name] > 5
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(compiler, "is_compiled", is_compiled)
+    monkeypatch.setattr(compiler, "address", lambda name: 0)
+    kernels = [f"{module}:{i}" for i in range(3) for module in "abc"]
+    compiler.compile_all(kernels, n_processes=lambda: 2)
+    first, second = (process.given for process in started)
+    assert sorted(first + second) == sorted(kernels)
+    assert (first[:3], second[:3]) == (["a:0", "a:1", "a:2"], ["b:0", "b:1", "b:2"])
 
 
 def test_processes_of_this_one_find_the_same_code(tmp_path: Path) -> None:
