@@ -59,7 +59,7 @@ from edgelm.kernels.isa import joined, parts
 from edgelm.kernels.lanes import Int, Rows
 from edgelm.kernels.records import MAGIC
 from edgelm.kernels.slab_tiles import PAIR, ROW
-from edgelm.kernels.tiles import AHEAD, behind, in_order, in_turn
+from edgelm.kernels.tiles import AHEAD, FAR, behind, in_order, in_turn
 
 Value = ir.Value
 Pairs = Callable[[int], Value]  # the weights of pair i of a block's columns: I16x32
@@ -131,9 +131,9 @@ def _int16_direct(context: Any, b: ir.IRBuilder, fmt: Any, args: list[Value], n_
         acc = {place: cgutils.alloca_once_value(b, ir.Constant(F32x16, None)) for place in places}
         with cgutils.for_range(b, n_units, intp=I64) as loop:
             units = [at(b, group, 0, loop.index, UNIT) for group in weights]
-            if not one_stream:
-                for group, unit, follows in zip(weights, units, after, strict=True):
-                    _prefetch(b, behind(b, unit, AHEAD, at(b, group, 0, n_units, UNIT), follows))
+            for group, unit, follows in zip(weights, units, after, strict=True):
+                for distance in FAR[isa.n_parts] if one_stream else (AHEAD,):
+                    _prefetch(b, behind(b, unit, distance, at(b, group, 0, n_units, UNIT), follows))
             records = _spaced(b, at(b, x, 0, loop.index, RECORD), x_stride, n_tokens)
             pairs = [_unpacked(b, unit) for unit in units]
             scales = [load_at(b, at(b, unit, SCALES), F32x16, 64) for unit in units]

@@ -59,7 +59,9 @@ from edgelm.kernels.slab_tiles import SLAB, _rest, _tile, side_by_side, slab_blo
 Value = ir.Value
 Unpacked = tuple[list[Any], Any, Any]  # weights, scales and minima of a block of each group
 AHEAD = 4096  # how many bytes before they are needed weights are asked for: the processor's own prefetching comes late
-NEAR = 448  # the same where it does not: only so that no line is touched before those that lie in front of it
+# The same in one stream, by registers that hold 64 bytes. AMD's processors drop what they have no room for, so a line
+# is asked for more than once, where there is time for the instructions.
+FAR = {1: (4096, 8192, 12288), 2: (8192, 16384), 4: (8192,)}
 MAX_SLAB_BYTES = SLAB * 64 * (2 * CHUNKS + 8)
 
 
@@ -114,6 +116,8 @@ class _Read(NamedTuple):
 def _products(tile: Tile, rests: Tile, read: _Read, rest: Value) -> None:
     """Products with records, to `tile`, and with their remainders, to `rests`. rest: bytes from a record to those."""
     b, n_parts, n_tokens = tile.b, tile.isa.n_parts, len(read.records)
+    far = FAR[n_parts]
+    always = far if _takes_long(tile.fmt) else ()
 
     def with_its_rest(unpacked: Unpacked, inputs: list[Value]) -> None:
         tile.add_block(*unpacked, inputs)
@@ -121,16 +125,24 @@ def _products(tile: Tile, rests: Tile, read: _Read, rest: Value) -> None:
             rests.add_block(*unpacked, [b.add(record, rest) for record in inputs])
 
     def apart() -> None:
-        _each_block(tile, read, lambda unpacked, inputs: tile.add_block(*unpacked, inputs))
+        _each_block(tile, read, lambda unpacked, inputs: tile.add_block(*unpacked, inputs), always)
         _add_rests(rests, read, rest)
 
-    if n_parts == 1:  # unpacked weights stay in registers, beside both sums
-        _each_block(tile, read, with_its_rest)
+    if n_parts == 1 and (always or not in_order(tile.context, n_tokens)):
+        _each_block(tile, read, with_its_rest, always)  # unpacked weights stay in registers, beside both sums
+    elif n_parts == 1:
+        reaches = b.icmp_unsigned(">=", b.mul(read.n_units, I64(tile.fmt.unit_bytes)), I64(far[-1]))  # less is no gain
+        with b.if_else(b.and_(read.all_rest, reaches)) as (all_of_them, few):
+            with all_of_them:
+                _each_block(tile, read, with_its_rest, far)
+            with few:
+                _each_block(tile, read, with_its_rest)
     elif n_parts == 2 and n_tokens == 1:  # they do if both go over them chunk by chunk, as two tokens do
         with b.if_else(read.all_rest) as (together, few):
             with together:
                 both = Tile(tile.context, b, tile.fmt, tile.form, len(read.groups), 2)
-                _each_block(tile, read, lambda unpacked, one: both.add_block(*unpacked, [*one, b.add(one[0], rest)]))
+                add = lambda unpacked, one: both.add_block(*unpacked, [*one, b.add(one[0], rest)])  # noqa: E731
+                _each_block(tile, read, add, far[:1])
                 for (own, other), total, remainder in zip(both.acc, tile.acc, rests.acc, strict=True):
                     b.store(b.load(own), total[0])
                     b.store(b.load(other), remainder[0])
@@ -140,8 +152,13 @@ def _products(tile: Tile, rests: Tile, read: _Read, rest: Value) -> None:
         apart()
 
 
-def _each_block(tile: Tile, read: _Read, add: Callable[[Unpacked, list[Value]], object]) -> None:
-    """Has `add` multiply each block of packed groups: with its weights, and its records."""
+def _each_block(
+    tile: Tile, read: _Read, add: Callable[[Unpacked, list[Value]], object], far: tuple[int, ...] = ()
+) -> None:
+    """Has `add` multiply each block of packed groups: with its weights, and its records.
+
+    far: how many bytes before they are needed lines of one stream are asked for.
+    """
     b, blocks = tile.b, tile.fmt
     one_stream = in_order(tile.context, len(read.records))
     ends = [b.add(group, b.mul(read.n_units, I64(blocks.unit_bytes))) for group in read.groups]
@@ -155,13 +172,8 @@ def _each_block(tile: Tile, read: _Read, add: Callable[[Unpacked, list[Value]], 
         with cgutils.for_range(b, I64(blocks.blocks), intp=I64) as inner:
             inputs = [at(b, record, 0, inner.index, RECORD) for record in here]
             share = b.mul(inner.index, I64(_share(blocks)))
-            if one_stream and 8 % blocks.stored:
-                with b.if_else(read.all_rest) as (long_work, short_work):
-                    with long_work:
-                        _prefetch(b, blocks, b.add(ahead[0], share))
-                    with short_work:
-                        place = behind(b, b.add(units[0], share), NEAR, ends[0], read.after[0])
-                        _prefetch(b, blocks, place, near=True)
+            for distance in far if one_stream else ():
+                _prefetch(b, blocks, behind(b, b.add(units[0], share), distance, ends[0], read.after[0]))
             add(_unpacked(tile, units, heads, inner.index), inputs)
             for unit in [] if one_stream else ahead:
                 _prefetch(b, blocks, b.add(unit, share))
@@ -243,12 +255,16 @@ def in_turn(b: ir.IRBuilder, turn: Value, n: int, groups: list[Value]) -> tuple[
 def in_order(context: Any, n_tokens: int) -> bool:
     """Whether this processor's own prefetching gets all that the memory gives, if it sees one stream of lines in order.
 
-    So does AMD's: two groups at a time, or lines asked for far ahead, are slower by a quarter. Headers of several lines
-    are read before the quants behind them. Where chunks need several lines of a block, each line is asked for shortly
-    before, in order. That works as long as the window of instructions under way reaches some blocks ahead: not with
-    many tokens, and if all blocks have remainders, lines are asked for far ahead there, too.
+    So does AMD's: two groups at a time are slower by a quarter. Headers of several lines are read before the quants
+    behind them. It works as long as the window of instructions under way reaches some blocks ahead: not with many
+    tokens. Where work on a block is long, as it `_takes_long` or all have remainders, lines are asked for `FAR` ahead.
     """
     return n_tokens <= 2 and isas.is_amd(context)
+
+
+def _takes_long(blocks: Blocks) -> bool:
+    """Whether a block takes so many instructions that the window of those under way does not reach far."""
+    return 8 % blocks.stored != 0 or blocks.header > 64
 
 
 def _ahead(b: ir.IRBuilder, blocks: Blocks, unit: Value, end: Value, after: Value) -> Value:
@@ -267,10 +283,10 @@ def _share(blocks: Blocks) -> int:
     return blocks.unit_bytes // blocks.blocks
 
 
-def _prefetch(b: ir.IRBuilder, blocks: Blocks, start: Value, near: bool = False) -> None:
+def _prefetch(b: ir.IRBuilder, blocks: Blocks, start: Value) -> None:
     """Asks for as many bytes as a block has."""
     for line in range(0, _share(blocks), 64):
-        prefetch_at(b, at(b, start, line), near)
+        prefetch_at(b, at(b, start, line))
 
 
 def _unpack(context: Any, b: ir.IRBuilder, blocks: Blocks, args: list[Value]) -> None:
