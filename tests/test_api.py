@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -91,36 +90,6 @@ def test_the_memory_of_a_model_goes_with_the_last_reference(arch: str, folder: P
         assert not [one for one in held if one() is not None]
     finally:
         gc.enable()
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("interpreter", ["program", "reference"])
-def test_a_forked_process_does_not_wait_for_threads_that_stayed_behind(decoder: Path, interpreter: str) -> None:
-    """Not for what another thread had locked: an answer, the pages of the cache, the interpreter."""
-    script = """
-import os, sys, threading, edgelm
-model = edgelm.load(sys.argv[1], interpreter=sys.argv[2])
-session = model.session(temperature=0, max_tokens=4, ignore_eos=True)
-expected = [response.token for response in session.stream([1, 2, 3])]
-session.reset()
-held, done = threading.Event(), threading.Event()
-def hold():
-    with session._busy, session._sequence.cache._lock, model.runner._lock:
-        held.set()
-        done.wait()
-holder = threading.Thread(target=hold)
-holder.start()
-held.wait()
-child = os.fork()
-if not child:
-    os._exit([response.token for response in session.stream([1, 2, 3])] != expected)
-try:
-    assert os.waitpid(child, 0)[1] == 0
-finally:
-    done.set()
-holder.join()
-"""
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(decoder), interpreter], check=True, timeout=300)
 
 
 def test_a_reference_model_loads_no_numba(decoder: Path) -> None:

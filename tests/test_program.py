@@ -351,11 +351,14 @@ FORKED = """
 import os, sys, threading, warnings, numpy as np, edgelm
 from edgelm.kernels import compiler
 warnings.simplefilter("ignore")
-model = edgelm.load(sys.argv[1])
-expected = model.logits([1, 2, 3])
+model = edgelm.load(sys.argv[1], interpreter=sys.argv[2])
+session = model.session(temperature=0, max_tokens=4, ignore_eos=True)
+answer = lambda: [response.token for response in session.stream([1, 2, 3])]
+expected, answered = model.logits([1, 2, 3]), answer()
+session.reset()
 held, forked = threading.Event(), threading.Event()
 def call():
-    with model.runner._lock, compiler._lock:
+    with session._busy, session._sequence.cache._lock, model.runner._lock, compiler._lock:
         held.set()
         forked.wait()
 thread = threading.Thread(target=call)
@@ -368,17 +371,20 @@ if child:
     assert os.waitpid(child, 0)[1] == 0
 else:
     assert np.array_equal(model.logits([1, 2, 3]), expected)
-    del compiler._loaded["walk:spin"]
-    assert compiler.address("walk:spin")
+    assert answer() == answered
+    if sys.argv[2] == "program":
+        del compiler._loaded["walk:spin"]
+        assert compiler.address("walk:spin")
     os._exit(0)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_process_that_was_forked_during_a_call_makes_its_own(folder: Path) -> None:
-    """The thread whose call it was, or that was compiling, has stayed behind."""
+@pytest.mark.parametrize("interpreter", ["program", "reference"])
+def test_a_process_that_was_forked_during_a_call_makes_its_own(folder: Path, interpreter: str) -> None:
+    """The thread whose call or answer it was, that held the cache, or was compiling, has stayed behind."""
     path = tiny("llama-gqa", folder=folder)
-    subprocess.run([sys.executable, "-c", FORKED, str(path)], check=True, timeout=HANGS)
+    subprocess.run([sys.executable, "-c", FORKED, str(path), interpreter], check=True, timeout=HANGS)
 
 
 @pytest.mark.model

@@ -141,8 +141,11 @@ def _products(tile: Tile, rests: Tile, read: _Read, rest: Value) -> None:
         with b.if_else(read.all_rest) as (together, few):
             with together:
                 both = Tile(tile.context, b, tile.fmt, tile.form, len(read.groups), 2)
-                add = lambda unpacked, one: both.add_block(*unpacked, [*one, b.add(one[0], rest)])  # noqa: E731
-                _each_block(tile, read, add, far[:1])
+
+                def as_two_tokens(unpacked: Unpacked, one: list[Value]) -> None:
+                    both.add_block(*unpacked, [*one, b.add(one[0], rest)])
+
+                _each_block(tile, read, as_two_tokens, far[:1])
                 for (own, other), total, remainder in zip(both.acc, tile.acc, rests.acc, strict=True):
                     b.store(b.load(own), total[0])
                     b.store(b.load(other), remainder[0])
@@ -166,7 +169,8 @@ def _each_block(
         step = b.mul(loop.index, I64(blocks.unit_bytes))
         units = [b.add(group, step) for group in read.groups]
         heads = [_in_lines(b, blocks, unit) if one_stream else blocks.opened(b, unit) for unit in units]
-        ahead = [_ahead(b, blocks, *place) for place in zip(units, ends, read.after, strict=True)]
+        places = [] if one_stream else zip(units, ends, read.after, strict=True)
+        ahead = [_ahead(b, blocks, *place) for place in places]
         offset = b.mul(loop.index, I64(RECORD * blocks.blocks))
         here = [b.add(record, offset) for record in read.records]
         with cgutils.for_range(b, I64(blocks.blocks), intp=I64) as inner:
@@ -175,7 +179,7 @@ def _each_block(
             for distance in far if one_stream else ():
                 _prefetch(b, blocks, behind(b, b.add(units[0], share), distance, ends[0], read.after[0]))
             add(_unpacked(tile, units, heads, inner.index), inputs)
-            for unit in [] if one_stream else ahead:
+            for unit in ahead:
                 _prefetch(b, blocks, b.add(unit, share))
 
 
