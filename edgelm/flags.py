@@ -31,7 +31,7 @@ LOAD_SETTINGS = (
     "ctx_size", "threads", "threads_batch", "kv_type", "max_tokens_per_run", "interpreter", "packed", "offline",
     "chat_template", "batch_invariant",
 )  # fmt: skip
-CACHE_TYPES = ("f16", "f32", "q8_0", "q4_0")  # `kv_types.KV_TYPES`, which --help has no time to import
+CACHE_TYPES = ("f16", "bf16", "f32", "q8_0", "q4_0")  # `kv_types.KV_TYPES`, which --help has no time to import
 
 
 def standard_input() -> str:
@@ -96,7 +96,7 @@ MODEL_FLAGS = (
         type=click.IntRange(1),
         help="Tokens of a prompt that are computed at a time.",
     ),
-    _flag("-ctk", "--cache-type-k", type=click.Choice(CACHE_TYPES), help="Type of cached keys."),
+    _flag("-ctk", "--cache-type-k", type=click.Choice(CACHE_TYPES), help="Type of cached keys. Usually bf16 if the processor adds products of such pairs, else f16."),
     _flag("-ctv", "--cache-type-v", type=click.Choice(CACHE_TYPES), help="Type of cached values."),
     _flag(
         "--interpreter",
@@ -305,9 +305,10 @@ def cache_type(flags: dict[str, Any]) -> dict[str, str]:
     types = [flags.get("cache_type_k"), flags.get("cache_type_v")]
     if not any(types):
         return {}
+    from edgelm.gguf_model import usual_kv_type
     from edgelm.kv_types import named
 
-    default = "f32" if flags.get("interpreter") == "reference" else "f16"
+    default = usual_kv_type("reference" if flags.get("interpreter") == "reference" else "auto")
     return {"kv_type": named(types[0] or default, types[1] or default)}
 
 

@@ -44,7 +44,7 @@ class GGUFModel(Model):
         self.weights = Weights.from_gguf(self.config, file.tensors)
         self.n_ctx = memory.context_window(self.config, settings.ctx_size)
         self.interpreter = _choose(settings.interpreter)
-        self.kv_type = named(*both(settings.kv_type or ("f32" if self.interpreter == "reference" else "f16")))
+        self.kv_type = named(*both(settings.kv_type or usual_kv_type(self.interpreter)))
         self._chat_template = settings.chat_template
         self.runner = self._new_runner("hidden" if self.is_encoder else "logits", progress)
         try:
@@ -175,6 +175,15 @@ def _tokenizer(file: GGUF) -> Tokenizer:
     from .tokenizer import Tokenizer
 
     return Tokenizer.from_gguf(file.metadata)
+
+
+def usual_kv_type(interpreter: str) -> str:
+    """What keys and values are stored as if nothing else is asked for."""
+    if _choose(interpreter) == "reference":
+        return "f32"
+    from .kernels.attention import usual_kv_type
+
+    return usual_kv_type()
 
 
 def _choose(interpreter: str) -> str:

@@ -1,6 +1,7 @@
 """Types of cached keys and values: how those of one KV head lie in a page, and what their bytes mean.
 
-`f32` and `f16` are arrays. `q8_0` and `q4_0` are whole numbers of 8 and 4 bits with a float16 scale for each 32 of
+`f32` and `f16` are arrays. `bf16` are pairs, as processors that add two products at a time want them: nothing has to be
+converted when they are read. `q8_0` and `q4_0` are whole numbers of 8 and 4 bits with a float16 scale for each 32 of
 them, like the weights of that name: 8.5 and 4.5 bits a value. Outliers, of which keys have many, would cost their whole
 block its precision; so each block is first turned by an orthonormal Hadamard transform, which spreads them, but not to
 other blocks (docs/LOG.md: two to three times less divergence than without, or over whole heads). Queries are turned
@@ -93,6 +94,60 @@ class F16(FloatArray):
 
 class F32(FloatArray):
     dtype = np.dtype(np.float32)
+
+
+class BF16(KVArray):
+    """The upper halves of float32, subnormal numbers as zero. What is added up two at a time lies side by side: keys
+    [stride / 2][PAGE][2 dimensions], an odd last one beside zero; values 64 dimensions after the other, and what is
+    left of them, [PAGE / 2][64][2 positions]. So a kernel reads a head from its beginning to its end."""
+
+    columns: ClassVar[int] = 64
+
+    def __init__(self, keys: bool, n_heads: int, dim: int) -> None:
+        super().__init__(keys, n_heads, dim)
+        size = 2 if keys else 16
+        self.stride = -(-dim // size) * size
+        self.n_bytes = 2 * n_heads * self.stride * PAGE
+
+    def _parts(self, page: NDArray[np.uint8]) -> list[tuple[slice, NDArray[np.uint16]]]:
+        """Some dimensions and where they are, as (n_heads, PAGE / 2, 2, dimensions), writable."""
+        heads = page.view(np.uint16).reshape(self.n_heads, -1)
+        if self.keys:
+            pairs = heads.reshape(self.n_heads, self.stride // 2, PAGE // 2, 2, 2).transpose(0, 2, 3, 1, 4)
+            return [(slice(i, self.stride, 2), pairs[..., i]) for i in range(2)]
+        parts = []
+        for c in range(0, self.stride, self.columns):
+            which = slice(c, min(c + self.columns, self.stride))
+            part = heads[:, PAGE * which.start : PAGE * which.stop].reshape(self.n_heads, PAGE // 2, -1, 2)
+            parts.append((which, part.transpose(0, 1, 3, 2)))
+        return parts
+
+    def write(self, page: NDArray[np.uint8], first: int, x: Floats) -> None:
+        bits = np.zeros((self.n_heads, len(x), self.stride), np.uint16)
+        bits[:, :, : self.dim] = bfloat16(x).transpose(1, 0, 2)
+        pairs, which = np.divmod(np.arange(first, first + len(x)), 2)
+        for dims, part in self._parts(page):
+            part[:, pairs, which] = bits[:, :, dims]
+
+    def read(self, page: NDArray[np.uint8]) -> Floats:
+        bits = np.zeros((PAGE, self.n_heads, self.stride), np.uint32)
+        for dims, part in self._parts(page):
+            bits[:, :, dims] = part.reshape(self.n_heads, PAGE, -1).transpose(1, 0, 2)
+        return (bits << 16).view(np.float32)[:, :, : self.dim]
+
+    def keep(self, page: NDArray[np.uint8], n: int) -> None:
+        kept = self.read(page)[:n]
+        page[:] = 0
+        self.write(page, 0, kept)
+
+
+def bfloat16(x: Floats) -> NDArray[np.uint16]:
+    """The bits of float32 as bfloat16: to nearest even, subnormal numbers as zero, NaN as a quiet one."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    magnitude, upper = bits & 0x7FFFFFFF, bits >> 16
+    rounded = bits + 0x7FFF + (upper & 1) >> 16
+    special = [magnitude > 0x7F800000, magnitude < 0x00800000]
+    return np.select(special, [upper | 0x40, upper & 0x8000], rounded).astype(np.uint16)
 
 
 class BlockArray(KVArray):
@@ -191,7 +246,7 @@ class Q4(BlockArray):
         return np.concatenate([packed & 15, packed >> 4], axis=-1)
 
 
-KV_TYPES: dict[str, type[KVArray]] = {"f16": F16, "f32": F32, "q8_0": Q8, "q4_0": Q4}
+KV_TYPES: dict[str, type[KVArray]] = {"f16": F16, "bf16": BF16, "f32": F32, "q8_0": Q8, "q4_0": Q4}
 
 
 def both(kv_type: str) -> tuple[str, str]:

@@ -21,6 +21,7 @@ from .forks import lock_of
 from .formats import QTensor
 from .graph import Matrix, Node, Recorder, gates, in_order, matrices
 from .kernels.abi import Env
+from .kernels.attention import usual_kv_type
 from .mapped_file import unreadable
 from .rope import RopeTable
 from .threads import default_threads
@@ -66,7 +67,7 @@ class Program:
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
         max_tokens: int = TOKENS_AT_ONCE,
-        kv_type: str = "f16",
+        kv_type: str | None = None,
         matrix_unit: bool = True,
         shared: Program | None = None,
         pack: Pack | None = None,
@@ -92,7 +93,7 @@ class Program:
         self._environment = Environment(self.max_tokens, len(self._groups), n, yield_address(), matrix_unit)
         self._plans: dict[str, Plan] = {}
         try:
-            self._plan(kv_type)
+            self._plan(kv_type or usual_kv_type())
             self._executor = Executor(n)
         except BaseException:
             self._stop_packing()
@@ -103,9 +104,9 @@ class Program:
         """Of all packed weights."""
         return sum(packed.n_bytes for packed in self._resources.packed.values())
 
-    def new_cache(self, kv_type: str = "f16", max_bytes: int | None = None) -> KVCache:
-        """A cache for sequences of this model."""
-        return KVCache(self._groups, kv_type, max_bytes)
+    def new_cache(self, kv_type: str | None = None, max_bytes: int | None = None) -> KVCache:
+        """A cache for sequences of this model; None: of the type that is multiplied fastest in 16 bits."""
+        return KVCache(self._groups, kv_type or usual_kv_type(), max_bytes)
 
     def forward(self, batch: Batch) -> NDArray[np.float32]:
         """Runs a batch: logits (R, vocabulary) or hidden states (R, D) of `batch.outputs`; its sequences grow.

@@ -234,7 +234,7 @@ def test_memory_counts_the_tokens_that_are_computed_at_once(decoder: Path, encod
     assert long == 3 * short, "in an encoder all see each other"
 
 
-@pytest.mark.parametrize("kv_type", ["f16", "f32", "q8_0", "q4_0/f16"])
+@pytest.mark.parametrize("kv_type", ["f16", "bf16", "f32", "q8_0", "q4_0/f16"])
 @pytest.mark.parametrize("name", ["llama-mha", "llama-mqa", "mistral", "gemma2", "gemma3", "phi3"])
 @pytest.mark.parametrize("n_tokens", [1, 64, 65, 1000, 3000])
 def test_memory_of_keys_and_values_is_what_a_cache_takes(name: str, kv_type: str, n_tokens: int) -> None:

@@ -7,11 +7,15 @@ import pytest
 
 from edgelm.cache import PAGE
 from edgelm.flags import CACHE_TYPES, cache_type
-from edgelm.kv_types import KV_TYPES, both, hadamard, named
+from edgelm.gguf_model import usual_kv_type
+from edgelm.kv_types import KV_TYPES, bfloat16, both, hadamard, named
 
-BITS = {"f32": 32, "f16": 16, "q8_0": 8.5, "q4_0": 4.5}
+BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q4_0": 4.5}
 
-ERRORS = {"f32": 0, "f16": 3e-4, "q8_0": 7e-3, "q4_0": 0.11}  # of normal numbers, relative, root of mean square
+# Of normal numbers, relative, root of mean square.
+ERRORS = {"f32": 0, "f16": 3e-4, "bf16": 2.4e-3, "q8_0": 7e-3, "q4_0": 0.11}
+
+USUAL = usual_kv_type("auto")
 
 
 def test_flags_name_every_type():
@@ -19,8 +23,9 @@ def test_flags_name_every_type():
 
 
 @pytest.mark.parametrize(("k", "v", "interpreter", "kv_type"), [
-    ("q8_0", "q8_0", None, "q8_0"), ("q8_0", None, None, "q8_0/f16"), (None, "q4_0", None, "f16/q4_0"),
-    ("f16", None, "program", "f16"), ("q4_0", None, "reference", "q4_0/f32"),
+    ("q8_0", "q8_0", None, "q8_0"), ("q8_0", None, None, f"q8_0/{USUAL}"), (None, "q4_0", None, f"{USUAL}/q4_0"),
+    (USUAL, None, "program", USUAL), ("q4_0", None, "reference", "q4_0/f32"),
+    ("f32", None, "onnxruntime", f"f32/{USUAL}"),
 ])
 def test_flags(k, v, interpreter, kv_type):
     """As llama.cpp's: each is for one of the two, and the other stays what it is."""
@@ -48,6 +53,13 @@ def test_types(kv_type, keys, dim):
     array.keep(other, 7)
     np.testing.assert_array_equal(array.read(other)[:7], y[:7])
     assert not array.read(other)[7:].any()
+
+
+def test_bfloat16():
+    """The upper half of a float32, to nearest even; what is subnormal is zero with its sign, NaN stays one."""
+    bits = [0x3F808000, 0x3F818000, 0x3F808001, 0xBF807FFF, 0x7F7FFFFF, 0xFF800000, 0x7F800001, 0x807FFFFF, 0x00800000]
+    want = [0x3F80, 0x3F82, 0x3F81, 0xBF80, 0x7F80, 0xFF80, 0x7FC0, 0x8000, 0x0080]
+    assert bfloat16(np.array(bits, np.uint32).view(np.float32)).tolist() == want
 
 
 @pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])

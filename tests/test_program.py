@@ -24,6 +24,7 @@ from edgelm.cache import Batch, Sequence
 from edgelm.errors import ContextFull, UsageError
 from edgelm.kernels import matrix_unit
 from edgelm.kernels.abi import Env, Row
+from edgelm.kernels.attention import usual_kv_type
 from edgelm.kernels.matrix_unit import LEAST
 from edgelm.kernels.records import MAX_TOKENS
 from edgelm.models import model_of
@@ -200,7 +201,7 @@ def test_batched_decoding_changes_no_bit(exact: Make, name: str) -> None:
             assert np.array_equal(row, logits[n + step])
 
 
-@pytest.mark.parametrize("kv_type", ["f16", "f32", "q8_0", "q4_0", "q8_0/f16"])
+@pytest.mark.parametrize("kv_type", ["bf16", "f16", "f32", "q8_0", "q4_0", "q8_0/f16"])
 def test_going_back_and_forking_change_no_bit(exact: Make, kv_type: str) -> None:
     program = exact("gemma3", "Q4_0")
     tokens, cache = text(program, 100), program.new_cache(kv_type)
@@ -329,7 +330,7 @@ def test_weights_are_packed_once(make: Make) -> None:
 def test_rows_of_a_layer(make: Make) -> None:
     """What is fused, and where threads must wait for each other."""
     program = make("llama-gqa", "Q4_0", n_threads=1)
-    plan = program._plans["f16"]
+    plan = program._plans[usual_kv_type()]
     layer = ["rms_norm", "linear", "linear", "linear", "store_kv", "attention", "quantize", "linear"]
     feed_forward = ["rms_norm", "gated", "quantize", "linear"]
     names = [step.name for step in plan.steps]

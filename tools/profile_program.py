@@ -22,6 +22,7 @@ from edgelm import gguf
 from edgelm.arch import Config
 from edgelm.cache import Batch, Sequence
 from edgelm.kernels.abi import Env, Row
+from edgelm.kernels.attention import usual_kv_type
 from edgelm.lowering import Plan
 from edgelm.models import model_of
 from edgelm.program import Program
@@ -40,7 +41,7 @@ def main() -> None:
     with closing(load(args.model, args.depth + args.tokens + 8, args.threads, max(256, args.tokens))) as program:
         sequence = program.new_cache().new_sequence()  # which rows that are run by themselves read and write, too
         call = seconds_of_calls(program, sequence, args.depth, args.tokens, args.repeat)
-        plan = program._plans["f16"]
+        plan = program._plans[usual_kv_type()]
         rows, whole = seconds_of_rows(program, plan, args.repeat)
         total = print_rows(plan, rows, args.rows)
         barriers = int(plan.table[:, Row.BARRIER].sum())

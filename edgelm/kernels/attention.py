@@ -28,8 +28,13 @@ COUNTER = 64  # bytes of a counter of finished blocks, one for each of SPLIT_TOK
 PARTIAL = 64  # bytes of a maximum and a sum, before the values that belong to them
 LOG2_E = math.log2(math.e)  # scores are taken in units of ln 2
 CAUSAL, HALVES, OF_OUTPUTS = 1, 2, 4  # flags, and the types of keys and values beside them:
-KINDS = {"f32": 0, "f16": 1, "q4_0": 4, "q8_0": 8}  # the latter two are the bits of a number
+KINDS = {"f32": 0, "f16": 1, "bf16": 2, "q4_0": 4, "q8_0": 8}  # the latter two are the bits of a number
 KEY_KIND, VALUE_KIND = 1 << 8, 1 << 16
+
+
+def usual_kv_type() -> str:
+    """What keys and values are stored as if nothing else is asked for: in 16 bits, as they are multiplied fastest."""
+    return "bf16" if compiler.compiled_for().adds_pairs else "f16"
 
 
 def scratch_bytes(layout: GroupLayout, n_heads: int, n_ctx: int) -> int:

@@ -1,7 +1,7 @@
 """What attention through Intel's matrix unit does with one block of positions: see `amx`, and `attention_prompts`.
 
 A tile is some query heads that share a KV head, of some tokens in a row: its rows are (token, head), as many as there
-are. Keys and values of a block are converted to pairs of bfloat16, once for all rows. Then, GROUP_ROWS at a time, there
+are. Keys and values of a block, pairs of bfloat16, are copied to it, once for all rows. Then, GROUP_ROWS at a time, there
 are scores, weights and weighted values. (To have the unit work on one group while weights are made of the scores of
 another is no faster: beside it the processor multiplies vectors at half of its speed.)
 
@@ -18,15 +18,15 @@ from __future__ import annotations
 from edgelm.kernels import amx
 from edgelm.kernels.attention import BLOCK
 from edgelm.kernels.attention_blocks import combined, hide_row
-from edgelm.kernels.attention_layout import DIM, HIGH, LOW, PAGE, V_DIM, v_stride, whole
-from edgelm.kernels.attention_tiles import BF16_PAIRS, add_products, all_finite, convert_pairs, rounded
+from edgelm.kernels.attention_layout import DIM, HIGH, LOW, PAGE, V_DIM, k_stride, v_stride, whole
+from edgelm.kernels.attention_tiles import PAIRS, add_products, all_finite, rounded
 from edgelm.kernels.emit import I16, I32x16, load_at, repeat
 from edgelm.kernels.vector_math import emit_exp2_negative, emit_exp2_rougher
 from edgelm.kernels.words import Value, function
 
 GROUP_ROWS = 2 * amx.ROWS
 COLUMNS = 2 * amx.ROWS  # of a product, and what is added up in it at a time: 32 positions, or dimensions
-PAIRS_LINE = 4 * PAGE  # bytes of a line of converted keys or values: pairs for 64 columns
+PAIRS_LINE = 4 * PAGE  # bytes of a line of keys or values: pairs for 64 columns
 SCORES_LINE = 4 * BLOCK + 64  # bytes of a row of scores, then weights: rows of a group in different places of the cache
 TWO_ONES = 0x3F803F80  # of bfloat16
 SLACK = 8.0  # a power of two by which weights may exceed 1
@@ -66,11 +66,18 @@ class Layout:
 
 
 @function
-def convert_keys(e, op, base, page, keys):
+def copy(e, source, line, to, n_lines, width):
+    """Lines of pairs for `width` columns, `line` bytes apart, to lines for 64."""
+    with e.loop(0, n_lines) as i, e.loop(0, 4 * width, 64) as c:
+        e.store(to + PAIRS_LINE * i + c, e.load(source + line * i + c))
+
+
+@function
+def copy_keys(e, op, base, page, keys):
     """Those of a block's page, of a head whose keys are at `keys`."""
-    at, n = Layout(e, op, base), e.load_i32(op + DIM) // 2
+    at, n = Layout(e, op, base), k_stride(e, op) // 2
     to = at.keys + at.page_keys * page
-    convert_pairs(e, keys, 2 * PAGE, to, n, PAGE)
+    copy(e, keys, e.word(PAIRS_LINE), to, n, PAGE)
     with e.loop(PAIRS_LINE * n, 2 * PAGE * at.depth, 64) as i:
         e.store(to + i, e.vector(0.0))
 
@@ -85,19 +92,19 @@ def clear_padding(e, m, n_lines, column, n):
 
 
 @function
-def convert_values(e, op, base, page, values, n_seen):
+def copy_values(e, op, base, page, values, n_seen):
     """The first n_seen of a block's page. The others are 0. Returns whether all are finite."""
     at, n, finite = Layout(e, op, base), (n_seen + 1) // 2, e.variable(1)
     with e.loop(0, at.width, PAGE) as c:
         to, width = at.values + 2 * BLOCK * c + PAGE // 2 * PAIRS_LINE * page, e.min(at.width - c, PAGE)
-        convert_pairs(e, values + 2 * c, 2 * at.width, to, n, width)
+        copy(e, values + 2 * PAGE * c, 4 * width, to, n, width)
         with e.when((n_seen % 2).is_(1)), e.loop(0, PAIRS_LINE, 64) as i:
             last = to + PAIRS_LINE * (n - 1) + i
             e.store(last, Value(e, load_at(e.b, last.llvm, I32x16)) & 0xFFFF)
         with e.loop(PAIRS_LINE * n, PAIRS_LINE * (PAGE // 2), 64) as i:
             e.store(to + i, e.vector(0.0))
         clear_padding(e, to, n, width - 16, e.load_i32(op + V_DIM) - c)
-        finite.set(e.min(finite.get(), all_finite[BF16_PAIRS](e, to, n, width)))
+        finite.set(e.min(finite.get(), all_finite[PAIRS](e, to, e.word(PAIRS_LINE), n, width)))
     return finite.get()
 
 

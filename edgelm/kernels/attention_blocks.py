@@ -20,6 +20,7 @@ from edgelm.kernels.attention_floats import (
     values_in_pairs,
 )
 from edgelm.kernels.attention_layout import (
+    AHEAD_OF,
     CONVERT_ROWS,
     CONVERTED,
     COS,
@@ -57,7 +58,7 @@ from edgelm.kernels.attention_layout import (
     value_kind,
 )
 from edgelm.kernels.attention_quants import multiply_keys, multiply_values, quantize_query, quantize_weights
-from edgelm.kernels.attention_tiles import has_pairs, round_row, rounded
+from edgelm.kernels.attention_tiles import has_pairs, places_ahead, round_row, rounded
 from edgelm.kernels.hadamard import turn
 from edgelm.kernels.rope import rotate
 from edgelm.kernels.vector_math import LOG2_E, emit_exp2_negative, emit_exp2_rough, emit_tanh
@@ -105,9 +106,11 @@ def begin_tile(e, op, env, base, token, n_tokens, first_head, n_heads):
                 with e.when(is_quantized(kind)):
                     turn(e, query, dim, width)
                     quantize_query(e, query, width, kind, state + QUERY_SCALE)
-            if has_pairs(e):
-                with e.when(keys_in_pairs(e, op)):
-                    round_row(e, query, dim)
+            with e.when(keys_in_pairs(e, op)):
+                with e.when(dim < width):
+                    e.store(query + 4 * dim, e.lane(e.vector(0.0)))
+                if has_pairs(e):
+                    round_row(e, query, width)
             e.store(state + LOW, low)
             e.store(state + HIGH, high)
 
@@ -122,22 +125,37 @@ def begin_row(e, state, merged, width):
 
 
 @function
-def block_scores(e, op, base, n_rows, page, page_start, n_seen, keys, ahead):
+def will_read(e, base, pages, last_page, piece, block, later, keys, values, later_keys):
+    """Notes what comes after piece `piece` of a block: keys of its pages, their values, and then the same of `later`.
+
+    keys, values: where those of a head are in a page; later_keys: where keys are in pages of block `later`.
+    """
+    n = BLOCK // PAGE
+    for i, place in enumerate(places_ahead(e)):
+        own = piece + place < 2 * n
+        next_one = e.select(own, piece + place, piece + place - 2 * n)
+        page = e.load_word(pages + WORD * e.min(n * e.select(own, block, later) + next_one % n, last_page))
+        at = e.select(next_one >= n, values, e.select(own, keys, later_keys))
+        e.store(base + AHEAD_OF + WORD * i, page + at)
+
+
+@function
+def block_scores(e, op, base, n_rows, page, page_start, n_seen, keys):
     """q·k of all rows with the block's first or second page, of a head whose keys are at `keys`.
 
-    At least what each row sees of the first n_seen positions of the page; `ahead` as for `multiply`.
+    At least what each row sees of the first n_seen positions of the page.
     """
     scores, kind = base + WEIGHTS + 4 * PAGE * page, key_kind(e, op)
     if FLOATS in e.facts:
-        float_scores(e, op, base, n_rows, page_start, n_seen, keys, scores, ahead)
+        float_scores(e, op, base, n_rows, page_start, n_seen, keys, scores)
         return
     with e.choose(is_quantized(kind)) as (numbers, floats):
         with numbers:
             width, n_columns = k_stride(e, op), e.select(n_seen > 32, e.word(PAGE), 32)
             multiply_keys(e, kind, n_rows, width // DIMS, base + QUERIES, 4 * width, base + STATES + QUERY_SCALE, STATE,
-                          keys, n_columns, scores, 4 * BLOCK, ahead)
+                          keys, n_columns, scores, 4 * BLOCK, base + AHEAD_OF)
         with floats:
-            float_scores(e, op, base, n_rows, page_start, n_seen, keys, scores, ahead)
+            float_scores(e, op, base, n_rows, page_start, n_seen, keys, scores)
 
 
 @function
@@ -232,19 +250,18 @@ def block_softmax(e, op, base, n_rows, start, n_seen):
 
 
 @function
-def block_values(e, op, base, n_rows, start, begin, end, pages, later, last_page, values, keys, sums):
+def block_values(e, op, base, n_rows, start, begin, end, pages, last_page, later, keys, values, later_keys, sums):
     """Sums of p·v over positions [begin, end) of the block at `start`, to `sums`; begin is that of a page.
 
-    values: where those of a head are in a page; `pages` is the table of these, of which last_page is the last. Keys
-    that come next, those at `keys` in the pages of block `later`, are asked for meanwhile.
+    values: where those of a head are in a page; `pages` is the table of these. For all else see `will_read`.
     """
     def page_by_page():
         with e.loop(0, 4 * n_rows * v_stride(e, op), 64) as i:
             e.store(sums + i, e.vector(0.0))
         with e.loop(begin, end, PAGE) as at:
-            index, n = (at - start) // PAGE, BLOCK // PAGE
-            page, ahead = (e.load_word(pages + WORD * e.min(n * b + index, last_page)) for b in (start // BLOCK, later))
-            page_values(e, op, base, n_rows, index, at, page + values, ahead + keys, sums)
+            index = (at - start) // PAGE
+            will_read(e, base, pages, last_page, index + BLOCK // PAGE, start // BLOCK, later, keys, values, later_keys)
+            page_values(e, op, base, n_rows, index, at, e.load_word(pages + WORD * (at // PAGE)) + values, sums)
 
     with e.choose(value_kind(e, op).is_(KINDS["f16"]) & (n_rows >= CONVERT_ROWS)) as (made_ready, others):
         with made_ready:
@@ -254,11 +271,11 @@ def block_values(e, op, base, n_rows, start, begin, end, pages, later, last_page
 
 
 @function
-def page_values(e, op, base, n_rows, page, page_start, values, ahead, sums):
+def page_values(e, op, base, n_rows, page, page_start, values, sums):
     """Adds up p·v of one page, of a head whose values are at `values`."""
     kind = value_kind(e, op)
     if FLOATS in e.facts:
-        float_values(e, op, base, n_rows, page, page_start, values, ahead, sums)
+        float_values(e, op, base, n_rows, page, page_start, values, sums)
         return
     with e.choose(is_quantized(kind)) as (numbers, floats):
         with numbers:
@@ -267,9 +284,9 @@ def page_values(e, op, base, n_rows, page, page_start, values, ahead, sums):
                 at, own = size * block, sums + 4 * DIMS * block
                 weights = base + WEIGHTS + 4 * PAGE * page
                 quantize_weights(e, n_rows, weights, 4 * BLOCK, values + at, kind, base + CONVERTED)
-                multiply_values(e, kind, n_rows, base + CONVERTED, values + at, own, stride, ahead + at)
+                multiply_values(e, kind, n_rows, base + CONVERTED, values + at, own, stride, base + AHEAD_OF, at)
         with floats:
-            float_values(e, op, base, n_rows, page, page_start, values, ahead, sums)
+            float_values(e, op, base, n_rows, page, page_start, values, sums)
 
 
 @function

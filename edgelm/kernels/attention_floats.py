@@ -1,6 +1,7 @@
-"""Attention with keys and values that are float32 or float16: q·k and p·v of a tile with a page.
+"""Attention with keys and values that are floats: q·k and p·v of a tile with a page.
 
-Few rows multiply float16 where they lie; for many they are first made ready in the tile. Knows nothing of softmax.
+Few rows multiply float16 where they lie; for many they are first made ready in the tile. Pairs of bfloat16 lie ready.
+Knows nothing of softmax.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from edgelm.kernels.abi import WORD
 from edgelm.kernels.attention import BLOCK, KINDS
 from edgelm.kernels.attention_layout import (
+    AHEAD_OF,
     CONVERT_ROWS,
     CONVERTED,
     DIM,
@@ -20,38 +22,38 @@ from edgelm.kernels.attention_layout import (
     STATE,
     STATES,
     WEIGHTS,
+    k_stride,
     key_kind,
     v_stride,
     value_kind,
 )
 from edgelm.kernels.attention_tiles import (
-    BF16_PAIRS,
     F16_FLOATS,
-    F16_IN_PAIRS,
     F32_FLOATS,
     FIRST_OF_PAIR,
     NARROW_ROWS,
-    ONE_BY_ONE,
-    PAIRWISE,
+    PAIRS,
     ROWS,
     SECOND_OF_PAIR,
     Form,
     all_finite,
-    has_pairs,
+    convert,
     multiply,
 )
 from edgelm.kernels.words import function
 
 PIECE = 24  # rows that are multiplied with as much of a page as one of them sees
+PAIRS_LINE = 4 * PAGE  # bytes of a line of pairs: for 64 columns
+DIMS_AT_ONCE = 2 * PAGE  # of keys in pairs, whose lines stay in the nearest cache
 
 
 def keys_in_pairs(e, op):
-    """Whether q·k adds up pairs of bfloat16, on a machine that can."""
-    return key_kind(e, op).is_(KINDS["f16"]) & (e.load_i32(op + DIM) % 2).is_(0)
+    """Whether q·k adds up pairs of bfloat16, for which queries are rounded."""
+    return key_kind(e, op).is_(KINDS["bf16"])
 
 
 def values_in_pairs(e, op):
-    return value_kind(e, op).is_(KINDS["f16"])
+    return value_kind(e, op).is_(KINDS["bf16"])
 
 
 @contextmanager
@@ -83,53 +85,69 @@ def all_see(e, base, n_rows, begin, end):
     return (e.load_word(last + LOW) <= begin) & (e.load_word(first + HIGH) >= end)
 
 
+# --- scores
+
+
 @function
-def float_scores(e, op, base, n_rows, page_start, n_seen, keys, scores, ahead):
-    """`block_scores` for keys that are float32 or float16."""
-    dim, half = e.load_i32(op + DIM), key_kind(e, op)
-    line = e.select(half.is_(0), e.word(4 * PAGE), 2 * PAGE)
-    queries, stride = base + QUERIES, 4 * dim
-    narrow = e.select(n_seen > 16, e.word(32), 16)
-    width = e.select((n_seen > 32) | (n_rows < NARROW_ROWS[0]), PAGE, narrow)
+def pair_scores(e, op, base, n_rows, page_start, keys, scores):
+    """`float_scores` for keys of bfloat16."""
+    dim, factor = k_stride(e, op), PAIRS.factor(e)
     at_a_time = e.select(e.load_word(base + STATES + HIGH) >= page_start + PAGE, n_rows, PIECE)
+    with e.loop(0, dim, DIMS_AT_ONCE) as d:
+        n, fresh, queries = e.min(dim - d, DIMS_AT_ONCE) // 2, e.select(d.is_(0), e.word(1), 0), base + QUERIES
+        with each_rows(e, n_rows, at_a_time) as (r, rows):
+            seen = e.load_word(base + STATES + STATE * (r + rows - 1) + HIGH) - page_start
+            with each_columns(e, e.min(seen, PAGE), PAGE) as (c, columns):
+                multiply(e, columns, PAIRS, rows, n, queries + 4 * dim * r + factor // 2 * d, 4 * dim,
+                         keys + PAIRS_LINE // 2 * d + 4 * c, PAIRS_LINE, scores + 4 * BLOCK * r + 4 * c, 4 * BLOCK,
+                         fresh, base + AHEAD_OF, PAIRS_LINE // 2 * d)
+
+
+@function
+def float_scores(e, op, base, n_rows, page_start, n_seen, keys, scores):
+    """`block_scores` for keys that are floats."""
+    dim, kind = e.load_i32(op + DIM), key_kind(e, op)
+    queries, stride, ahead = base + QUERIES, 4 * dim, base + AHEAD_OF
 
     def direct(form):
-        multiply(e, width, form, n_rows, dim // form.numbers, queries, stride, keys, line, scores, 4 * BLOCK, 1, ahead)
+        narrow = e.select(n_seen > 16, e.word(32), 16)
+        width = e.select((n_seen > 32) | (n_rows < NARROW_ROWS[0]), PAGE, narrow)
+        multiply(e, width, form, n_rows, dim, queries, stride, keys, form.size * PAGE, scores, 4 * BLOCK, 1, ahead, 0)
 
-    def from_halves(form, made, convert):
-        at_once = PAGE * made.numbers  # as many dimensions as stay in the nearest cache
-        with e.choose(n_rows < CONVERT_ROWS) as (few, many):
-            with few:
-                direct(form)
-            with many, e.loop(0, dim, at_once) as d:
-                n = e.min(dim - d, at_once) // form.numbers
-                convert(e, keys + line * d, line, base + CONVERTED, n, width)
-                fresh = e.select(d.is_(0), e.word(1), 0)
-                with each_rows(e, n_rows, at_a_time) as (r, rows):
-                    seen = e.load_word(base + STATES + STATE * (r + rows - 1) + HIGH) - page_start
-                    with each_columns(e, e.min(seen, PAGE), PAGE) as (c, columns):
-                        multiply(e, columns, made, rows, n, queries + stride * r + 4 // form.numbers * d, stride,
-                                 base + CONVERTED + 4 * c, 4 * PAGE, scores + 4 * BLOCK * r + 4 * c, 4 * BLOCK, fresh,
-                                 ahead)
+    def converted():
+        at_a_time = e.select(e.load_word(base + STATES + HIGH) >= page_start + PAGE, n_rows, PIECE)
+        with e.loop(0, dim, PAGE) as d:  # as many dimensions as stay in the nearest cache
+            n, fresh = e.min(dim - d, PAGE), e.select(d.is_(0), e.word(1), 0)
+            convert(e, keys + 2 * PAGE * d, 2 * PAGE, base + CONVERTED, n, PAGE)
+            with each_rows(e, n_rows, at_a_time) as (r, rows):
+                seen = e.load_word(base + STATES + STATE * (r + rows - 1) + HIGH) - page_start
+                with each_columns(e, e.min(seen, PAGE), PAGE) as (c, columns):
+                    multiply(e, columns, F32_FLOATS, rows, n, queries + stride * r + 4 * d, stride,
+                             base + CONVERTED + 4 * c, 4 * PAGE, scores + 4 * BLOCK * r + 4 * c, 4 * BLOCK, fresh,
+                             ahead, 0)
 
-    if has_pairs(e):
-        with e.when(keys_in_pairs(e, op)):
-            from_halves(*PAIRWISE)
-        half = e.select(keys_in_pairs(e, op), -1, half)
-    with e.when(half.is_(KINDS["f32"])):
+    with e.when(kind.is_(KINDS["bf16"])):
+        pair_scores(e, op, base, n_rows, page_start, keys, scores)
+    with e.when(kind.is_(KINDS["f32"])):
         direct(F32_FLOATS)
-    with e.when(half.is_(KINDS["f16"])):
-        from_halves(*ONE_BY_ONE)
+    with e.when(kind.is_(KINDS["f16"])), e.choose(n_rows < CONVERT_ROWS) as (few, many):
+        with few:
+            direct(F16_FLOATS)
+        with many:
+            converted()
+
+
+# --- weighted values
 
 
 def _weigh(form: Form):
-    def write(e, base, first_row, n_rows, width, weights, page_start, m, m_stride, values, line, sums, stride, ahead):
+    def write(e, base, first_row, n_rows, width, weights, page_start, m, m_stride, sums, stride, behind):
         """Adds the values `m` of a page to the sums of some rows. `weights` is where the page's of row first_row are.
 
         Rows are tokens in order: what all of them see lies between where the last begins and where the first ends. In
-        pairs, a position whose neighbour a row does not see is taken by itself, from the values as they lie in a page.
+        pairs, a position whose neighbour a row does not see is taken by itself.
         """
-        state, n = base + STATES + STATE * first_row, form.numbers
+        state, n, factor, ahead = base + STATES + STATE * first_row, form.numbers, form.factor(e), base + AHEAD_OF
 
         def seen_by(r):
             low = e.max(e.load_word(state + STATE * r + LOW) - page_start, 0)
@@ -138,15 +156,14 @@ def _weigh(form: Form):
         def steps(low, high):
             return (low, high) if n == 1 else ((low + 1) // n, high // n)
 
-        def add(r, rows, low, high):
+        def add(r, rows, low, high, form=form):
             with e.when(low < high):
-                multiply(e, width, form, rows, high - low, weights + 4 * BLOCK * r + 4 * low, 4 * BLOCK,
-                         m + m_stride * form.n_lines * low, m_stride, sums + stride * r, stride, 0, ahead)
+                multiply(e, width, form, rows, high - low, weights + 4 * BLOCK * r + factor * low, 4 * BLOCK,
+                         m + m_stride * low, m_stride, sums + stride * r, stride, 0, ahead, behind)
 
         def add_single(r, position, form, condition):
             with e.when(condition):
-                multiply(e, width, form, 1, 1, weights + 4 * BLOCK * r + 4 * (position // n), 4 * BLOCK,
-                         values + line * position, line, sums + stride * r, stride, 0, ahead)
+                add(r, 1, position // n, position // n + 1, form)
 
         low, high = steps(seen_by(n_rows - 1)[0], seen_by(e.word(0))[1])
         nothing = low >= high
@@ -168,65 +185,98 @@ def _weigh(form: Form):
     return function(write)
 
 
-weigh = {form: _weigh(form) for form in (F32_FLOATS, F16_FLOATS, BF16_PAIRS, F16_IN_PAIRS)}
+weigh = {form: _weigh(form) for form in (F32_FLOATS, F16_FLOATS, PAIRS)}
+
+
+def weights_of(e, form, base, page, r):
+    """Where the weights are that a row has for the block's first or second page."""
+    return base + WEIGHTS + 4 * BLOCK * r + form.factor(e) // form.numbers * PAGE * page
 
 
 @function
-def float_values(e, op, base, n_rows, page, page_start, values, ahead, to_sums):
-    """`page_values` for values that are float32, or float16 and few rows."""
-    n_columns, half = v_stride(e, op), value_kind(e, op)
-    size = e.select(half.is_(KINDS["f32"]), e.word(4), 2)
-    line, stride = size * n_columns, 4 * n_columns
-    at_a_time = e.select(all_see(e, base, n_rows, page_start, page_start + PAGE), n_rows, 6)
-    direct, _, _ = PAIRWISE if has_pairs(e) else ONE_BY_ONE
+def pair_values(e, base, n_rows, n_columns, page, page_start, values, to_sums):
+    """`float_values` for values of bfloat16.
 
-    def add(form, c, width):
-        weights, m, sums = base + WEIGHTS + 4 // form.numbers * PAGE * page, values + size * c, to_sums + 4 * c
-        with each_rows(e, n_rows, at_a_time) as (r, rows):
-            weigh[form](e, base, r, rows, width, weights + 4 * BLOCK * r, page_start, m, line, m, line,
-                        sums + stride * r, stride, ahead + PAGE * size * c)
+    Weights of positions that a row does not see are 0, and 0 times a finite value changes nothing. So some rows at a
+    time are multiplied with all that one of them sees. If there is infinity or NaN, each with what it sees itself.
+    """
+    states, stride, ahead = base + STATES, 4 * n_columns, base + AHEAD_OF
+    even = all_see(e, base, n_rows, page_start, page_start + PAGE)
+
+    def seen(first_row, last_row):
+        low = e.max(e.load_word(states + STATE * first_row + LOW) - page_start, 0)
+        high = e.max(e.min(e.load_word(states + STATE * last_row + HIGH) - page_start, PAGE), 0)
+        return low // 2, (high + 1) // 2
 
     with each_columns(e, n_columns, PAGE) as (c, width):
-        with e.when(half.is_(KINDS["f32"])):
-            add(F32_FLOATS, c, width)
-        with e.when(half.is_(KINDS["f16"])):
-            add(direct, c, width)
+        together, sums = c // PAGE * PAGE, to_sums + 4 * c  # 64 columns, or what is left, lie in the same lines
+        line, behind = 4 * e.min(n_columns - together, PAGE), 2 * PAGE * together
+        m, finite = values + behind + 4 * (c - together), e.variable(1)
+        with e.when(even.is_(0)):
+            first, stop = seen(e.word(0), n_rows - 1)
+            finite.set(all_finite[PAIRS](e, m + line * first, line, stop - first, width))
+        with e.choose(finite.get().is_not(0)) as (any_, own):
+            with any_, each_rows(e, n_rows, e.select(even, n_rows, ROWS[0])) as (r, rows):
+                first, stop = seen(r, r + rows - 1)
+                with e.when(first < stop):
+                    multiply(e, width, PAIRS, rows, stop - first,
+                             weights_of(e, PAIRS, base, page, r) + PAIRS.factor(e) * first, 4 * BLOCK,
+                             m + line * first, line, sums + stride * r, stride, 0, ahead, behind)
+            with own, each_rows(e, n_rows, ROWS[0]) as (r, rows):
+                weigh[PAIRS](e, base, r, rows, width, weights_of(e, PAIRS, base, page, r), page_start, m, line,
+                             sums + stride * r, stride, behind)
+
+
+@function
+def float_values(e, op, base, n_rows, page, page_start, values, to_sums):
+    """`page_values` for values that are floats; those of float16 for few rows."""
+    n_columns, kind = v_stride(e, op), value_kind(e, op)
+    stride, at_a_time = 4 * n_columns, e.select(all_see(e, base, n_rows, page_start, page_start + PAGE), n_rows, 6)
+
+    def add(form):
+        with each_columns(e, n_columns, PAGE) as (c, width), each_rows(e, n_rows, at_a_time) as (r, rows):
+            weigh[form](e, base, r, rows, width, weights_of(e, form, base, page, r), page_start,
+                        values + form.size * c, form.size * n_columns, to_sums + stride * r + 4 * c, stride,
+                        PAGE * form.size * c)
+
+    with e.when(kind.is_(KINDS["bf16"])):
+        pair_values(e, base, n_rows, n_columns, page, page_start, values, to_sums)
+    with e.when(kind.is_(KINDS["f32"])):
+        add(F32_FLOATS)
+    with e.when(kind.is_(KINDS["f16"])):
+        add(F16_FLOATS)
 
 
 @function
 def half_values(e, op, base, n_rows, start, begin, end, pages, values, to_sums):
     """`block_values` for values that are float16 and many rows: they are made ready for all of them.
 
-    Weights of positions that a row does not see are 0, and 0 times a finite value changes nothing. So some rows at a
-    time are multiplied with all that one of them sees. If there is infinity or NaN, each with what it sees itself.
+    As in `pair_values`, some rows at a time are multiplied with all that one of them sees, if all of it is finite.
     """
-    n_columns, states = v_stride(e, op), base + STATES
-    _, made, convert = PAIRWISE if has_pairs(e) else ONE_BY_ONE
-    n, line, stride, made_line = made.numbers, 2 * n_columns, 4 * n_columns, 4 * PAGE
+    n_columns, states, ahead = v_stride(e, op), base + STATES, base + AHEAD_OF
+    line, stride, made_line = 2 * n_columns, 4 * n_columns, 4 * PAGE
     low = e.max(e.load_word(states + LOW), begin)
     high = e.min(e.load_word(states + STATE * (n_rows - 1) + HIGH), end)
     even = all_see(e, base, n_rows, start, start + BLOCK)
-    with each_columns(e, n_columns, PAGE // 2 * n) as (c, width):
+    with each_columns(e, n_columns, PAGE // 2) as (c, width):
         finite, sums = e.variable(1), to_sums + 4 * c
         with e.loop(begin, end, PAGE) as at:
-            first, stop = e.max(low - at, 0) // n, (e.min(high - at, PAGE) + (n - 1)) // n
-            to = base + CONVERTED + made_line * ((at - start) // n + first)
+            first, stop = e.max(low - at, 0), e.min(high - at, PAGE)
+            to = base + CONVERTED + made_line * (at - start + first)
             page = e.load_word(pages + WORD * (at // PAGE)) + values + 2 * c
-            convert(e, page + line * n * first, line, to, stop - first, width)
+            convert(e, page + line * first, line, to, stop - first, width)
             with e.when(even.is_(0)):
-                finite.set(e.min(finite.get(), all_finite[made](e, to, stop - first, width)))
+                finite.set(e.min(finite.get(), all_finite[F32_FLOATS](e, to, made_line, stop - first, width)))
         with e.choose(finite.get().is_not(0)) as (together, apart):
             with together, each_rows(e, n_rows, e.select(even, n_rows, ROWS[0])) as (r, rows):
-                first = e.max(e.load_word(states + STATE * r + LOW) - start, 0) // n
-                seen = e.min(e.load_word(states + STATE * (r + rows - 1) + HIGH) - start, BLOCK)
-                stop = (e.max(seen, 0) + (n - 1)) // n
-                multiply(e, width, made, rows, stop - first, base + WEIGHTS + 4 * BLOCK * r + 4 * first, 4 * BLOCK,
-                         base + CONVERTED + made_line * first, made_line, sums + stride * r, stride, 1, base)
+                first = e.max(e.load_word(states + STATE * r + LOW) - start, 0)
+                stop = e.max(e.min(e.load_word(states + STATE * (r + rows - 1) + HIGH) - start, BLOCK), 0)
+                multiply(e, width, F32_FLOATS, rows, stop - first, base + WEIGHTS + 4 * BLOCK * r + 4 * first, 4 * BLOCK,
+                         base + CONVERTED + made_line * first, made_line, sums + stride * r, stride, 1, ahead, 0)
             with apart:
                 with e.loop(0, n_rows) as r, e.loop(0, 4 * width, 64) as i:
                     e.store(sums + stride * r + i, e.vector(0.0))
                 with e.loop(begin, end, PAGE) as at, each_rows(e, n_rows, ROWS[0]) as (r, rows):
-                    page = e.load_word(pages + WORD * (at // PAGE)) + values + 2 * c
-                    weigh[made](e, base, r, rows, width, base + WEIGHTS + 4 * BLOCK * r + 4 // n * (at - start), at,
-                                base + CONVERTED + made_line * ((at - start) // n), made_line, page, line,
-                                sums + stride * r, stride, base)
+                    weigh[F32_FLOATS](e, base, r, rows, width, base + WEIGHTS + 4 * BLOCK * r + 4 * (at - start), at,
+                                      base + CONVERTED + made_line * (at - start), made_line, sums + stride * r, stride,
+                                      0)

@@ -26,6 +26,7 @@ from edgelm.kernels.attention_blocks import (
     block_values,
     finish,
     merge,
+    will_read,
 )
 from edgelm.kernels.attention_layout import (
     FLAGS,
@@ -89,15 +90,16 @@ def attend(e, op, env, base, token, n_tokens, kv_head, head, n_heads, begin, end
     with e.loop(first, last) as block:
         start = BLOCK * block
         from_, to = e.max(start, low // PAGE * PAGE), e.min(start + BLOCK, high)
+        later, keys = e.select(block < last - 1, block + 1, first), e.select(block < last - 1, k, next_head)
         with e.loop(from_, to, PAGE) as at:
-            page = e.load_word(pages + WORD * (at // PAGE))
-            block_scores(e, op, base, n_rows, (at - start) // PAGE, at, to - at, page + k, page + v)
+            will_read(e, base, pages, last_page, (at - start) // PAGE, block, later, k, v, keys)
+            keys_of_page = e.load_word(pages + WORD * (at // PAGE)) + k
+            block_scores(e, op, base, n_rows, (at - start) // PAGE, at, to - at, keys_of_page)
         block_softmax(e, op, base, n_rows, start, to - start)
         whole = partial.is_(0)
         alone = whole & block.is_(first)  # nothing to be merged with
-        later, keys = e.select(block < last - 1, block + 1, first), e.select(block < last - 1, k, next_head)
         sums = base + e.select(alone, MERGED, e.word(SUMS))
-        block_values(e, op, base, n_rows, start, from_, to, pages, later, last_page, v, keys, sums)
+        block_values(e, op, base, n_rows, start, from_, to, pages, last_page, later, k, v, keys, sums)
         with e.loop(0, n_rows) as r:
             state, own = base + STATES + STATE * r, sums + 4 * width * r
             with e.when(alone):

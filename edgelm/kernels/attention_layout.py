@@ -39,7 +39,8 @@ STATE = 64  # bytes of a row's state:
 LOW, HIGH = 0, 8  # words: the first position that it sees, and the one after the last
 TOTAL_MAX, TOTAL_SUM, MAX, SUM = 16, 20, 24, 28  # float32: of all blocks so far, and of the last
 QUERY_SCALE = 32  # float32, of a quantized query
-TILE_BYTES = STATES + STATE * ROWS
+AHEAD_OF = STATES + STATE * ROWS  # words: what will be read next, of the keys and values of a page that is being read
+TILE_BYTES = AHEAD_OF + 64
 MINUS_INFINITY = float("-inf")
 FLOATS = "keys and values are float32 or float16"  # a fact: half of the code need not be compiled
 
@@ -66,7 +67,7 @@ def whole(n, size):
 
 def key_stride(e, kind, dim):
     """Values of a key as they lie in pages and tiles, with padding."""
-    return e.select(is_quantized(kind), whole(dim, DIMS), dim)
+    return e.select(is_quantized(kind), whole(dim, DIMS), e.select(kind.is_(KINDS["bf16"]), whole(dim, 2), dim))
 
 
 def value_stride(e, kind, dim):

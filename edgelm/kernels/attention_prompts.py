@@ -1,6 +1,6 @@
 """Attention of prompts through Intel's matrix unit: a tile over all its positions; `attention_amx` has what a tile is.
 
-Only float16 keys and values, where Env.TILES says that the unit is used. If values that some rows of a tile do not see
+Only keys and values of bfloat16, where Env.TILES says that the unit is used. If values that some rows of a tile do not see
 are not finite, nothing is computed, and the caller is told.
 
 Knows nothing of how the work is divided; see `attention_kernels`.
@@ -21,8 +21,8 @@ from edgelm.kernels.attention_amx import (
     Layout,
     M,
     add_values,
-    convert_keys,
-    convert_values,
+    copy_keys,
+    copy_values,
     hide,
     rescale,
     score,
@@ -31,7 +31,6 @@ from edgelm.kernels.attention_amx import (
 from edgelm.kernels.attention_blocks import LOWEST, cap_scores, queries_of, write_result
 from edgelm.kernels.attention_layout import (
     CONVERT_ROWS,
-    DIM,
     GROUP,
     HEADS,
     HIGH,
@@ -63,14 +62,14 @@ def through_unit(e, op, env):
     if not amx.has_tiles(e.context):
         return Value(e, I1(0))
     least = e.load_word(env + TILES)
-    halves = key_kind(e, op).is_(KINDS["f16"]) & value_kind(e, op).is_(KINDS["f16"])
+    pairs = key_kind(e, op).is_(KINDS["bf16"]) & value_kind(e, op).is_(KINDS["bf16"])
     enough = e.load_word(env + N_TOKENS) >= e.max(least, SPLIT_TOKENS + 1)
-    return (least > 0) & enough & halves & (e.load_i32(op + DIM) % 2).is_(0)
+    return (least > 0) & enough & pairs
 
 
 @function
 def is_prompt(e, op, env, token):
-    """Whether a token is one of so many of its sequence in this call that converting keys for them is worth while.
+    """Whether a token is one of so many of its sequence in this call that copying keys for them is worth while.
 
     The same for each of them, whichever are worked on at a time.
     """
@@ -123,13 +122,13 @@ def begin_rows(e, op, env, base, token, n_tokens, first_head, n_heads):
 
 
 @function
-def convert(e, op, base, pages, keys, values, start, low, high):
+def copy(e, op, base, pages, keys, values, start, low, high):
     """Of the block at `start`, the pages that positions [low, high) lie in. Returns whether values are finite."""
     finite = e.variable(1)
     with e.loop(low // PAGE * PAGE, high, PAGE) as p:
         page = e.load_word(pages + WORD * (p // PAGE))
-        convert_keys(e, op, base, (p - start) // PAGE, page + keys)
-        ok = convert_values(e, op, base, (p - start) // PAGE, page + values, e.min(high - p, PAGE))
+        copy_keys(e, op, base, (p - start) // PAGE, page + keys)
+        ok = copy_values(e, op, base, (p - start) // PAGE, page + values, e.min(high - p, PAGE))
         finite.set(e.min(finite.get(), ok))
     return finite.get()
 
@@ -168,7 +167,7 @@ def attend(e, op, env, base, token, n_tokens, kv_head, head, n_heads):
     block, possible = e.variable(low // BLOCK * BLOCK), e.variable(1)
     with e.repeat(lambda: (block.get() < high) & possible.get().is_(1)):
         start, end = block.get(), e.min(block.get() + BLOCK, high)
-        finite = convert(e, op, base, pages, keys, values, start, e.max(start, low), end)
+        finite = copy(e, op, base, pages, keys, values, start, e.max(start, low), end)
         possible.set(e.select((all_low <= start) & (all_high >= end), 1, finite))
         with e.loop(0, (n_rows + (GROUP_ROWS - 1)) // GROUP_ROWS) as group:
             state = at.state(GROUP_ROWS * group)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
+from edgelm.kernels.attention_tiles import addresses_ahead
 from edgelm.kernels.emit import F32, I8, I16, I32, I64, I8x16, I8x64, I32x16, load_at, repeat, spread, store_at, target
 from edgelm.kernels.isa import Form
 from edgelm.kernels.isas import select as select_isa
@@ -19,6 +20,7 @@ from edgelm.kv_types import BLOCK, PAGE, SCALES, block_bytes
 
 LARGEST = 127 * 128 + 63  # of whole numbers of 15 bits
 TINY = 2.0**-126  # the smallest normal float32
+MOST_AHEAD = 3  # of `places_ahead`: there is more work on each byte than with floats
 NOTHING = 2.0**-60  # a weight that counts for nothing beside the largest, which is 1; products of smaller are slow
 MAGIC = 1.5 * 2.0**23  # adding it rounds to a whole number, to nearest even, in the low bits
 MAGNITUDE, INFINITY = 0x7FFFFFFF, 0x7F800000
@@ -190,23 +192,24 @@ class _Dots:
         return results
 
 
-def _fetch(e, ahead, n):
-    for line in range(0, n, 64):
-        e.prefetch(ahead + line)
+def _fetch(e, next_ones, at, n):
+    for address in next_ones:
+        for line in range(0, n, 64):
+            e.prefetch(address + at + line)
 
 
-def _keys_tile(e, bits, rows, n_blocks, x, x_stride, scales, scales_stride, keys, column, sums, sums_stride, ahead):
+def _keys_tile(e, bits, rows, n_blocks, x, x_stride, scales, scales_stride, keys, column, sums, sums_stride, next_ones):
     """32 columns of `multiply_keys`."""
     totals, dots = [[e.variable(e.vector(0.0)) for _ in range(2)] for _ in range(rows)], _Dots(e, bits, rows)
     with e.loop(0, n_blocks) as block:
         queries = [x + x_stride * r + QUERY * block for r in range(rows)]
         at = block_bytes(bits) * block
         dots.begin([query + QUERY_OFFSET for query in queries])
-        _fetch(e, ahead + at + 2 * column, 64)
+        _fetch(e, next_ones, at + 2 * column, 64)
         with e.loop(0, bits // 4) as i:
             steps, fours = [], at + SCALES + 4 * column + 1024 * i
             for chunk in range(4):
-                _fetch(e, ahead + fours + 256 * chunk, 128)
+                _fetch(e, next_ones, fours + 256 * chunk, 128)
                 pair = [_bytes(e, bits, keys + fours + 256 * chunk + 64 * c) for c in range(2)]
                 steps += [(4 * half + chunk, list(columns)) for half, columns in enumerate(zip(*pair, strict=True))]
             dots.add([(query + 16 * i, query + QUERY_LOW + 16 * i) for query in queries], steps)
@@ -220,16 +223,16 @@ def _keys_tile(e, bits, rows, n_blocks, x, x_stride, scales, scales_stride, keys
             e.store(sums + sums_stride * r + 4 * column + 64 * c, row[c].get() * scale)
 
 
-def _values_tile(e, bits, rows, x, values, sums, sums_stride, ahead):
+def _values_tile(e, bits, rows, x, values, sums, sums_stride, next_ones):
     """`multiply_values` for a number of rows that is known while it is written."""
     dots, records = _Dots(e, bits, rows), [x + WEIGHTS * r for r in range(rows)]
     dots.begin([record + WEIGHTS_OFFSET for record in records])
-    _fetch(e, ahead, SCALES)
+    _fetch(e, next_ones, 0, SCALES)
     line = BLOCK * bits // 2  # bytes of four positions
     with e.loop(0, PAGE // 16) as i:
         steps, fours = [], SCALES + 4 * line * i
         for chunk in range(4):
-            _fetch(e, ahead + fours + line * chunk, line)
+            _fetch(e, next_ones, fours + line * chunk, line)
             pair = [_bytes(e, bits, values + fours + line * chunk + at) for at in range(0, line, 64)]
             steps.append((chunk, [vector for vectors in pair for vector in vectors]))
         dots.add([(record + 16 * i, record + WEIGHTS_LOW + 16 * i) for record in records], steps)
@@ -242,11 +245,11 @@ def _values_tile(e, bits, rows, x, values, sums, sums_stride, ahead):
 
 def _multiply_keys(bits: int):
     def write(e, n_rows, n_blocks, x, x_stride, scales, scales_stride, keys, n_columns, sums, sums_stride, ahead):
-        done = e.variable(0)
+        done, next_ones = e.variable(0), addresses_ahead(e, ahead, e.word(0))[:MOST_AHEAD]
         for rows in _row_tiles(e):
             with e.repeat(lambda rows=rows: done.get() + rows <= n_rows):
                 r = done.get()
-                fetched = e.select(r.is_(0), ahead, keys)  # once is enough
+                fetched = [e.select(r.is_(0), address, keys) for address in next_ones]  # once is enough
                 with e.loop(0, n_columns, BLOCK) as column:
                     _keys_tile(e, bits, rows, n_blocks, x + x_stride * r, x_stride, scales + scales_stride * r,
                                scales_stride, keys, column, sums + sums_stride * r, sums_stride, fetched)
@@ -257,12 +260,12 @@ def _multiply_keys(bits: int):
 
 
 def _multiply_values(bits: int):
-    def write(e, n_rows, x, values, sums, sums_stride, ahead):
-        done = e.variable(0)
+    def write(e, n_rows, x, values, sums, sums_stride, ahead, behind):
+        done, next_ones = e.variable(0), addresses_ahead(e, ahead, behind)[:MOST_AHEAD]
         for rows in _row_tiles(e):
             with e.repeat(lambda rows=rows: done.get() + rows <= n_rows):
                 r = done.get()
-                fetched = e.select(r.is_(0), ahead, values)
+                fetched = [e.select(r.is_(0), address, values) for address in next_ones]
                 _values_tile(e, bits, rows, x + WEIGHTS * r, values, sums + sums_stride * r, sums_stride, fetched)
                 done.set(r + rows)
 
@@ -277,7 +280,7 @@ def multiply_keys(e: Emitter, bits: Value, *arguments) -> None:
     """sums (n_rows, n_columns) = q·k of a page's first positions, 32 or 64 of them.
 
     Arguments: n_rows, n_blocks of a head, x and x_stride (blocks of queries), scales and scales_stride (of queries),
-    keys, n_columns, sums, sums_stride, ahead (as much as is read of the keys is fetched from there for later).
+    keys, n_columns, sums, sums_stride, ahead (as for `attention_tiles.multiply`).
     """
     for n, product in _KEYS.items():
         with e.when(bits.is_(n)):
@@ -287,7 +290,7 @@ def multiply_keys(e: Emitter, bits: Value, *arguments) -> None:
 def multiply_values(e: Emitter, bits: Value, *arguments) -> None:
     """sums (n_rows, 32) += p·v of a page, for a block of dimensions.
 
-    Arguments: n_rows, x (what `quantize_weights` wrote), values, sums, sums_stride, ahead.
+    Arguments: n_rows, x (what `quantize_weights` wrote), values, sums, sums_stride, ahead, behind.
     """
     for n, product in _VALUES.items():
         with e.when(bits.is_(n)):

@@ -260,7 +260,7 @@ def _path_of(kernel: Kernel | str) -> tuple[str, Path]:
         assert isinstance(kernel, FunctionType)
         module, name, file = kernel.__module__, kernel.__qualname__, kernel.__code__.co_filename
     symbol = f"{module}.{name}.{sources.digest(file)}"
-    return symbol, cache_dir() / _processor() / f"{symbol}.o"
+    return symbol, cache_dir() / compiled_for().folder / f"{symbol}.o"
 
 
 def _find(kernel: Kernel | str) -> int:
@@ -330,9 +330,9 @@ def _write(path: Path, code: bytes) -> None:
 
 
 @functools.cache
-def _processor() -> str:
-    """Name of a folder for code of this processor."""
-    return processor.folder(cache_dir())
+def compiled_for() -> processor.Processor:
+    """The processor that kernels are for."""
+    return processor.find(cache_dir())
 
 
 @functools.cache

@@ -12,11 +12,23 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 CPUS, BOOT = Path("/proc/cpuinfo"), Path("/proc/sys/kernel/random/boot_id")
 _FACTS = ("vendor_id", "cpu family", "model", "stepping", "flags")  # of the first processor in CPUS
-_KEPT = re.compile(r"([0-9a-f]{64}) ([\w.-]+)\n")
+_KEPT = re.compile(r"([0-9a-f]{64}) ([\w.-]+) (pairs|no pairs)\n")
+
+
+class Processor(NamedTuple):
+    """What is asked of one.
+
+    Attributes:
+        folder: a name for code of this processor.
+        adds_pairs: whether it adds two products of bfloat16 to a sum at a time.
+    """
+
+    folder: str
+    adds_pairs: bool
 
 
 @functools.cache
@@ -31,21 +43,22 @@ def llvm() -> Any:
     return llvmlite.binding
 
 
-def folder(cache: Path) -> str:
-    """Name of the folder in `cache` for code of this processor; NUMBA_CPU_NAME, NUMBA_CPU_FEATURES choose another."""
+def find(cache: Path) -> Processor:
+    """The processor, perhaps as it is kept in `cache`; NUMBA_CPU_NAME, NUMBA_CPU_FEATURES choose another."""
     machine = "" if {"NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"} & os.environ.keys() else _machine()
     file = cache / "processor"
     if machine:
         with contextlib.suppress(OSError, UnicodeDecodeError):
             kept = _KEPT.fullmatch(file.read_text())
             if kept and kept[1] == machine:
-                return kept[2]
+                return Processor(kept[2], kept[3] == "pairs")
     name = os.environ.get("NUMBA_CPU_NAME") or llvm().get_host_cpu_name()
     features = os.environ.get("NUMBA_CPU_FEATURES") or llvm().get_host_cpu_features().flatten()
-    found = f"{name}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+    folder = f"{name}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+    found = Processor(folder, "+avx512bf16" in features.split(","))
     if machine:
         with contextlib.suppress(OSError):
-            file.write_text(f"{machine} {found}\n")
+            file.write_text(f"{machine} {found.folder} {'pairs' if found.adds_pairs else 'no pairs'}\n")
     return found
 
 

@@ -19,7 +19,7 @@ from edgelm.kernels.executor import Executor
 from edgelm.pages import KV_TYPES, PAGE, GroupLayout
 
 ONE_TYPE = pytest.mark.parametrize("kv_type", [*KV_TYPES])
-ANY_TYPE = pytest.mark.parametrize("kv_type", [*KV_TYPES, "q8_0/f16", "f16/q4_0", "q8_0/q4_0"])
+ANY_TYPE = pytest.mark.parametrize("kv_type", [*KV_TYPES, "q8_0/bf16", "f16/q4_0", "bf16/f16", "q8_0/q4_0"])
 
 
 def check(case: Case, n: int, tolerance: float = 0.0) -> None:
@@ -115,7 +115,8 @@ WAYS = [[1], [2], [3], [7], [16, 1], [64], [100, 1, 1, 5], [SPLIT_TOKENS], [SPLI
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"kv_type": "f32"}, {"window": 70}, {"softcap": 2.0}, {"n_heads": 4, "n_kv_heads": 1, "head_dim": 256},
+    {}, {"kv_type": "f32"}, {"kv_type": "f16"}, {"window": 70}, {"softcap": 2.0},
+    {"n_heads": 4, "n_kv_heads": 1, "head_dim": 256},
     {"n_heads": 3, "n_kv_heads": 3, "head_dim": 80, "rope_dim": 32}, {"head_dim": 8, "v_head_dim": 24},
     {"head_dim": 33, "v_head_dim": 21}, {"n_heads": 71, "n_kv_heads": 1, "head_dim": 16},
     {"kv_type": "q8_0", "softcap": 2.0}, {"kv_type": "q4_0", "window": 70}, {"kv_type": "q8_0/f16"},

@@ -91,7 +91,7 @@ def test_only_from_so_many_tokens_on():
     plain = run(Case(), inputs)
     np.testing.assert_array_equal(run(Case(tiles=201), inputs), plain)
     assert (run(Case(tiles=200), inputs) != plain).any()
-    for options in ({"kv_type": "f32"}, {"kv_type": "f16/f32"}, {"kv_type": "q8_0"}):
+    for options in ({"kv_type": "f32"}, {"kv_type": "bf16/f16"}, {"kv_type": "q8_0"}):
         np.testing.assert_array_equal(run(Case(tiles=9, **options), inputs), run(Case(**options), inputs))
 
 

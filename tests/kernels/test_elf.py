@@ -20,7 +20,7 @@ def objects() -> dict[str, bytes]:
     """Object files by symbol: of `SOME`, and of what else there is in the cache of today's sources."""
     compiler.compile_all(SOME)
     found = {}
-    for file in (compiler.cache_dir() / compiler._processor()).iterdir():
+    for file in (compiler.cache_dir() / compiler.compiled_for().folder).iterdir():
         name = NAME.fullmatch(file.name)
         if name and name[3] == sources.digest(compiler._file_of(f"edgelm.kernels.{name[1]}")):
             code = compiler._read(file)

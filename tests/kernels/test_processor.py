@@ -51,16 +51,16 @@ def folder(n: int) -> str:
 def test_real_name_is_that_of_llvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"):
         monkeypatch.delenv(variable, raising=False)
-    found = processor.folder(tmp_path)
+    found = processor.find(tmp_path).folder
     assert found.startswith(processor.llvm().get_host_cpu_name() + "-")
-    assert processor.folder(tmp_path) == found
-    assert (tmp_path / "processor").read_text().endswith(f" {found}\n")
+    assert processor.find(tmp_path).folder == found
+    assert (tmp_path / "processor").read_text().split()[1] == found
 
 
 def test_asked_once_until_something_changes(llvm: LLVM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [processor.folder(tmp_path) for _ in range(3)] == [folder(1)] * 3
+    assert [processor.find(tmp_path).folder for _ in range(3)] == [folder(1)] * 3
     (tmp_path / "CPUS").write_text(CPUINFO.format("one").replace("MHz one", "MHz two"))
-    assert processor.folder(tmp_path) == folder(1)
+    assert processor.find(tmp_path).folder == folder(1)
     for n, change in enumerate(
         (
             lambda: (tmp_path / "CPUS").write_text(CPUINFO.format("two")),
@@ -72,24 +72,31 @@ def test_asked_once_until_something_changes(llvm: LLVM, tmp_path: Path, monkeypa
         2,
     ):
         change()
-        assert [processor.folder(tmp_path) for _ in range(2)] == [folder(n)] * 2
+        assert [processor.find(tmp_path).folder for _ in range(2)] == [folder(n)] * 2
 
 
 def test_asked_each_time_where_too_little_is_known(llvm: LLVM, tmp_path: Path) -> None:
     (tmp_path / "CPUS").write_text("processor\t: 0\nHardware\t: a board\n\n")
-    assert [processor.folder(tmp_path) for _ in range(2)] == [folder(1), folder(2)]
+    assert [processor.find(tmp_path).folder for _ in range(2)] == [folder(1), folder(2)]
     (tmp_path / "CPUS").unlink()
-    assert processor.folder(tmp_path) == folder(3)
+    assert processor.find(tmp_path).folder == folder(3)
     assert not (tmp_path / "processor").exists()
 
 
 def test_what_is_chosen_is_not_kept(llvm: LLVM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NUMBA_CPU_NAME", "haswell")
-    assert processor.folder(tmp_path).startswith("haswell-")
+    assert processor.find(tmp_path).folder.startswith("haswell-")
     assert not (tmp_path / "processor").exists()
     monkeypatch.delenv("NUMBA_CPU_NAME")
-    assert processor.folder(tmp_path) == folder(1)
+    assert processor.find(tmp_path).folder == folder(1)
+
+
+def test_pairs_are_kept_too(llvm: LLVM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any(processor.find(tmp_path).adds_pairs for _ in range(2))
+    (tmp_path / "processor").unlink()
+    monkeypatch.setattr(llvm, "flatten", lambda: "+sse2,+avx512bf16")
+    assert all(processor.find(tmp_path).adds_pairs for _ in range(2)) and llvm.asked == 2
 
 
 def test_a_cache_that_cannot_be_written(llvm: LLVM, tmp_path: Path) -> None:
-    assert processor.folder(tmp_path / "nowhere") == folder(1)
+    assert processor.find(tmp_path / "nowhere").folder == folder(1)
