@@ -96,8 +96,11 @@ MODEL_FLAGS = (
         type=click.IntRange(1),
         help="Tokens of a prompt that are computed at a time.",
     ),
-    _flag("-ctk", "--cache-type-k", type=click.Choice(CACHE_TYPES), help="Type of cached keys. Usually bf16 if the processor adds products of such pairs, else f16."),
-    _flag("-ctv", "--cache-type-v", type=click.Choice(CACHE_TYPES), help="Type of cached values."),
+    _flag(
+        "-ctk", "--cache-type-k", type=click.Choice(CACHE_TYPES),
+        help="Type of cached keys; else bf16 where the processor multiplies pairs of them, f16 elsewhere.",
+    ),
+    _flag("-ctv", "--cache-type-v", type=click.Choice(CACHE_TYPES), help="The same of cached values."),
     _flag(
         "--interpreter",
         type=click.Choice(["auto", "program", "reference", "onnxruntime"]),

@@ -96,8 +96,9 @@ def load(
             default model.
         ctx_size: context window in tokens; 0 for that of the model.
         threads, threads_batch: for single tokens and for prompts; None for the physical cores.
-        kv_type: what keys and values are stored as: "f16", "f32", "q8_0" or "q4_0", or two of them as "q8_0/f16", first
-            that of keys. None for "f16", for the reference "f32". An ONNX graph has a type of its own.
+        kv_type: what keys and values are stored as: "f16", "bf16", "f32", "q8_0" or "q4_0", or two of them as
+            "q8_0/f16", first that of keys. None for "bf16" where the processor adds products of pairs of them, else
+            "f16"; for the reference "f32". An ONNX graph has a type of its own.
         interpreter: "program" (compiled kernels), "reference" (NumPy, slow and exact), "auto" for the first of them
             that can run here; ONNX models have "onnxruntime".
         chat_template: source or built-in name of a template to use instead of the file's own.

@@ -1,9 +1,9 @@
 """What attention through Intel's matrix unit does with one block of positions: see `amx`, and `attention_prompts`.
 
 A tile is some query heads that share a KV head, of some tokens in a row: its rows are (token, head), as many as there
-are. Keys and values of a block, pairs of bfloat16, are copied to it, once for all rows. Then, GROUP_ROWS at a time, there
-are scores, weights and weighted values. (To have the unit work on one group while weights are made of the scores of
-another is no faster: beside it the processor multiplies vectors at half of its speed.)
+are. Keys and values of a block, pairs of bfloat16, are copied to it, once for all rows. Then, GROUP_ROWS at a time,
+there are scores, weights and weighted values. (To have the unit work on one group while weights are made of the scores
+of another is no faster: beside it the processor multiplies vectors at half of its speed.)
 
 Weights are 2 ** (score - m), with any m near the largest score so far: what is added up is rescaled only when a score
 is larger than m by SLACK (Dao et al. 2022 rescale for each block). What they are divided by in the end is the sum of

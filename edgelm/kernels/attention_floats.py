@@ -271,8 +271,9 @@ def half_values(e, op, base, n_rows, start, begin, end, pages, values, to_sums):
             with together, each_rows(e, n_rows, e.select(even, n_rows, ROWS[0])) as (r, rows):
                 first = e.max(e.load_word(states + STATE * r + LOW) - start, 0)
                 stop = e.max(e.min(e.load_word(states + STATE * (r + rows - 1) + HIGH) - start, BLOCK), 0)
-                multiply(e, width, F32_FLOATS, rows, stop - first, base + WEIGHTS + 4 * BLOCK * r + 4 * first, 4 * BLOCK,
-                         base + CONVERTED + made_line * first, made_line, sums + stride * r, stride, 1, ahead, 0)
+                weights, m = base + WEIGHTS + 4 * BLOCK * r + 4 * first, base + CONVERTED + made_line * first
+                multiply(e, width, F32_FLOATS, rows, stop - first, weights, 4 * BLOCK, m, made_line, sums + stride * r,
+                         stride, 1, ahead, 0)
             with apart:
                 with e.loop(0, n_rows) as r, e.loop(0, 4 * width, 64) as i:
                     e.store(sums + stride * r + i, e.vector(0.0))

@@ -1,7 +1,7 @@
 """Attention of prompts through Intel's matrix unit: a tile over all its positions; `attention_amx` has what a tile is.
 
-Only keys and values of bfloat16, where Env.TILES says that the unit is used. If values that some rows of a tile do not see
-are not finite, nothing is computed, and the caller is told.
+Only keys and values of bfloat16, where Env.TILES says that the unit is used. If values that some rows of a tile do not
+see are not finite, nothing is computed, and the caller is told.
 
 Knows nothing of how the work is divided; see `attention_kernels`.
 """

@@ -4,9 +4,9 @@ The same product serves q·k, with positions in lanes, and p·v, with dimensions
 ascending order with one fused multiply-add at a time, or one pair of bfloat16 at a time, whatever the number of rows of
 a tile: so how queries are put together into tiles, and how wide the registers are, changes no bit of a result.
 
-Keys and values of bfloat16 are multiplied in pairs where the processor adds two products at a time (`has_pairs`), and
-queries and weights are rounded to bfloat16 for it: twice as many multiply-adds, and what it costs is a twentieth of what
-activations of int8 cost (docs/LOG.md).
+Where the processor adds two products of bfloat16 at a time (`has_pairs`), keys and values of that type are multiplied
+in pairs, and queries and weights are rounded to it: twice as many multiply-adds, and what it costs is a twentieth of
+what activations of int8 cost (docs/LOG.md).
 
 Knows nothing of pages or softmax.
 """

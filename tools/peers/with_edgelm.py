@@ -32,7 +32,9 @@ class Loaded:
 
     def __init__(self, settings: Settings) -> None:
         path = settings.own.get("model", settings.model)
-        kv_type = None if hub.is_onnx(Path(path)) else named(settings.type_k, settings.type_v)
+        kv_type = named(settings.type_k, settings.type_v)
+        if hub.is_onnx(Path(path)) or kv_type == "f16":  # 16 bits: what is kept if nothing is said, f16 or bf16
+            kv_type = settings.own.get("kv_type")
         self.model = edgelm.load(
             path, ctx_size=settings.n_ctx, threads=settings.n_threads, threads_batch=settings.n_threads,
             packed=settings.own.get("packed", "auto"), kv_type=kv_type,
@@ -41,7 +43,7 @@ class Loaded:
 
     def facts(self) -> dict[str, Any]:
         facts = {"version": edgelm.__version__, "interpreter": self.model.interpreter} | commit()
-        facts |= {"Python": platform.python_version()}
+        facts |= {"keys and values": self.model.kv_type, "Python": platform.python_version()}
         return facts | {name: metadata.version(name) for name in ("numpy", "numba")}
 
     def timed(self, depth: Tokens, batches: list[Tokens]) -> int:
