@@ -101,11 +101,11 @@ class KVCache:
             return sum(len(pool.counts) for pool in self._pools)
 
     def load(self, file: BinaryIO, max_length: int | None = None) -> Sequence:
-        """Restores a sequence that `Sequence.save` wrote.
+        """Restores a sequence that `Sequence.save` wrote, also one of another `kv_type`.
 
         Raises:
-            FormatError: the file is damaged, or was written for another model or cache type. Memory is only taken
-                for pages that the file really holds.
+            FormatError: the file is damaged, or was written for another model. Memory is only taken for pages that
+                the file really holds.
         """
         from . import cache_file
 
@@ -342,7 +342,7 @@ class Sequence:
         return k, v
 
     def save(self, file: BinaryIO) -> None:
-        """Writes the contents, for `KVCache.load` of a cache with the same groups and type."""
+        """Writes the contents, for `KVCache.load` of a cache with the same groups."""
         from . import cache_file
 
         cache_file.save(self, file)

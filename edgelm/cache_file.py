@@ -1,9 +1,10 @@
 """A cached sequence as bytes: written and read back, page by page.
 
-Little-endian: magic and layout (`_layout`, equal bytes for caches that can exchange sequences); int64 length; int64
-first page kept, per group; the kept pages of each group in order, with unused positions and padding zeroed; uint32
-CRC-32 of all of that. Knows nothing of the text: who saves a session saves its tokens, and which model they belong to,
-beside this.
+Little-endian: magic and layout (`_layout`, equal bytes for caches that can exchange sequences, but for the type of keys
+and values); int64 length; int64 first page kept, per group; the kept pages of each group in order, with unused positions
+and padding zeroed; uint32 CRC-32 of all of that. What was saved as one type is read as another, if the cache has that:
+so a text goes from one processor to another whose usual type differs. Knows nothing of the text: who saves a session
+saves its tokens, and which model they belong to, beside this.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cache import KVCache, Sequence
-from .errors import FormatError
+from .errors import FormatError, UsageError
 from .pages import PAGE, GroupLayout
 
 MOST_TOKENS = 2**31 - 1  # positions are int32
 
 _MAGIC, _VERSION = b"edgelmKV", 2
+_TYPE = slice(12, 28)  # of what `_layout` gives
 
 
 def save(sequence: Sequence, file: BinaryIO) -> None:
@@ -45,8 +47,9 @@ def load(cache: KVCache, file: BinaryIO, max_length: int | None) -> Sequence:
     head = _need(file, len(expected), "its header")
     if head[: len(_MAGIC)] != _MAGIC:
         raise FormatError("saved KV cache: this is not a saved KV cache")
-    if head != expected:
-        raise FormatError("saved KV cache: made for another model, KV type or version; compute the text again")
+    if head[: _TYPE.start] + head[_TYPE.stop :] != expected[: _TYPE.start] + expected[_TYPE.stop :]:
+        raise FormatError("saved KV cache: made for another model or version; compute the text again")
+    layouts = _saved_layouts(cache, head[_TYPE])
     counts = _need(file, 8 * (1 + len(cache.groups)), "its header")
     length, *first = struct.unpack(f"<{1 + len(cache.groups)}q", counts)
     most = MOST_TOKENS if max_length is None else max_length
@@ -61,14 +64,14 @@ def load(cache: KVCache, file: BinaryIO, max_length: int | None) -> Sequence:
     addresses: list[list[int]] = [[] for _ in first]
     n_pages, sequence = -(-length // PAGE), Sequence(cache)
     try:
-        for pool, start, taken in zip(cache._pools, first, addresses, strict=True):
+        for pool, layout, start, taken in zip(cache._pools, layouts, first, addresses, strict=True):
             for i in range(start, n_pages):
-                data = _need(file, pool.layout.page_bytes, f"page {i}")
+                data = _need(file, layout.page_bytes, f"page {i}")
                 check = zlib.crc32(data, check)
                 with cache._lock:
                     cache._bury()
                     taken.append(pool.take(cache._limit()))
-                pool.pages[taken[-1]][:] = np.frombuffer(data, np.uint8)
+                _copy(np.frombuffer(data, np.uint8), layout, pool.pages[taken[-1]], pool.layout)
         if _need(file, 4, "its checksum") != struct.pack("<I", check):
             raise FormatError("saved KV cache: checksum mismatch; the file is damaged")
         sequence._tables.make_room(n_pages)
@@ -96,6 +99,30 @@ def _layout(cache: KVCache) -> bytes:
         fields += [g.n_kv_heads, g.head_dim, g.v_head_dim, g.window, len(g.layers), *g.layers]
     head = _MAGIC + struct.pack("<I16s", _VERSION, cache.kv_type.encode())
     return head + struct.pack(f"<{1 + len(fields)}q", len(fields), *fields)
+
+
+def _saved_layouts(cache: KVCache, kv_type: bytes) -> list[GroupLayout]:
+    """How the pages of each group lie in the file."""
+    try:
+        return [GroupLayout(group, kv_type.rstrip(b"\0").decode("ascii")) for group in cache.groups]
+    except (UsageError, UnicodeDecodeError):
+        raise FormatError(
+            f"saved KV cache: keys and values of type {kv_type!r}, which this version does not have; compute the text "
+            "again"
+        ) from None
+
+
+def _copy(source: NDArray[np.uint8], layout: GroupLayout, page: NDArray[np.uint8], own: GroupLayout) -> None:
+    """A page that lies as `layout` says to one of a cache."""
+    if layout == own:
+        page[:] = source
+        return
+    for i in range(len(own.group.layers)):
+        for saved, bytes_, array, to in zip(
+            (layout.keys, layout.values), layout.views(source, i), (own.keys, own.values), own.views(page, i),
+            strict=True,
+        ):  # fmt: skip
+            array.write(to, 0, saved.read(bytes_))
 
 
 def _only(layout: GroupLayout, page: NDArray[np.uint8], n: int) -> NDArray[np.uint8]:

@@ -19,14 +19,13 @@ from edgelm.kernels import amx
 from edgelm.kernels.attention import BLOCK
 from edgelm.kernels.attention_blocks import combined, hide_row
 from edgelm.kernels.attention_layout import DIM, HIGH, LOW, PAGE, V_DIM, k_stride, v_stride, whole
-from edgelm.kernels.attention_tiles import PAIRS, add_products, all_finite, rounded
+from edgelm.kernels.attention_tiles import LOWER, PAIRS, PAIRS_LINE, add_products, all_finite, rounded
 from edgelm.kernels.emit import I16, I32x16, load_at, repeat
 from edgelm.kernels.vector_math import emit_exp2_negative, emit_exp2_rougher
 from edgelm.kernels.words import Value, function
 
 GROUP_ROWS = 2 * amx.ROWS
 COLUMNS = 2 * amx.ROWS  # of a product, and what is added up in it at a time: 32 positions, or dimensions
-PAIRS_LINE = 4 * PAGE  # bytes of a line of keys or values: pairs for 64 columns
 SCORES_LINE = 4 * BLOCK + 64  # bytes of a row of scores, then weights: rows of a group in different places of the cache
 TWO_ONES = 0x3F803F80  # of bfloat16
 SLACK = 8.0  # a power of two by which weights may exceed 1
@@ -100,7 +99,7 @@ def copy_values(e, op, base, page, values, n_seen):
         copy(e, values + 2 * PAGE * c, 4 * width, to, n, width)
         with e.when((n_seen % 2).is_(1)), e.loop(0, PAIRS_LINE, 64) as i:
             last = to + PAIRS_LINE * (n - 1) + i
-            e.store(last, Value(e, load_at(e.b, last.llvm, I32x16)) & 0xFFFF)
+            e.store(last, Value(e, load_at(e.b, last.llvm, I32x16)) & LOWER)
         with e.loop(PAIRS_LINE * n, PAIRS_LINE * (PAGE // 2), 64) as i:
             e.store(to + i, e.vector(0.0))
         clear_padding(e, to, n, width - 16, e.load_i32(op + V_DIM) - c)

@@ -33,6 +33,7 @@ from edgelm.kernels.attention_tiles import (
     FIRST_OF_PAIR,
     NARROW_ROWS,
     PAIRS,
+    PAIRS_LINE,
     ROWS,
     SECOND_OF_PAIR,
     Form,
@@ -43,7 +44,6 @@ from edgelm.kernels.attention_tiles import (
 from edgelm.kernels.words import function
 
 PIECE = 24  # rows that are multiplied with as much of a page as one of them sees
-PAIRS_LINE = 4 * PAGE  # bytes of a line of pairs: for 64 columns
 DIMS_AT_ONCE = 2 * PAGE  # of keys in pairs, whose lines stay in the nearest cache
 
 

@@ -42,7 +42,7 @@ QUERY_SCALE = 32  # float32, of a quantized query
 AHEAD_OF = STATES + STATE * ROWS  # words: what will be read next, of the keys and values of a page that is being read
 TILE_BYTES = AHEAD_OF + 64
 MINUS_INFINITY = float("-inf")
-FLOATS = "keys and values are float32 or float16"  # a fact: half of the code need not be compiled
+FLOATS = "keys and values are not quantized"  # a fact: half of the code need not be compiled
 
 
 def key_kind(e, op, flags=FLAGS):

@@ -39,6 +39,7 @@ WIDTH = 64  # columns of a product; 32 or 16 for what remains
 ROWS = (6, 4, 3, 2, 1)  # of tiles; the largest that fits is taken
 NARROW_ROWS = (6, 1)
 LINE = 64  # bytes of a cache line
+PAIRS_LINE = 4 * WIDTH  # bytes of a line of keys or values of bfloat16: a pair for each column
 
 
 def has_pairs(e: Emitter) -> bool:
