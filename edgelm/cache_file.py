@@ -1,10 +1,10 @@
 """A cached sequence as bytes: written and read back, page by page.
 
 Little-endian: magic and layout (`_layout`, equal bytes for caches that can exchange sequences, but for the type of keys
-and values); int64 length; int64 first page kept, per group; the kept pages of each group in order, with unused positions
-and padding zeroed; uint32 CRC-32 of all of that. What was saved as one type is read as another, if the cache has that:
-so a text goes from one processor to another whose usual type differs. Knows nothing of the text: who saves a session
-saves its tokens, and which model they belong to, beside this.
+and values); int64 length; int64 first page kept, per group; the kept pages of each group in order, with unused
+positions and padding zeroed; uint32 CRC-32 of all of that. What was saved as one type is read as another, if that is
+what the cache has: so a text goes from one processor to another whose usual type differs. Knows nothing of the text:
+who saves a session saves its tokens, and which model they belong to, beside this.
 """
 
 from __future__ import annotations
