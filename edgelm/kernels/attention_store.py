@@ -54,7 +54,7 @@ def store_pairs_of_columns(e, x, n, to):
     in_turns = [lane // 2 + 8 * (lane % 2) for lane in range(16)]
     with e.loop(0, n, 16) as i:
         rows = [rounded(e, *(e.load(x + 4 * n * r + 4 * i) for r in (row, row + 8))) for row in range(8)]
-        for pair, columns in enumerate(transposed(e, [e.shuffle(row, row, in_turns) for row in rows])):
+        for pair, columns in enumerate(_transposed(e, [e.shuffle(row, row, in_turns) for row in rows])):
             e.store(to + 2 * PAGE * i + 4 * PAGE * pair, columns)
 
 
@@ -76,7 +76,7 @@ def store_column(e, x, n, kind, to):
             e.store(to + 4 * PAGE * i, e.load_f32(x + 4 * i))
 
 
-def transposed(e, rows):
+def _transposed(e, rows):
     """The columns of 16 vectors of 16 lanes: each round takes the lanes of two that are 8 apart in turns.
 
     Or of 8 vectors, 8 columns: of row r in the lanes with even numbers, of row r + 8 in the others.
@@ -95,7 +95,7 @@ def store_columns(e, x, n, kind, to):
     def write(size, convert):
         with e.loop(0, n, 16) as i:
             rows = [convert(e.load(x + 4 * n * row + 4 * i)) for row in range(COLUMNS)]
-            for row, columns in enumerate(transposed(e, rows)):
+            for row, columns in enumerate(_transposed(e, rows)):
                 e.store(to + size * PAGE * (i + row), columns)
 
     with e.choose(kind.is_(KINDS["f16"])) as (f16, f32):
