@@ -137,8 +137,13 @@ SECOND_OF_PAIR = Form("second_of_pair", lambda e, line: load_pairs(e, line) & UP
 
 
 def places_ahead(e: Emitter) -> tuple[int, ...]:
-    """Which of the pieces that are read next are asked for while one is read: AMD's drop what they have no room for."""
-    return (1, 2, 3, 4) if is_amd(e.context) else (2,)
+    """Which of the pieces that are read next are asked for while one is read.
+
+    AMD's drop what they have no room for. With narrow registers there is less time for asking (docs/LOG.md).
+    """
+    if not is_amd(e.context):
+        return (2,)
+    return (1, 2, 3, 4) if _register_vectors(e) > 1 else (1, 2)
 
 
 def addresses_ahead(e: Emitter, ahead: Value | None, behind: Value) -> list[Value]:
