@@ -12,8 +12,27 @@ from __future__ import annotations
 from llvmlite import ir
 
 from edgelm.kernels.attention_tiles import addresses_ahead
-from edgelm.kernels.emit import F32, I8, I16, I32, I64, I8x16, I8x64, I32x16, load_at, repeat, spread, store_at, target
-from edgelm.kernels.isa import Form
+from edgelm.kernels.emit import (
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    I8x16,
+    I8x64,
+    I16x16,
+    I16x64,
+    I32x16,
+    I32x32,
+    I64x16,
+    load_at,
+    repeat,
+    shuffle,
+    spread,
+    store_at,
+    target,
+)
+from edgelm.kernels.isa import Form, joined, parts
 from edgelm.kernels.isas import select as select_isa
 from edgelm.kernels.words import Emitter, Value, function
 from edgelm.kv_types import BLOCK, PAGE, SCALES, block_bytes
@@ -38,11 +57,16 @@ def _form(e: Emitter, bits: int) -> Form:
 
 def _zero(e: Emitter, bits: int) -> int:
     """What has to be taken from each of them."""
-    return 0 if _form(e, bits) is Form.SIGNED else 1 << (bits - 1)
+    return 0 if _form(e, bits) is Form.SIGNED and not _as_words(e, bits) else 1 << (bits - 1)
 
 
 def _zero_of(e, bits):
     return e.select(bits.is_(8), e.word(_zero(e, 8)), _zero(e, 4))
+
+
+def _as_words(e: Emitter, bits: int) -> bool:
+    """Whether whole numbers of 15 bits are multiplied as they are, not as two bytes: where bytes are widened anyway."""
+    return select_isa(e.context).widens(_form(e, bits))
 
 
 def _row_tiles(e: Emitter) -> tuple[int, ...]:
@@ -90,13 +114,28 @@ def _scale(e, largest):
     return e.select(empty, zero, scale), e.vector(e.select(empty, zero, inverse))
 
 
-def _split(e, x, inverse, high, low):
-    """x times inverse as whole numbers, which are returned, and their two bytes."""
+def _store_numbers(e, x, inverse, bits, to, i, low):
+    """x times inverse as whole numbers, which are returned. They are numbers i, i + 1 … of those at `to`.
+
+    As their upper bytes, and `low` bytes behind them the lower ones; or as int16, where that is how they are multiplied
+    with numbers of so many bits.
+    """
     b, numbers = e.b, _rounded(e, x * inverse)
-    upper = b.ashr(b.add(numbers.llvm, repeat(I32x16, 64)), repeat(I32x16, 7))
-    lower = b.sub(numbers.llvm, b.shl(upper, repeat(I32x16, 7)))
-    e.store(high, Value(e, b.trunc(upper, I8x16)))
-    e.store(low, Value(e, b.trunc(lower, I8x16)))
+
+    def two_bytes():
+        upper = b.ashr(b.add(numbers.llvm, repeat(I32x16, 64)), repeat(I32x16, 7))
+        lower = b.sub(numbers.llvm, b.shl(upper, repeat(I32x16, 7)))
+        e.store(to + i, Value(e, b.trunc(upper, I8x16)))
+        e.store(to + low + i, Value(e, b.trunc(lower, I8x16)))
+
+    if _as_words(e, 8):
+        with e.choose(bits.is_(8)) as (eight, four):
+            with eight:
+                e.store(to + 2 * i, Value(e, b.trunc(numbers.llvm, I16x16)))
+            with four:
+                two_bytes()
+    else:
+        two_bytes()
     return numbers
 
 
@@ -117,8 +156,7 @@ def quantize_query(e, x, n, bits, scale_to):
     zero = _zero_of(e, bits)
     with e.loop(0, 4 * n, QUERY) as at:
         halves = [e.load(x + at + 64 * i) for i in range(2)]
-        numbers = [_split(e, half, inverse, x + at + 16 * i, x + at + QUERY_LOW + 16 * i)
-                   for i, half in enumerate(halves)]
+        numbers = [_store_numbers(e, half, inverse, bits, x + at, 16 * i, QUERY_LOW) for i, half in enumerate(halves)]
         _store_offset(e, x + at + QUERY_OFFSET, numbers[0] + numbers[1], zero)
 
 
@@ -134,7 +172,7 @@ def quantize_weights(e, n_rows, weights, weights_stride, scales, bits, to):
         sizes = [_magnitude(e, product) for product in products]
         most = _larger(e, _larger(e, *sizes[:2]), _larger(e, *sizes[2:]))
         scale, inverse = _scale(e, _largest(e, most))
-        numbers = [_split(e, product, inverse, record + 16 * i, record + WEIGHTS_LOW + 16 * i)
+        numbers = [_store_numbers(e, product, inverse, bits, record, 16 * i, WEIGHTS_LOW)
                    for i, product in enumerate(products)]
         _store_offset(e, record + WEIGHTS_OFFSET, (numbers[0] + numbers[1]) + (numbers[2] + numbers[3]), zero)
         e.store(record + WEIGHTS_SCALE, scale)
@@ -148,7 +186,49 @@ def _bytes(e, bits, address):
     b, raw = e.b, load_at(e.b, address.llvm, I8x64)
     if bits == 4:
         return [b.and_(raw, repeat(I8x64, 15)), b.lshr(raw, repeat(I8x64, 4))]
-    return [b.xor(raw, repeat(I8x64, 0x80)) if _form(e, 8) is Form.SIGNED else raw]
+    return [raw if _zero(e, bits) else b.xor(raw, repeat(I8x64, 0x80))]
+
+
+class _Words:
+    """Sums of products of `rows` rows of int16 with two vectors of columns of bytes, in registers: as `_Dots`.
+
+    Four numbers of each column lie side by side; so there are two sums for each, which are added up in the end.
+    """
+
+    def __init__(self, e: Emitter, rows: int) -> None:
+        self.e, self.isa = e, select_isa(e.context)
+        self.sums = [[e.variable(Value(e, ir.Constant(I32x32, None))) for _ in range(2)] for _ in range(rows)]
+
+    def begin(self, offsets: list[Value]) -> None:
+        self.offsets = offsets
+        for row in self.sums:
+            for slot in row:
+                slot.set(Value(self.e, ir.Constant(I32x32, None)))
+
+    def add(self, x: list[Value], low: int, first: int, steps: list[tuple[int, list[ir.Value]]]) -> None:
+        b, n = self.e.b, 2 * self.isa.n_parts
+        sums = [[parts(b, slot.get().llvm, n) for slot in row] for row in self.sums]
+        for chunk, vectors in steps:
+            words = [parts(b, b.zext(vector, I16x64), n) for vector in vectors]
+            for row, record in zip(sums, x, strict=True):
+                address = (record + 2 * (first + 4 * chunk)).llvm
+                four = parts(b, b.bitcast(spread(b, load_at(b, address, I64), I64x16), I16x64), n)[0]
+                for column, own in enumerate(words):
+                    row[column] = [self.isa.add_pairs(b, *both, four) for both in zip(row[column], own, strict=True)]
+        for row, slots in zip(sums, self.sums, strict=True):
+            for done, slot in zip(row, slots, strict=True):
+                slot.set(Value(self.e, joined(b, done)))
+
+    def end(self) -> list[list[Value]]:
+        """[row][column vector] float32."""
+        e, b, results = self.e, self.e.b, []
+        for row, offset in zip(self.sums, self.offsets, strict=True):
+            first, whole = spread(b, load_at(b, offset.llvm, I32), I32x16), []
+            for sums in (slot.get().llvm for slot in row):
+                even, odd = (shuffle(b, sums, sums, [*range(i, 32, 2)]) for i in range(2))
+                whole.append(b.add(b.add(even, odd), first))
+            results.append([Value(e, b.sitofp(w, e.vector(0.0).llvm.type)) for w in whole])
+        return results
 
 
 class _Dots:
@@ -168,13 +248,14 @@ class _Dots:
                 high.set(Value(e, ir.Constant(I32x16, None)))
                 low.set(first)
 
-    def add(self, x: list[tuple[Value, Value]], steps: list[tuple[int, list[ir.Value]]]) -> None:
-        """Adds products of each row's high and low bytes at `x` with the vectors of `steps`, (four of x, columns)."""
+    def add(self, x: list[Value], low: int, first: int, steps: list[tuple[int, list[ir.Value]]]) -> None:
+        """Adds products of each row's numbers, from `first` on of those at `x`, with the vectors of `steps`, (four of
+        them, columns). `low` as for `_store_numbers`."""
         b, isa = self.e.b, self.isa
         sums = [[[isa.empty(b, sums.get().llvm) for sums in column] for column in row] for row in self.sums]
         for chunk, vectors in steps:
-            for row, addresses in zip(sums, x, strict=True):
-                for which, address in enumerate(addresses):
+            for row, record in zip(sums, x, strict=True):
+                for which, address in enumerate((record + first, record + low + first)):
                     four = isa.input(b, address.llvm, chunk)
                     for column, vector in zip(row, vectors, strict=True):
                         column[which] = isa.step(b, column[which], vector, four, self.form, self.bits)
@@ -192,6 +273,10 @@ class _Dots:
         return results
 
 
+def _dots(e, bits, rows):
+    return _Words(e, rows) if _as_words(e, bits) else _Dots(e, bits, rows)
+
+
 def _fetch(e, next_ones, at, n):
     for address in next_ones:
         for line in range(0, n, 64):
@@ -200,7 +285,7 @@ def _fetch(e, next_ones, at, n):
 
 def _keys_tile(e, bits, rows, n_blocks, x, x_stride, scales, scales_stride, keys, column, sums, sums_stride, next_ones):
     """32 columns of `multiply_keys`."""
-    totals, dots = [[e.variable(e.vector(0.0)) for _ in range(2)] for _ in range(rows)], _Dots(e, bits, rows)
+    totals, dots = [[e.variable(e.vector(0.0)) for _ in range(2)] for _ in range(rows)], _dots(e, bits, rows)
     with e.loop(0, n_blocks) as block:
         queries = [x + x_stride * r + QUERY * block for r in range(rows)]
         at = block_bytes(bits) * block
@@ -212,7 +297,7 @@ def _keys_tile(e, bits, rows, n_blocks, x, x_stride, scales, scales_stride, keys
                 _fetch(e, next_ones, fours + 256 * chunk, 128)
                 pair = [_bytes(e, bits, keys + fours + 256 * chunk + 64 * c) for c in range(2)]
                 steps += [(4 * half + chunk, list(columns)) for half, columns in enumerate(zip(*pair, strict=True))]
-            dots.add([(query + 16 * i, query + QUERY_LOW + 16 * i) for query in queries], steps)
+            dots.add(queries, QUERY_LOW, 16 * i, steps)
         scale = [e.load_f16(keys + at + 2 * column + 32 * c) for c in range(2)]
         for row, dot in zip(totals, dots.end(), strict=True):
             for c in range(2):
@@ -225,7 +310,7 @@ def _keys_tile(e, bits, rows, n_blocks, x, x_stride, scales, scales_stride, keys
 
 def _values_tile(e, bits, rows, x, values, sums, sums_stride, next_ones):
     """`multiply_values` for a number of rows that is known while it is written."""
-    dots, records = _Dots(e, bits, rows), [x + WEIGHTS * r for r in range(rows)]
+    dots, records = _dots(e, bits, rows), [x + WEIGHTS * r for r in range(rows)]
     dots.begin([record + WEIGHTS_OFFSET for record in records])
     _fetch(e, next_ones, 0, SCALES)
     line = BLOCK * bits // 2  # bytes of four positions
@@ -235,7 +320,7 @@ def _values_tile(e, bits, rows, x, values, sums, sums_stride, next_ones):
             _fetch(e, next_ones, fours + line * chunk, line)
             pair = [_bytes(e, bits, values + fours + line * chunk + at) for at in range(0, line, 64)]
             steps.append((chunk, [vector for vectors in pair for vector in vectors]))
-        dots.add([(record + 16 * i, record + WEIGHTS_LOW + 16 * i) for record in records], steps)
+        dots.add(records, WEIGHTS_LOW, 16 * i, steps)
     for r, dot in enumerate(dots.end()):
         scale = e.vector(e.load_f32(records[r] + WEIGHTS_SCALE))
         for c in range(2):

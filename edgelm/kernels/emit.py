@@ -14,9 +14,11 @@ from llvmlite import ir
 
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
-F32x16, I64x8, I32x16, I16x16, I16x32, I16x64, I8x16, I8x64 = (
+F32x16, I64x8, I64x16, I32x16, I32x32, I16x16, I16x32, I16x64, I8x16, I8x64 = (
     ir.VectorType(element, lanes)
-    for element, lanes in ((F32, 16), (I64, 8), (I32, 16), (I16, 16), (I16, 32), (I16, 64), (I8, 16), (I8, 64))
+    for element, lanes in (
+        (F32, 16), (I64, 8), (I64, 16), (I32, 16), (I32, 32), (I16, 16), (I16, 32), (I16, 64), (I8, 16), (I8, 64),
+    )
 )
 _IN_TURNS = ir.Constant(ir.VectorType(I32, 32), [i + 16 * odd for i in range(16) for odd in (0, 1)])
 

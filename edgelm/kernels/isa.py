@@ -139,6 +139,10 @@ class Isa:
         """Whether tiles multiply weights of a form as int16: `words`."""
         return False
 
+    def add_pairs(self, b: ir.IRBuilder, sums: Value, w: Value, x: Value) -> Value:
+        """Adds products of int16 to int32, two to each; of a register. Only where it `widens`."""
+        raise NotImplementedError
+
     def words(self, b: ir.IRBuilder, w: Value) -> Value:
         """Four int8 of 16 rows as I16x64: the first two of each row, then the others."""
         w = b.bitcast(w, I16x32)

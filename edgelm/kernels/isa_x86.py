@@ -141,8 +141,11 @@ class _Maddubs(Narrow, _Bytes):
         wide = sums.wide
         for word, pair in zip(parts(b, w, 2), x, strict=True):
             both = zip(wide, *(parts(b, v, self.n_parts) for v in (word, b.bitcast(pair, word.type))), strict=True)
-            wide = [b.add(own, call(b, self.quads, own.type, *words)) for own, *words in both]
+            wide = [self.add_pairs(b, *words) for words in both]
         return sums._replace(wide=wide)
+
+    def add_pairs(self, b: ir.IRBuilder, sums: Value, w: Value, x: Value) -> Value:
+        return b.add(sums, call(b, self.quads, sums.type, w, x))
 
     def times(self, b: ir.IRBuilder, sums: Any, record: Value, half: int) -> Any:
         return self._widen(b, sums)._replace(factor=b.add(record, record.type(FACTORS + 2 * half)))
