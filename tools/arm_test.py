@@ -44,7 +44,7 @@ PROMPT = "The capital of France is"
 PROBE = """
 import json, platform
 from edgelm.kernels import compiler, isas
-folder = str(compiler.cache_dir() / compiler._processor())
+folder = str(compiler.cache_dir() / compiler.compiled_for().folder)
 from numba.core.registry import cpu_target
 print(json.dumps([platform.machine(), folder, type(isas.select(cpu_target.target_context)).__name__]))
 """
