@@ -29,7 +29,8 @@ _TYPE = slice(12, 28)  # of what `_layout` gives
 def save(sequence: Sequence, file: BinaryIO) -> None:
     """Writes a sequence of a cache."""
     cache, n_pages = sequence.cache, -(-sequence.length // PAGE)
-    head = _layout(cache) + struct.pack(f"<{1 + len(sequence._first)}q", sequence.length, *sequence._first)
+    counts = struct.pack(f"<{1 + len(sequence._first)}q", sequence.length, *sequence._first)
+    head = _layout(cache, cache.kv_type.encode()) + counts
     check = zlib.crc32(head)
     file.write(head)
     for g, pool in enumerate(cache._pools):
@@ -43,11 +44,10 @@ def save(sequence: Sequence, file: BinaryIO) -> None:
 
 def load(cache: KVCache, file: BinaryIO, max_length: int | None) -> Sequence:
     """A new sequence of `cache` with what `save` wrote; see `KVCache.load`."""
-    expected = _layout(cache)
-    head = _need(file, len(expected), "its header")
+    head = _need(file, len(_layout(cache, b"")), "its header")
     if head[: len(_MAGIC)] != _MAGIC:
         raise FormatError("saved KV cache: this is not a saved KV cache")
-    if head[: _TYPE.start] + head[_TYPE.stop :] != expected[: _TYPE.start] + expected[_TYPE.stop :]:
+    if head != _layout(cache, head[_TYPE]):
         raise FormatError("saved KV cache: made for another model or version; compute the text again")
     layouts = _saved_layouts(cache, head[_TYPE])
     counts = _need(file, 8 * (1 + len(cache.groups)), "its header")
@@ -92,12 +92,12 @@ def _need(file: BinaryIO, n: int, what: str) -> bytes:
     return data
 
 
-def _layout(cache: KVCache) -> bytes:
-    """Everything that must agree between the cache that saves and the one that loads."""
+def _layout(cache: KVCache, kv_type: bytes) -> bytes:
+    """Everything that must agree between the cache that saves and the one that loads; and the type that was saved."""
     fields = [PAGE, len(cache.groups)]
     for g in cache.groups:
         fields += [g.n_kv_heads, g.head_dim, g.v_head_dim, g.window, len(g.layers), *g.layers]
-    head = _MAGIC + struct.pack("<I16s", _VERSION, cache.kv_type.encode())
+    head = _MAGIC + struct.pack("<I16s", _VERSION, kv_type)
     return head + struct.pack(f"<{1 + len(fields)}q", len(fields), *fields)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import UsageError
+from .formats import simple
 
 PAGE = 64  # positions of a page; kernels are written for it
 BLOCK = 32  # quantized values that share a scale
@@ -143,11 +144,8 @@ class BF16(KVArray):
 
 def bfloat16(x: Floats) -> NDArray[np.uint16]:
     """The bits of float32 as bfloat16: to nearest even, subnormal numbers as zero, NaN as a quiet one."""
-    bits = np.ascontiguousarray(x).view(np.uint32)
-    magnitude, upper = bits & 0x7FFFFFFF, bits >> 16
-    rounded = bits + 0x7FFF + (upper & 1) >> 16
-    special = [magnitude > 0x7F800000, magnitude < 0x00800000]
-    return np.select(special, [upper | 0x40, upper & 0x8000], rounded).astype(np.uint16)
+    bits = simple.BF16.quantize(x.reshape(-1, 1))["x"].reshape(x.shape)
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, bits & 0x8000, bits)
 
 
 class BlockArray(KVArray):

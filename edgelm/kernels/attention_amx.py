@@ -19,8 +19,8 @@ from edgelm.kernels import amx
 from edgelm.kernels.attention import BLOCK
 from edgelm.kernels.attention_blocks import combined, hide_row
 from edgelm.kernels.attention_layout import DIM, HIGH, LOW, PAGE, V_DIM, k_stride, v_stride, whole
-from edgelm.kernels.attention_tiles import LOWER, PAIRS, PAIRS_LINE, add_products, all_finite, rounded
-from edgelm.kernels.emit import I16, I32x16, load_at, repeat
+from edgelm.kernels.attention_tiles import LOWER, PAIRS, PAIRS_LINE, add_products, all_finite, load_pairs, rounded
+from edgelm.kernels.emit import I16, I32x16, repeat
 from edgelm.kernels.vector_math import emit_exp2_negative, emit_exp2_rougher
 from edgelm.kernels.words import Value, function
 
@@ -86,8 +86,8 @@ def clear_padding(e, m, n_lines, column, n):
     """Sets those of 16 columns to 0 that are not among the first n: what lies there may be infinite."""
     with e.when(n < column + 16), e.loop(0, n_lines) as i:
         at = m + PAIRS_LINE * i + 4 * column
-        pairs = Value(e, load_at(e.b, at.llvm, I32x16))
-        e.store(at, e.select(e.between(e.lanes_from(column), e.word(0), n), pairs, Value(e, repeat(I32x16, 0))))
+        own = e.between(e.lanes_from(column), e.word(0), n)
+        e.store(at, e.select(own, load_pairs(e, at), Value(e, repeat(I32x16, 0))))
 
 
 @function
@@ -99,7 +99,7 @@ def copy_values(e, op, base, page, values, n_seen):
         copy(e, values + 2 * PAGE * c, 4 * width, to, n, width)
         with e.when((n_seen % 2).is_(1)), e.loop(0, PAIRS_LINE, 64) as i:
             last = to + PAIRS_LINE * (n - 1) + i
-            e.store(last, Value(e, load_at(e.b, last.llvm, I32x16)) & LOWER)
+            e.store(last, load_pairs(e, last) & LOWER)
         with e.loop(PAIRS_LINE * n, PAIRS_LINE * (PAGE // 2), 64) as i:
             e.store(to + i, e.vector(0.0))
         clear_padding(e, to, n, width - 16, e.load_i32(op + V_DIM) - c)

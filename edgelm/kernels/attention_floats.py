@@ -85,46 +85,55 @@ def all_see(e, base, n_rows, begin, end):
     return (e.load_word(last + LOW) <= begin) & (e.load_word(first + HIGH) >= end)
 
 
+def seen_of_page(e, base, first_row, last_row, page_start):
+    """(first, last + 1) of a page's positions that some of the rows [first_row, last_row] see."""
+    first, last = (base + STATES + STATE * row for row in (first_row, last_row))
+    low = e.max(e.load_word(first + LOW) - page_start, 0)
+    return low, e.max(e.min(e.load_word(last + HIGH) - page_start, PAGE), 0)
+
+
 # --- scores
+
+
+def score_seen(e, form, base, n_rows, page_start, n, queries, stride, keys, scores, d, behind):
+    """Products of n steps of each row's query, from dimension d on, with those of 64 columns that it may see."""
+    at_a_time = e.select(e.load_word(base + STATES + HIGH) >= page_start + PAGE, n_rows, PIECE)
+    fresh = e.select(d.is_(0), e.word(1), 0)
+    with each_rows(e, n_rows, at_a_time) as (r, rows):
+        seen = e.load_word(base + STATES + STATE * (r + rows - 1) + HIGH) - page_start
+        with each_columns(e, e.min(seen, PAGE), PAGE) as (c, columns):
+            multiply(e, columns, form, rows, n, queries + stride * r, stride, keys + 4 * c, 4 * PAGE,
+                     scores + 4 * BLOCK * r + 4 * c, 4 * BLOCK, fresh, base + AHEAD_OF, behind)
 
 
 @function
 def pair_scores(e, op, base, n_rows, page_start, keys, scores):
     """`float_scores` for keys of bfloat16."""
     dim, factor = k_stride(e, op), PAIRS.factor(e)
-    at_a_time = e.select(e.load_word(base + STATES + HIGH) >= page_start + PAGE, n_rows, PIECE)
     with e.loop(0, dim, DIMS_AT_ONCE) as d:
-        n, fresh, queries = e.min(dim - d, DIMS_AT_ONCE) // 2, e.select(d.is_(0), e.word(1), 0), base + QUERIES
-        with each_rows(e, n_rows, at_a_time) as (r, rows):
-            seen = e.load_word(base + STATES + STATE * (r + rows - 1) + HIGH) - page_start
-            with each_columns(e, e.min(seen, PAGE), PAGE) as (c, columns):
-                multiply(e, columns, PAIRS, rows, n, queries + 4 * dim * r + factor // 2 * d, 4 * dim,
-                         keys + PAIRS_LINE // 2 * d + 4 * c, PAIRS_LINE, scores + 4 * BLOCK * r + 4 * c, 4 * BLOCK,
-                         fresh, base + AHEAD_OF, PAIRS_LINE // 2 * d)
+        at = PAIRS_LINE // 2 * d
+        score_seen(e, PAIRS, base, n_rows, page_start, e.min(dim - d, DIMS_AT_ONCE) // 2,
+                   base + QUERIES + factor // 2 * d, 4 * dim, keys + at, scores, d, at)
 
 
 @function
 def float_scores(e, op, base, n_rows, page_start, n_seen, keys, scores):
     """`block_scores` for keys that are floats."""
     dim, kind = e.load_i32(op + DIM), key_kind(e, op)
-    queries, stride, ahead = base + QUERIES, 4 * dim, base + AHEAD_OF
+    queries, stride = base + QUERIES, 4 * dim
 
     def direct(form):
         narrow = e.select(n_seen > 16, e.word(32), 16)
         width = e.select((n_seen > 32) | (n_rows < NARROW_ROWS[0]), PAGE, narrow)
-        multiply(e, width, form, n_rows, dim, queries, stride, keys, form.size * PAGE, scores, 4 * BLOCK, 1, ahead, 0)
+        multiply(e, width, form, n_rows, dim, queries, stride, keys, form.size * PAGE, scores, 4 * BLOCK, 1,
+                 base + AHEAD_OF, 0)
 
     def converted():
-        at_a_time = e.select(e.load_word(base + STATES + HIGH) >= page_start + PAGE, n_rows, PIECE)
         with e.loop(0, dim, PAGE) as d:  # as many dimensions as stay in the nearest cache
-            n, fresh = e.min(dim - d, PAGE), e.select(d.is_(0), e.word(1), 0)
+            n = e.min(dim - d, PAGE)
             convert(e, keys + 2 * PAGE * d, 2 * PAGE, base + CONVERTED, n, PAGE)
-            with each_rows(e, n_rows, at_a_time) as (r, rows):
-                seen = e.load_word(base + STATES + STATE * (r + rows - 1) + HIGH) - page_start
-                with each_columns(e, e.min(seen, PAGE), PAGE) as (c, columns):
-                    multiply(e, columns, F32_FLOATS, rows, n, queries + stride * r + 4 * d, stride,
-                             base + CONVERTED + 4 * c, 4 * PAGE, scores + 4 * BLOCK * r + 4 * c, 4 * BLOCK, fresh,
-                             ahead, 0)
+            score_seen(e, F32_FLOATS, base, n_rows, page_start, n, queries + 4 * d, stride, base + CONVERTED, scores, d,
+                       0)
 
     with e.when(kind.is_(KINDS["bf16"])):
         pair_scores(e, op, base, n_rows, page_start, keys, scores)
@@ -147,11 +156,10 @@ def _weigh(form: Form):
         Rows are tokens in order: what all of them see lies between where the last begins and where the first ends. In
         pairs, a position whose neighbour a row does not see is taken by itself.
         """
-        state, n, factor, ahead = base + STATES + STATE * first_row, form.numbers, form.factor(e), base + AHEAD_OF
+        n, factor, ahead = form.numbers, form.factor(e), base + AHEAD_OF
 
         def seen_by(r):
-            low = e.max(e.load_word(state + STATE * r + LOW) - page_start, 0)
-            return low, e.max(e.min(e.load_word(state + STATE * r + HIGH) - page_start, PAGE), 0)
+            return seen_of_page(e, base, first_row + r, first_row + r, page_start)
 
         def steps(low, high):
             return (low, high) if n == 1 else ((low + 1) // n, high // n)
@@ -200,29 +208,27 @@ def pair_values(e, base, n_rows, n_columns, page, page_start, values, to_sums):
     Weights of positions that a row does not see are 0, and 0 times a finite value changes nothing. So some rows at a
     time are multiplied with all that one of them sees. If there is infinity or NaN, each with what it sees itself.
     """
-    states, stride, ahead = base + STATES, 4 * n_columns, base + AHEAD_OF
-    even = all_see(e, base, n_rows, page_start, page_start + PAGE)
+    stride, even = 4 * n_columns, all_see(e, base, n_rows, page_start, page_start + PAGE)
 
     def seen(first_row, last_row):
-        low = e.max(e.load_word(states + STATE * first_row + LOW) - page_start, 0)
-        high = e.max(e.min(e.load_word(states + STATE * last_row + HIGH) - page_start, PAGE), 0)
+        low, high = seen_of_page(e, base, first_row, last_row, page_start)
         return low // 2, (high + 1) // 2
 
     with each_columns(e, n_columns, PAGE) as (c, width):
-        together, sums = c // PAGE * PAGE, to_sums + 4 * c  # 64 columns, or what is left, lie in the same lines
-        line, behind = 4 * e.min(n_columns - together, PAGE), 2 * PAGE * together
-        m, finite = values + behind + 4 * (c - together), e.variable(1)
+        chunk, sums = c // PAGE * PAGE, to_sums + 4 * c  # 64 columns, or what is left, lie in the same lines
+        line, behind = 4 * e.min(n_columns - chunk, PAGE), 2 * PAGE * chunk
+        m, finite = values + behind + 4 * (c - chunk), e.variable(1)
         with e.when(even.is_(0)):
             first, stop = seen(e.word(0), n_rows - 1)
             finite.set(all_finite[PAIRS](e, m + line * first, line, stop - first, width))
-        with e.choose(finite.get().is_not(0)) as (any_, own):
-            with any_, each_rows(e, n_rows, e.select(even, n_rows, ROWS[0])) as (r, rows):
+        with e.choose(finite.get().is_not(0)) as (together, apart):
+            with together, each_rows(e, n_rows, e.select(even, n_rows, ROWS[0])) as (r, rows):
                 first, stop = seen(r, r + rows - 1)
                 with e.when(first < stop):
                     multiply(e, width, PAIRS, rows, stop - first,
                              weights_of(e, PAIRS, base, page, r) + PAIRS.factor(e) * first, 4 * BLOCK,
-                             m + line * first, line, sums + stride * r, stride, 0, ahead, behind)
-            with own, each_rows(e, n_rows, ROWS[0]) as (r, rows):
+                             m + line * first, line, sums + stride * r, stride, 0, base + AHEAD_OF, behind)
+            with apart, each_rows(e, n_rows, ROWS[0]) as (r, rows):
                 weigh[PAIRS](e, base, r, rows, width, weights_of(e, PAIRS, base, page, r), page_start, m, line,
                              sums + stride * r, stride, behind)
 

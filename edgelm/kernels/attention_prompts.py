@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from edgelm.kernels import amx
 from edgelm.kernels.abi import WORD
-from edgelm.kernels.attention import BLOCK, KINDS, SPLIT_TOKENS
+from edgelm.kernels.attention import BLOCK, SPLIT_TOKENS
 from edgelm.kernels.attention_amx import (
     COLUMNS,
     GROUP_ROWS,
@@ -29,6 +29,7 @@ from edgelm.kernels.attention_amx import (
     weigh,
 )
 from edgelm.kernels.attention_blocks import LOWEST, cap_scores, queries_of, write_result
+from edgelm.kernels.attention_floats import keys_in_pairs, values_in_pairs
 from edgelm.kernels.attention_layout import (
     CONVERT_ROWS,
     GROUP,
@@ -62,9 +63,8 @@ def through_unit(e, op, env):
     if not amx.has_tiles(e.context):
         return Value(e, I1(0))
     least = e.load_word(env + TILES)
-    pairs = key_kind(e, op).is_(KINDS["bf16"]) & value_kind(e, op).is_(KINDS["bf16"])
     enough = e.load_word(env + N_TOKENS) >= e.max(least, SPLIT_TOKENS + 1)
-    return (least > 0) & enough & pairs
+    return (least > 0) & enough & keys_in_pairs(e, op) & values_in_pairs(e, op)
 
 
 @function

@@ -184,9 +184,10 @@ def store_pair_of_values(e, source, other, width, column, to):
 def store_values_in_pairs(e, op, env, head, token, n, page, column):
     """`store_value` for n tokens that come after each other in a page, and values in pairs."""
     size, i = e.load_word(op + V_DIM), e.variable(0)
-    width, stride = value_stride(e, e.word(KINDS["bf16"]), size), e.load_word(op + V_STRIDE)
+    kind, stride = e.word(KINDS["bf16"]), e.load_word(op + V_STRIDE)
+    width = value_stride(e, kind, size)
     source = e.load_word(env + WORKSPACE) + e.load_word(op + V) + token * stride + 4 * size * head
-    to = page + e.load_word(op + V_OFFSET) + 2 * PAGE * width * head
+    to = page + e.load_word(op + V_OFFSET) + head_bytes(e, kind, width) * head
     with e.repeat(lambda: i.get() < n):
         at, own = column + i.get(), source + stride * i.get()
         two = (at % 2).is_(0) & (i.get() + 1 < n)

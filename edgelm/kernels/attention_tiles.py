@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
+from edgelm.kernels.abi import WORD
 from edgelm.kernels.emit import (
     I32,
     F32x16,
@@ -146,14 +147,12 @@ def places_ahead(e: Emitter) -> tuple[int, ...]:
     return (1, 2, 3, 4) if _register_vectors(e) > 1 else (1, 2)
 
 
-def addresses_ahead(e: Emitter, ahead: Value | None, behind: Value) -> list[Value]:
-    """What to ask for next. ahead: address of a word for each of `places_ahead`; None for nothing."""
-    if ahead is None:
-        return []
-    return [e.load_word(ahead + 8 * i) + behind for i in range(len(places_ahead(e)))]
+def addresses_ahead(e: Emitter, ahead: Value, behind: Value) -> list[Value]:
+    """What to ask for next. ahead: address of a word for each of `places_ahead`."""
+    return [e.load_word(ahead + WORD * i) + behind for i in range(len(places_ahead(e)))]
 
 
-def _tile(e, n_rows, n_vectors, form, n, x, x_stride, m, m_stride, sums, sums_stride, fresh, ahead, behind):
+def _tile(e, n_rows, n_vectors, form, n, x, x_stride, m, m_stride, sums, sums_stride, fresh, next_ones):
     """`multiply` for a number of rows and vectors of columns that is known while it is written."""
     slots = []
     for r in range(n_rows):
@@ -164,7 +163,7 @@ def _tile(e, n_rows, n_vectors, form, n, x, x_stride, m, m_stride, sums, sums_st
                 slot.set(e.load(sums + sums_stride * r + 64 * c))
             row.append(slot)
         slots.append(row)
-    n_bytes, next_ones = 16 * n_vectors * form.size, addresses_ahead(e, ahead, behind) if n_rows < ROWS[0] else []
+    n_bytes = 16 * n_vectors * form.size
     with e.loop(0, n) as i:
         line, factor = m + m_stride * i, x + form.factor(e) * i
         for address in next_ones:
@@ -187,9 +186,10 @@ def _multiply(width: int, form: Form, tiles: tuple[int, ...]):
             with e.repeat(lambda rows=rows: done.get() + rows <= n_rows):
                 r = done.get()
                 for c in range(0, width // 16, vectors):
+                    asks = width == WIDTH and rows < ROWS[0]
+                    next_ones = addresses_ahead(e, ahead, behind + 16 * form.size * c * n) if asks else []
                     _tile(e, rows, vectors, form, n, x + x_stride * r, x_stride, m + 16 * form.size * c, m_stride,
-                          sums + sums_stride * r + 64 * c, sums_stride, fresh, ahead if width == WIDTH else None,
-                          behind + 16 * form.size * c * n)
+                          sums + sums_stride * r + 64 * c, sums_stride, fresh, next_ones)
                 done.set(r + rows)
 
     write.__qualname__ = f"multiply_{width}_{form.name}"
