@@ -20,7 +20,7 @@ from .formats import QTensor
 from .graph import OUTPUTS, TOKENS, Matrix, Node, for_outputs, gated, in_order
 from .kernels.abi import Env, Row
 from .kernels.matrix_unit import ROWS
-from .kernels.records import LIMIT, PRODUCT_LIMIT
+from .kernels.records import FRAGILE, LIMIT, PRODUCT_LIMIT
 from .pages import GroupLayout
 from .placement import ALIGN, Step, Value, allocate, schedule
 from .threads import processes
@@ -105,6 +105,7 @@ class Lowering:
         if self._result.kind == "softcap" and self._sole(self._result.inputs[0], "linear"):
             self.softcap = self._result.args["cap"]
             self._result = self._result.inputs[0]
+        self._fragile = any(n.kind == "linear" and n.args["matrix"].tensor.format.coarse for n in nodes)
         self._absorbed = {n for node in nodes for n in self._absorbs(node)}
         for node in nodes:
             if node not in self._absorbed and node not in self._floats:
@@ -182,7 +183,7 @@ class Lowering:
         """How exact records of a value are made, as `kernels.records` says it: those that logits come from, in full."""
         if self._result.kind == "linear" and self._result in self._users[node]:
             return 0.0
-        return PRODUCT_LIMIT if node.kind == "mul" else LIMIT
+        return (FRAGILE if self._fragile else 1.0) * (PRODUCT_LIMIT if node.kind == "mul" else LIMIT)
 
     def _record_wanted(self, node: Node) -> bool:
         """Whether a record of int8, which norms can write themselves, is needed."""

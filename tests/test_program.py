@@ -22,6 +22,7 @@ from edgelm import gguf
 from edgelm.arch import ARCHS, Config
 from edgelm.cache import Batch, Sequence
 from edgelm.errors import ContextFull, UsageError
+from edgelm.formats import by_name
 from edgelm.kernels import matrix_unit
 from edgelm.kernels.abi import Env, Row
 from edgelm.kernels.attention import usual_kv_type
@@ -112,6 +113,16 @@ def test_quantized_weights_agree_with_the_reference(make: Make, name: str, fmt: 
     program, reference = make(name, fmt, n_threads=2), make(name, fmt, runner=Reference)
     tokens = text(program, 40)
     assert nmse(run(program, tokens), run(reference, tokens)) < 1e-3
+
+
+def test_beside_coarse_weights_activations_are_rounded_less(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(make("llama-gqa", "Q8_0", runner=Reference), text(make("llama-gqa", "Q8_0"), 100))
+    errors = []
+    for coarse in (False, True):
+        monkeypatch.setattr(by_name("Q8_0"), "coarse", coarse)
+        program = make("llama-gqa", "Q8_0", matrix_unit=False)
+        errors.append(nmse(run(program, text(program, 100)), expected))
+    assert errors[1] < 0.9 * errors[0]
 
 
 def test_hidden_states(make: Make) -> None:

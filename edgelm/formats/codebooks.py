@@ -60,7 +60,7 @@ def _both_signs(name: str) -> tuple[int, ...]:
     return tuple(sign * level for sign in (1, -1) for level in coordinates(name))
 
 
-class IQ2_XXS(Leveled, Format, id=16, block=256, n_bytes=66, layout="<f2 d, 16<u4 qs"):
+class IQ2_XXS(Leveled, Format, id=16, block=256, n_bytes=66, layout="<f2 d, 16<u4 qs", coarse=True):
     """Two words for each 32 weights: four indices; four times 7 signs and a 4-bit scale."""
 
     groups, values = 8, _both_signs("IQ2_XXS")
@@ -72,7 +72,7 @@ class IQ2_XXS(Leveled, Format, id=16, block=256, n_bytes=66, layout="<f2 d, 16<u
         return Levels(_d(blocks, 8), _odd(rest >> 28), _signed("IQ2_XXS", _fields(indices, 0, 8, 16, 24) & 255, signs))
 
 
-class IQ2_XS(Leveled, Format, id=17, block=256, n_bytes=74, layout="<f2 d, 32<u2 qs, 8u1 scales"):
+class IQ2_XS(Leveled, Format, id=17, block=256, n_bytes=74, layout="<f2 d, 32<u2 qs, 8u1 scales", coarse=True):
     """A 9-bit index and 7 signs for each 8 weights; a 4-bit scale for each 16."""
 
     groups, values = 16, _both_signs("IQ2_XS")
@@ -83,7 +83,9 @@ class IQ2_XS(Leveled, Format, id=17, block=256, n_bytes=74, layout="<f2 d, 32<u2
         return Levels(_d(blocks, 8), _odd(planes(blocks["scales"], 1, 4)), weights)
 
 
-class IQ2_S(Leveled, Format, id=22, block=256, n_bytes=82, layout="<f2 d, 32u1 qs, 32u1 signs, 8u1 qh, 8u1 scales"):
+class IQ2_S(
+    Leveled, Format, id=22, block=256, n_bytes=82, layout="<f2 d, 32u1 qs, 32u1 signs, 8u1 qh, 8u1 scales", coarse=True
+):
     """A 10-bit index (upper bits in `qh`) and 8 signs for each 8 weights; a 4-bit scale for each 16."""
 
     groups, values = 16, _both_signs("IQ2_S")
@@ -121,7 +123,7 @@ class IQ3_S(Leveled, Format, id=21, block=256, n_bytes=110, layout="<f2 d, 64u1 
 _SHIFTED = tuple(8 * level + shift for level in coordinates("IQ1_S") for shift in (-1, 1))
 
 
-class IQ1_S(Leveled, Format, id=19, block=256, n_bytes=50, layout="<f2 d, 32u1 qs, 8<u2 qh"):
+class IQ1_S(Leveled, Format, id=19, block=256, n_bytes=50, layout="<f2 d, 32u1 qs, 8<u2 qh", coarse=True):
     """An 11-bit index for each 8 weights; for each 32 a word: upper bits of the indices, 3-bit scale, shift."""
 
     groups, values = 8, _SHIFTED
@@ -133,7 +135,7 @@ class IQ1_S(Leveled, Format, id=19, block=256, n_bytes=50, layout="<f2 d, 32u1 q
         return Levels(_d(blocks, 8), _odd(qh >> 12 & 7), _shifted(indices, qh & 0x8000))
 
 
-class IQ1_M(Leveled, Format, id=29, block=256, n_bytes=56, layout="32u1 qs, 16u1 qh, 4<u2 scales"):
+class IQ1_M(Leveled, Format, id=29, block=256, n_bytes=56, layout="32u1 qs, 16u1 qh, 4<u2 scales", coarse=True):
     """As IQ1_S, with a 3-bit scale for each 16 weights and a shift for each 8; d is the upper nibbles of `scales`."""
 
     groups, values = 16, _SHIFTED

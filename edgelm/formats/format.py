@@ -20,7 +20,8 @@ class Format:
     """A ggml tensor type. Defining a subclass registers it in `FORMATS`; its name is the name of the class.
 
     id: the number in the file; block: weights per block; n_bytes: bytes per block;
-    layout: NumPy dtype of a block, written "type field, type field", where "16u1 qs" is sixteen bytes.
+    layout: NumPy dtype of a block, written "type field, type field", where "16u1 qs" is sixteen bytes;
+    coarse: whether so much of a model is lost by it that what else is lost counts twice.
     """
 
     id: ClassVar[int]
@@ -28,9 +29,10 @@ class Format:
     block: ClassVar[int]
     n_bytes: ClassVar[int]
     layout: ClassVar[np.dtype[np.void]]
+    coarse: ClassVar[bool]
 
-    def __init_subclass__(cls, *, id: int, block: int, n_bytes: int, layout: str) -> None:
-        cls.id, cls.name, cls.block, cls.n_bytes = id, cls.__name__, block, n_bytes
+    def __init_subclass__(cls, *, id: int, block: int, n_bytes: int, layout: str, coarse: bool = False) -> None:
+        cls.id, cls.name, cls.block, cls.n_bytes, cls.coarse = id, cls.__name__, block, n_bytes, coarse
         cls.layout = np.dtype([(field.split()[1], field.split()[0]) for field in layout.split(",")])
         assert cls.layout.itemsize == n_bytes and id not in FORMATS, cls.name
         FORMATS[id] = cls

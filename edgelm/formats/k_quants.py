@@ -9,7 +9,7 @@ from .format import Blocks, Floats, Format, f32, planes
 __all__ = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K"]
 
 
-class Q2_K(Format, id=10, block=256, n_bytes=84, layout="16u1 scales, 64u1 qs, <f2 d, <f2 dmin"):
+class Q2_K(Format, id=10, block=256, n_bytes=84, layout="16u1 scales, 64u1 qs, <f2 d, <f2 dmin", coarse=True):
     @staticmethod
     def dequantize(blocks: Blocks) -> Floats:
         scale = f32(blocks["d"]) * f32(blocks["scales"] & 15)

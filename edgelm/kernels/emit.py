@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -61,6 +62,25 @@ def spread(b: ir.IRBuilder, scalar: ir.Value, type_: ir.VectorType) -> ir.Value:
 def shuffle(b: ir.IRBuilder, low: ir.Value, high: ir.Value, lanes: list[int]) -> ir.Value:
     """Some lanes of two vectors, those of the second one counted on from those of the first."""
     return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
+def across(b: ir.IRBuilder, vectors: list[ir.Value], combine: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
+    """The 16 lanes of each vector combined: as many lanes as there are vectors, a power of two."""
+    def halves(one: ir.Value, other: ir.Value, piece: int) -> list[ir.Value]:
+        n = one.type.count if one is other else 2 * one.type.count
+        lanes = ([i for i in range(n) if i // piece % 2 == part] for part in range(2))
+        return [shuffle(b, one, other, each) for each in lanes]
+
+    piece = 16  # lanes that each of them has in a vector
+    while len(vectors) > 1:
+        piece //= 2
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [combine(*halves(*pair, piece)) for pair in pairs]
+    (v,) = vectors
+    while piece > 1:
+        piece //= 2
+        v = combine(*halves(v, v, 1))
+    return v
 
 
 def call(b: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 from llvmlite import ir
@@ -37,6 +37,7 @@ from edgelm.kernels.emit import (
     I16x16,
     I16x32,
     I32x16,
+    across,
     assembler,
     bfloat16_pairs,
     call,
@@ -47,6 +48,7 @@ from edgelm.kernels.emit import (
     opaque,
     prefetch_at,
     repeat,
+    shuffle,
     spread,
     stack,
     store_at,
@@ -56,7 +58,7 @@ from edgelm.kernels.float_tiles import NUMBERS, Number
 from edgelm.kernels.functions import Code, address_of, code_address, function_address, tile_fields
 from edgelm.kernels.int16 import BLOCK, PIECE, RECORD, SCALES, UNIT, VALUES, W_MAX, X_MAX
 from edgelm.kernels.isa import joined, parts
-from edgelm.kernels.lanes import Int, Rows
+from edgelm.kernels.lanes import Int, Place, Rows
 from edgelm.kernels.records import MAGIC
 from edgelm.kernels.slab_tiles import PAIR, ROW
 from edgelm.kernels.tiles import AHEAD, FAR, behind, in_order, in_turn
@@ -293,89 +295,90 @@ def int16_linear_code(typingctx):
 # --- packing and looking up
 
 
-def _largest(b: ir.IRBuilder, values: list[Value]) -> Value:
-    """The largest magnitude in float32 vectors, as the bits of a float32; of a NaN, if there is one."""
-    total = None
-    for value in values:
-        bits = b.and_(b.bitcast(value, I32x16), repeat(I32x16, 0x7FFFFFFF))
-        total = bits if total is None else b.select(b.icmp_unsigned(">", bits, total), bits, total)
-    return call(b, "llvm.vector.reduce.umax.v16i32", I32, total)
-
-
 def _rounded(b: ir.IRBuilder, value: Value, factor: Value) -> Value:
-    """float32 times a factor to int16, to nearest even."""
-    scaled = b.fmul(value, spread(b, factor, F32x16))
-    bits = b.bitcast(b.fadd(scaled, repeat(F32x16, MAGIC)), I32x16)  # the integer, in the low bits
-    return b.trunc(b.sub(bits, b.bitcast(repeat(F32x16, MAGIC), I32x16)), I16x16)
+    """float32 times a factor to nearest even: I32x16, of which the lower halves are the integers as int16."""
+    return b.bitcast(b.fadd(b.fmul(value, spread(b, factor, F32x16)), repeat(F32x16, MAGIC)), I32x16)
 
 
-def _copied(b: ir.IRBuilder, source: Value, n_bytes: Value, size: int) -> Value:
-    """Address of `size` bytes on the stack: the first `n_bytes` at `source`, an even number, then zeros."""
-    memory = stack(b, size)
-    for i in range(0, size, 32):
-        store_at(b, ir.Constant(I16x16, None), at(b, memory, i), 32)
-    with cgutils.for_range(b, b.lshr(n_bytes, I64(1)), intp=I64) as loop:
-        step = b.shl(loop.index, I64(1))
-        store_at(b, load_at(b, b.add(source, step), I16), b.add(memory, step), 2)
-    return memory
+def _copy(b: ir.IRBuilder, source: Value, left: Value, memory: Value, size: int) -> None:
+    """A block of `size` bytes to `memory`: if only `left` of them are there, an even number, then zeros."""
+    with b.if_else(b.icmp_signed(">=", left, I64(size)), likely=True) as (whole, part):
+        with whole:
+            for i in range(0, size, 64):
+                store_at(b, load_at(b, at(b, source, i), I16x32), at(b, memory, i), 64)
+        with part:
+            for i in range(0, size, 64):
+                store_at(b, ir.Constant(I16x32, None), at(b, memory, i), 64)
+            with cgutils.for_range(b, b.lshr(left, I64(1)), intp=I64) as loop:
+                step = b.shl(loop.index, I64(1))
+                store_at(b, load_at(b, b.add(source, step), I16), b.add(memory, step), 2)
 
 
-def _whole(b: ir.IRBuilder, source: Value, left: Value, size: int) -> Value:
-    """Address of a block of `size` bytes of which `left` are there; what is missing is zero."""
-    address = cgutils.alloca_once_value(b, source)
-    with b.if_then(b.icmp_signed("<", left, I64(size)), likely=False):
-        b.store(_copied(b, source, left, size), address)
-    return b.load(address)
+def _scales(b: ir.IRBuilder, largest: Value, most: int) -> tuple[Value, Value]:
+    """(factors, scales) that make the largest magnitudes `most`: 0 if one is hardly a number, NaN if it is none."""
+    type_ = largest.type
+    k = partial(repeat, type_) if isinstance(type_, ir.VectorType) else partial(ir.Constant, type_)
+    scales = b.fmul(largest, k(1 / most))
+    usable = b.fcmp_unordered(">=", scales, k(2.0**-126))  # a NaN stays
+    return b.select(usable, b.fdiv(k(1.0), scales), k(0.0)), b.select(usable, scales, k(0.0))
 
 
-def _scale(b: ir.IRBuilder, values: list[Value], most: int) -> tuple[Value, Value]:
-    """(factor, scale) that make the largest of float32 vectors `most`: 0 if that is hardly a number, NaN if none is."""
-    scale = b.fmul(b.bitcast(_largest(b, values), F32), ir.Constant(F32, 1 / most))
-    usable = b.fcmp_unordered(">=", scale, ir.Constant(F32, 2.0**-126))  # a NaN stays
-    zero = ir.Constant(F32, 0.0)
-    factor = b.select(usable, b.fdiv(ir.Constant(F32, 1.0), scale), zero)
-    return factor, b.select(usable, scale, zero)
+def _magnitudes(b: ir.IRBuilder, rows: list[Value]) -> Value:
+    """The largest magnitude of 64 numbers of 16 bits at each of 16 places, of a NaN if there is one: bits, I16x16."""
+    def larger(one: Value, other: Value) -> Value:
+        one, other = b.bitcast(one, I16x32), b.bitcast(other, I16x32)
+        return b.bitcast(b.select(b.icmp_unsigned(">", one, other), one, other), I32x16)
+
+    def signless(address: Value) -> Value:
+        return b.and_(load_at(b, address, I16x32, 64), repeat(I16x32, 0x7FFF))
+
+    found = across(b, [larger(signless(row), signless(at(b, row, 64))) for row in rows], larger)
+    return b.trunc(larger(found, b.lshr(found, repeat(I32x16, 16))), I16x16)
 
 
 def _int16_pack(context: Any, b: ir.IRBuilder, number: Number, args: list[Value]) -> None:
-    """(source, row_bytes, n_rows, n_cols, target): rows of a file, at most 16, to a packed group."""
+    """(source, row_bytes, n_rows, n_cols, target): rows of a file, at most 16, to a packed group.
+
+    Rows are copied first: where they begin a multiple of 4096 bytes apart, the nearest cache does not keep all of them.
+    """
     source, row_bytes, n_rows, n_cols, target = args
     size = number.n_bytes * BLOCK
     n_blocks = b.udiv(b.add(n_cols, I64(BLOCK - 1)), I64(BLOCK))
-    block = stack(b, 2 * BLOCK * ROWS)  # integers of 16 rows, before they are turned round; zeros where there is no row
-    for i in range(0, 2 * BLOCK * ROWS, 32):
-        store_at(b, ir.Constant(I16x16, None), at(b, block, i), 32)
+    copies, factors = stack(b, size * ROWS), stack(b, 4 * ROWS)
+    rows = [at(b, copies, size * row) for row in range(ROWS)]
+    for i in range(0, size * ROWS, 64):  # where there is no row
+        store_at(b, ir.Constant(I16x32, None), at(b, copies, i), 64)
     with cgutils.for_range(b, n_blocks, intp=I64) as loop:
         unit, start = b.add(target, b.mul(loop.index, I64(UNIT))), b.mul(loop.index, I64(size))
         left = b.sub(b.mul(n_cols, I64(number.n_bytes)), start)
-        with cgutils.for_range(b, n_rows, intp=I64) as rows:
-            own = b.add(b.add(source, start), b.mul(rows.index, row_bytes))
-            own = _whole(b, own, left, size)
-            values = [number.rows(context, b, at(b, own, number.n_bytes * i)) for i in range(0, BLOCK, ROWS)]
-            factor, scale = _scale(b, values, W_MAX)
-            store_at(b, scale, at(b, unit, SCALES, rows.index, 4), 4)
-            for i, value in enumerate(values):
-                store_at(b, _rounded(b, value, factor), at(b, block, 32 * i, rows.index, 2 * BLOCK), 32)
-        pairs = Rows(b, [at(b, block, 2 * BLOCK * row) for row in range(ROWS)], Int(b, I64(0))).words(PAIRS)
+        with cgutils.for_range(b, n_rows, intp=I64) as each:
+            own = b.add(b.add(source, start), b.mul(each.index, row_bytes))
+            _copy(b, own, left, at(b, copies, 0, each.index, size), size)
+        factor, scale = _scales(b, number.widen(context, b, _magnitudes(b, rows)), W_MAX)
+        store_at(b, factor, factors, 64)
+        Place(b, at(b, unit, SCALES), n_rows).store(Int(b, b.bitcast(scale, I32x16)))
+        with cgutils.for_range(b, n_rows, intp=I64) as each:
+            own, factor = at(b, copies, 0, each.index, size), load_at(b, at(b, factors, 0, each.index, 4), F32, 4)
+            for i in range(0, size, 64):  # integers in the place of the numbers
+                halves = [_rounded(b, number.rows(context, b, at(b, own, i + j)), factor) for j in (0, 32)]
+                words = [b.bitcast(half, I16x32) for half in halves]
+                store_at(b, shuffle(b, *words, list(range(0, 64, 2))), at(b, own, i), 64)
+        pairs = Rows(b, rows, Int(b, I64(0))).words(PAIRS)
         for i in range(0, PAIRS, 4):
-            _store_piece(b, pairs[i : i + 4], at(b, unit, PIECE * (i // 4)))
+            _store_piece(b, [b.bitcast(pair.value, I16x32) for pair in pairs[i : i + 4]], at(b, unit, PIECE * (i // 4)))
 
 
-def _store_piece(b: ir.IRBuilder, pairs: list[Int], place: Value) -> None:
-    """Four pairs of columns of 16 rows, the inverse of `_piece`. pairs: two int16 each, as one int32."""
-    upper = [(pair >> 4 & 0xFF) | (pair >> 12 & 0xFF00) for pair in pairs]
-    lower = [(pair & 0xF) | (pair >> 8 & 0xF00) for pair in pairs]
-    lower = [low | (high << 4) for low, high in zip(lower[:2], lower[2:], strict=True)]
+def _store_piece(b: ir.IRBuilder, pairs: list[Value], place: Value) -> None:
+    """Four pairs of columns of 16 rows, each I16x32, the inverse of `_piece`."""
+    upper = [b.and_(b.lshr(pair, repeat(I16x32, 4)), repeat(I16x32, 0xFF)) for pair in pairs]
+    low = [b.and_(pair, repeat(I16x32, 0xF)) for pair in pairs]
+    lower = [b.or_(low[i], b.shl(low[i + 2], repeat(I16x32, 4))) for i in range(2)]
     for i, two in enumerate((upper[:2], upper[2:], lower)):
-        words = (b.trunc(pair.value, I16x16) for pair in two)
-        store_at(b, b.shuffle_vector(*words, _FOUR_ROWS), at(b, place, 64 * i), 64)
+        store_at(b, shuffle(b, *(b.bitcast(x, I8x64) for x in two), _BYTES_IN_TURN), at(b, place, 64 * i), 64)
 
 
-# Words of four rows of one pair, then of the other.
-_FOUR_ROWS = ir.Constant(
-    ir.VectorType(I32, 32),
-    [side + row for first in range(0, ROWS, 4) for side in (0, ROWS) for row in range(first, first + 4)],
-)
+# The lower bytes of words: those of four rows of one pair, then of the other.
+_BYTES_IN_TURN = [side + 4 * first + i for first in range(0, ROWS, 4) for side in (0, 64) for i in range(0, 16, 2)]
 
 
 def _lane(b: ir.IRBuilder, row: Value) -> Value:
@@ -400,17 +403,26 @@ def _int16_embed(context: Any, b: ir.IRBuilder, number: Number, args: list[Value
         store_at(b, b.fmul(value, scale), b.add(out, b.mul(loop.index, I64(4))))
 
 
+def _largest(b: ir.IRBuilder, values: list[Value]) -> Value:
+    """The largest magnitude in float32 vectors; of a NaN, if there is one."""
+    bits = [b.and_(b.bitcast(value, I32x16), repeat(I32x16, 0x7FFFFFFF)) for value in values]
+    total = reduce(lambda x, y: b.select(b.icmp_unsigned(">", y, x), y, x), bits)
+    return b.bitcast(call(b, "llvm.vector.reduce.umax.v16i32", I32, total), F32)
+
+
 def _int16_record(context: Any, b: ir.IRBuilder, number: Number, args: list[Value]) -> None:
     """(x, n_cols, record): the records of the float32 of one token."""
     x, n_cols, record = args
+    block = stack(b, 4 * BLOCK)
     with cgutils.for_range(b, b.udiv(b.add(n_cols, I64(BLOCK - 1)), I64(BLOCK)), intp=I64) as loop:
         start, place = b.mul(loop.index, I64(4 * BLOCK)), b.add(record, b.mul(loop.index, I64(RECORD)))
-        own = _whole(b, b.add(x, start), b.sub(b.mul(n_cols, I64(4)), start), 4 * BLOCK)
-        values = [load_at(b, at(b, own, 4 * i), F32x16, 4) for i in range(0, BLOCK, ROWS)]
-        factor, scale = _scale(b, values, X_MAX)
+        left = b.sub(b.mul(n_cols, I64(4)), start)
+        _copy(b, b.add(x, start), left, block, 4 * BLOCK)
+        values = [load_at(b, at(b, block, 4 * i), F32x16, 64) for i in range(0, BLOCK, ROWS)]
+        factor, scale = _scales(b, _largest(b, values), X_MAX)
         store_at(b, scale, place, 4)
         for i, value in enumerate(values):
-            store_at(b, _rounded(b, value, factor), at(b, place, VALUES + 32 * i), 4)
+            store_at(b, b.trunc(_rounded(b, value, factor), I16x16), at(b, place, VALUES + 32 * i), 4)
 
 
 int16_pack_code = address_of(NUMBERS, _int16_pack, 5)

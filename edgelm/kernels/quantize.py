@@ -24,6 +24,7 @@ from edgelm.kernels.emit import (
     I16x32,
     I32x16,
     I64x8,
+    across,
     call,
     emit_fma,
     load_at,
@@ -58,21 +59,6 @@ _X, _X_STRIDE, _N_COLS, _Q, _Q_STRIDE, _LIMIT = (WORD * (Row.ARGS + i) for i in 
 
 def _pick(b: ir.IRBuilder, values: Value, lanes: list[int]) -> Value:
     return shuffle(b, values, undefined(values.type), lanes)
-
-
-def _reduce(b: ir.IRBuilder, vectors: list[Value], combine: Any) -> Value:
-    """The 16 lanes of each vector combined: as many lanes as there are vectors, a power of two."""
-    piece = 16  # lanes that each of them has in a vector
-    while len(vectors) > 1:
-        piece //= 2
-        even, odd = ([i for i in range(32) if i // piece % 2 == part] for part in range(2))
-        pairs = zip(vectors[::2], vectors[1::2], strict=True)
-        vectors = [combine(*(shuffle(b, *pair, lanes) for lanes in (even, odd))) for pair in pairs]
-    (v,) = vectors
-    while piece > 1:
-        piece //= 2
-        v = combine(*(_pick(b, v, list(range(first, v.type.count, 2))) for first in range(2)))
-    return v
 
 
 def _integers(floats: Value) -> ir.VectorType:
@@ -110,7 +96,7 @@ def _largest(b: ir.IRBuilder, x: Value, y: Value) -> Value:
 def _peaks(b: ir.IRBuilder, halves: list[Value]) -> Value:
     """The largest magnitudes. Found as bits: so NaN is larger than infinity."""
     bits = [b.and_(b.bitcast(x, I32x16), repeat(I32x16, 0x7FFFFFFF)) for x in halves]
-    peaks = _reduce(b, bits, partial(_largest, b))
+    peaks = across(b, bits, partial(_largest, b))
     return b.bitcast(peaks, ir.VectorType(F32, peaks.type.count))
 
 
@@ -155,7 +141,7 @@ def _write_quants(b: ir.IRBuilder, isa: Isa, products: list[Value], target: Valu
     for i in range(0, len(quants), 2):
         bytes_ = [b.trunc(half, I8x16) for half in quants[i : i + 2]]
         store_at(b, shuffle(b, *bytes_, _order(isa.whole_scales)), b.add(target, I64(RECORD * (i // 2))), 32)
-    return _reduce(b, quants, b.add)
+    return across(b, quants, b.add)
 
 
 def _write_scaled(b: ir.IRBuilder, isa: Isa, products: list[Value], scales: Value, target: Value) -> Fields:

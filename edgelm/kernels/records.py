@@ -48,6 +48,7 @@ OFFSET_LOW, OFFSET_HIGH = 52, 56
 FLAG = 60
 LIMIT = 2.4e-3  # times the mean square of its row the sum of d² of a block must be for a remainder (docs/LOG.md);
 PRODUCT_LIMIT = 7.2e-3  # if it is a product of two values, which has many outliers; those far out make most of the loss
+FRAGILE = 1 / 3  # times both for a model with weights of a coarse format, to which the same rounding does more
 MAX_BLOCKS = 1 << 14  # of a row
 MAX_TOKENS = 256  # of a unit of work: a byte holds the number of each, and 512 are no faster (docs/LOG.md)
 ENTRY = 3  # bytes that say where a unit has remainders: which block of a slab, and which two tokens; or one, twice
