@@ -17,6 +17,7 @@ Knows formats as `blocks.Blocks`, machines as `isa.Isa`, activations as the reco
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -24,10 +25,11 @@ from numba.core import cgutils
 
 from edgelm.kernels import isas
 from edgelm.kernels.blocks import CHUNKS, Blocks, at
-from edgelm.kernels.emit import F32, I32, F32x16, I32x16, assembler, emit_fma, load_at, repeat, spread, store_at
-from edgelm.kernels.isa import Form, Isa
+from edgelm.kernels.emit import F32, I32, F32x16, I32x16, emit_fma, here, load_at, opaque, repeat, spread, store_at
+from edgelm.kernels.isa import Form, Isa, apart, joined, parts
 from edgelm.kernels.records import (
     FACTORS,
+    MAGIC,
     MAGIC_HIGH,
     MAGIC_LOW,
     OFFSET_HIGH,
@@ -86,10 +88,13 @@ class Tile:
     def _sums(self, weights: list[Any], records: list[Value], words: Any, halves: tuple[int, ...]) -> Sums:
         """Exact sums of products by (half, group, token)."""
         b, isa, sums = self.b, self.isa, Sums()
-        for half, (t, record), g in itertools.product(halves, enumerate(records), range(len(weights))):
-            sums[half, g, t] = self._start(record, half)
+        starts = {(half, t): self._start(record, half) for t, record in enumerate(records) for half in halves}
+        for half, t, g in itertools.product(halves, range(len(records)), range(len(weights))):
+            sums[half, g, t] = starts[0 if self.neighbours else half, t]
         for i, half in itertools.product(range(CHUNKS // 2), halves):
             self._add_chunk(sums, half, half * CHUNKS // 2 + i, weights, records, words)
+            if isa.ordered and self.neighbours and half == halves[-1]:  # both have used the same activations
+                sums = {key: apart(b, isa.n_parts, partial(here, b), total) for key, total in sums.items()}
         return {place: isa.end(b, total) for place, total in sums.items()}
 
     def _add_chunk(
@@ -115,11 +120,11 @@ class Tile:
             for g, t in itertools.product(range(len(weights)), range(len(records))):
                 sums[0, g, t] = isa.empty(b, repeat(I32x16, 0))
             for chunk in range(halves[0] * CHUNKS // 2, (halves[-1] + 1) * CHUNKS // 2):
-                for (_, g, t), partial in sums.items() if chunk % (CHUNKS // 2) == 0 else ():
-                    sums[0, g, t] = isa.times(b, partial, records[t], 2 * chunk // CHUNKS)
+                for (_, g, t), so_far in sums.items() if chunk % (CHUNKS // 2) == 0 else ():
+                    sums[0, g, t] = isa.times(b, so_far, records[t], 2 * chunk // CHUNKS)
                 self._add_chunk(sums, 0, chunk, weights, records)
-            for (_, g, t), partial in sums.items():
-                total = isa.end(b, partial)
+            for (_, g, t), so_far in sums.items():
+                total = isa.end(b, so_far)
                 if fmt.has_zero(isa) and self.form is Form.LOW:
                     field, bits = (ZERO, 4) if fmt.halves == 1 else (HALVES[halves[0]][0], 6)
                     total = b.add(total, self._zero(records[t], field, bits))
@@ -127,13 +132,15 @@ class Tile:
 
     def _start(self, record: Value, half: int) -> Any:
         """A sum without products, less the zero point of those to come unless that is made good at the end."""
-        b, isa, bits = self.b, self.isa, self.fmt.bits
-        if self.neighbours and self.less_zero:
-            offsets = isa.inputs_of_halves(b, at(b, record, OFFSET_LOW), 0)
-            offsets = assembler(b, I32x16, "", "=v,0", [offsets])  # else LLVM shifts before it spreads: one more
-            return b.ashr(offsets, repeat(I32x16, 8 - bits))
+        b, isa, bits, first = self.b, self.isa, self.fmt.bits, 0 if self.whole else self.isa.first
+        if self.neighbours and self.less_zero:  # the same in each part
+            offset = parts(b, isa.inputs_of_halves(b, at(b, record, OFFSET_LOW), 0), isa.n_parts)[0]
+            offset = opaque(b, offset)  # else LLVM shifts before it spreads: one more
+            offset = b.ashr(offset, repeat(offset.type, 8 - bits))
+            offset = b.sub(offset, repeat(offset.type, isa.first >> 8 - bits)) if isa.first else offset
+            return joined(b, [offset] * isa.n_parts)
         zero = self.less_zero or (self.fmt.zero and not self.whole)
-        return isa.start(b, record, HALVES[half][0], self.form, bits, zero)
+        return isa.start(b, record, HALVES[half][0], self.form, bits, zero, first)
 
     def load(self, addresses: list[list[Value]]) -> None:
         """Goes on from the sums at addresses[group][token]."""
@@ -150,13 +157,19 @@ class Tile:
     def _scaled(self, total: Value, record: Value, half: int) -> Value:
         """An exact sum of products, as float32, times d."""
         b, factor = self.b, self.factor(record, half)
-        if self.isa.magic:  # (MAGIC + total) * d - MAGIC * d, rounded once
+        if self.isa.magic and not self.isa.whole_scales:  # (MAGIC + total) * d - MAGIC * d, rounded once
             return emit_fma(self.context, b, b.bitcast(total, F32x16), factor, self._float(record, HALVES[half][2]))
-        return b.fmul(b.sitofp(total, F32x16), factor)
+        return b.fmul(self._exactly(total), factor)
+
+    def _exactly(self, total: Value) -> Value:
+        """An exact sum of products as float32."""
+        if self.isa.magic:  # on Intel's, conversions go to the units that multiply
+            return self.b.fsub(self.b.bitcast(total, F32x16), repeat(F32x16, MAGIC))
+        return self.b.sitofp(total, F32x16)
 
     def _joined(self, low: Value, high: Value, record: Value) -> Value:
         """Exact sums of both halves, each times its d."""
-        high = self.b.sitofp(high, F32x16)
+        high = self._exactly(high)
         return emit_fma(self.context, self.b, high, self.factor(record, 1), self._scaled(low, record, 0))
 
     def _whole(self, low: Value, high: Value, record: Value) -> Value:

@@ -107,9 +107,19 @@ def stack(b: ir.IRBuilder, n_bytes: int) -> ir.Value:
         return b.ptrtoint(memory, I64)
 
 
-def opaque(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    """`address`, of which LLVM knows no more, so that it makes no chain of additions: an empty piece of assembler."""
-    return assembler(b, I64, "", "=r,0", [address])
+def opaque(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """An address, or integers in a register of x86, of which LLVM knows no more: an empty piece of assembler.
+
+    So it makes no chain of additions, or does what follows after all that comes before.
+    """
+    return assembler(b, value.type, "", f"={_register(value)},0", [value])
+
+
+def _register(value: ir.Value) -> str:
+    """Where it may be: any of 32 registers for 64 bytes, or of 16."""
+    if not isinstance(value.type, ir.VectorType):
+        return "r"
+    return "v" if value.type.count * value.type.element.width == 512 else "x"
 
 
 def fence(b: ir.IRBuilder) -> None:
@@ -120,8 +130,7 @@ def fence(b: ir.IRBuilder) -> None:
 def here(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """Integers, computed before this place, and before anything behind it is loaded: a `fence` for vectors of x86."""
     function = ir.FunctionType(value.type, [value.type])
-    place = "v" if value.type.count * value.type.element.width == 512 else "x"  # any of 32 registers, or of 16
-    return b.asm(function, "", f"={place},0,~{{memory}}", [value], side_effect=True)
+    return b.asm(function, "", f"={_register(value)},0,~{{memory}}", [value], side_effect=True)
 
 
 def assembler(b: ir.IRBuilder, type_: ir.Type, code: str, places: str, values: list[ir.Value]) -> ir.Value:

@@ -13,6 +13,7 @@ formats but the number of bits and whether there is a zero point.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 from typing import Any, ClassVar, NamedTuple
 
@@ -62,6 +63,11 @@ def joined(b: ir.IRBuilder, values: list[Value]) -> Value:
     return values[0]
 
 
+def apart(b: ir.IRBuilder, n: int, emit: Callable[..., Value], *values: Value) -> Value:
+    """What `emit` makes of vectors, of `n` equal parts of them at a time."""
+    return joined(b, [emit(*each) for each in zip(*(parts(b, value, n) for value in values), strict=True)])
+
+
 class Isa:
     """A way to multiply. `needs`: features, any one of these sets; `tokens`, `groups`: shape of the matrix tile."""
 
@@ -76,11 +82,12 @@ class Isa:
     float_groups: ClassVar[int] = 1
     n_parts: ClassVar[int] = 1  # registers that hold 64 bytes
     kept: ClassVar[int] = 16  # registers for packed weights of a block; if it has more, each half is read by itself
-    ordered: ClassVar[bool] = False  # whether steps stay in order; LLVM would sum up one register of weights, then the
-    # next, and spill what both have in common
+    ordered: ClassVar[bool] = False  # whether steps of tiles stay in order; LLVM would sum up one register of weights,
+    # then the next, and spill what both have in common
     two_by_two: ClassVar[bool] = False  # tiles multiply two rows with two tokens at a time: `step_pair`
     shifts_bytes: ClassVar[bool] = False  # by an instruction, not only larger lanes
-    magic: ClassVar[bool] = False  # whether sums start at MAGIC_BITS; only where there is a fused multiply-add
+    magic: ClassVar[bool] = False  # whether sums that are not joined start at MAGIC_BITS, to become floats without a
+    # conversion; only where there is a fused multiply-add
     joins_halves: ClassVar[bool] = False  # whether both halves of a block are added before a scale that they share
     factor_bits: ClassVar[int] = 0  # of the whole numbers that d are in records: `records.FACTORS`; 0: they are any
     scales_sums: ClassVar[bool] = False  # whether sums can come multiplied with these: `times`
@@ -101,18 +108,21 @@ class Isa:
 
     @property
     def first(self) -> int:
-        """What a sum of products starts at."""
+        """What a sum of products starts at, but for those that are joined."""
         return MAGIC_BITS if self.magic else 0
 
-    def start(self, b: ir.IRBuilder, record: Value, field: int, form: Form, bits: int, zero: bool) -> Any:
-        """An empty accumulator. `record` + `field`: address of `first` - 128 times the sum of the inputs to come."""
+    def start(self, b: ir.IRBuilder, record: Value, field: int, form: Form, bits: int, zero: bool, first: int) -> Any:
+        """An empty accumulator, which starts at `first`.
+
+        `record` + `field`: address of `self.first` - 128 times the sum of the inputs to come.
+        """
         if not zero or form is Form.SIGNED:
-            return self.empty(b, repeat(I32x16, self.first))
+            return self.empty(b, repeat(I32x16, first))
         offset = spread(b, load_at(b, b.add(record, record.type(field)), I32, 4), I32x16)
         shift = 8 - bits if form is Form.LOW else 0
         if shift:
             offset = b.ashr(offset, repeat(I32x16, shift))
-        if change := self.first - (self.first >> shift):
+        if change := first - (self.first >> shift):
             offset = b.add(offset, repeat(I32x16, change))
         return self.empty(b, offset)
 

@@ -6,13 +6,14 @@ oneDNN.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 from llvmlite import ir
 from llvmlite.binding import llvm_version_info
 
-from edgelm.kernels.emit import I8, I16, I8x64, I16x32, I32x16, assembler, call, here, load_at, repeat, spread
-from edgelm.kernels.isa import X_MAX, Form, Isa, Narrow, Partial, Value, joined, parts
+from edgelm.kernels.emit import I8, I16, I32, I8x64, I16x32, I32x16, assembler, call, here, load_at, repeat, spread
+from edgelm.kernels.isa import X_MAX, Form, Isa, Narrow, Partial, Value, apart, joined, parts
 from edgelm.kernels.records import FACTORS
 
 AMD = "sse4a"  # an extension that AMD's processors have, and nobody else's
@@ -46,27 +47,25 @@ class Vnni512(_Bytes):
         return Form.TOP if zero else Form.LOW
 
     def step(self, b: ir.IRBuilder, sums: Any, w: Value, x: Value, form: Form, bits: int) -> Any:
-        operands = b.bitcast(w, I8x64), b.bitcast(x, I8x64)
-        done = []
-        for acc, *pair in zip(*(parts(b, v, self.n_parts) for v in (sums, *operands)), strict=True):
+        def add(own: Value, *pair: Value) -> Value:
             if llvm_version_info[0] < 22:  # which took the bytes as int32
-                pair = [b.bitcast(v, acc.type) for v in pair]
-            done.append(call(b, self.dot, acc.type, acc, *pair))
-        return joined(b, done)
+                pair = tuple(b.bitcast(v, own.type) for v in pair)
+            return call(b, self.dot, own.type, own, *pair)
+
+        return apart(b, self.n_parts, add, sums, b.bitcast(w, I8x64), b.bitcast(x, I8x64))
 
 
-class Vnni512Zen(Vnni512):
-    """The same on AMD. What counts there are products and FMA (docs/LOG.md).
+class _Joining(Vnni512):
+    """VNNI where what counts are products and FMA (docs/LOG.md).
 
-    With one group in a tile, every product reads its activations as it goes: a load and a product are one instruction.
     Sums of 16 products with weights of four bits, or of five less a zero point, fit into int16, so one instruction
     multiplies those of both halves of a block with whole scales and adds them. In tiles both are neighbours, and one
     instruction makes pairs of int16 of all of them; where few tokens meet packed weights they are not: it takes two.
     """
 
-    needs = (frozenset({"avx512vnni", "avx512bw", AMD}),)
-    magic, joins_halves, factor_bits, side_by_side, asks_for_records = False, True, 15, True, True
-    groups = 1  # 12 sums of halves and 6 accumulators, and weights of the next block can be under way
+    magic, joins_halves, factor_bits, side_by_side = False, True, 15, True
+    pack: ClassVar[str]  # int32 of two registers to int16, within each 16 bytes
+    pairs: ClassVar[str]  # int16 to sums of products of pairs, in int32
 
     def form(self, bits: int, zero: bool) -> Form:
         return Form.LOW if self.joins(bits, zero) else super().form(bits, zero)
@@ -75,27 +74,50 @@ class Vnni512Zen(Vnni512):
         return (2, 1) if joins else self.direct
 
     def join(self, b: ir.IRBuilder, low: Value, high: Value, factors: Value) -> Value:
-        operands = [low, b.shl(high, repeat(I32x16, 16)), repeat(I32x16, 0xFFFF)]
-        pairs = assembler(b, I32x16, "vpternlogd $$0xe4, $3, $2, $0", "=v,0,v,v", operands)  # LLVM would permute words
+        pairs = self._together(b, low, b.shl(high, repeat(I32x16, 16)))
         return self._products(b, b.bitcast(pairs, I16x32), factors)
 
+    def _together(self, b: ir.IRBuilder, low: Value, high: Value) -> Value:
+        """The lower halves of `low`, and the upper ones of `high`."""
+        return b.or_(b.and_(low, repeat(I32x16, 0xFFFF)), high)
+
     def join_neighbours(self, b: ir.IRBuilder, first: Value, second: Value, factors: Value) -> Value:
-        return self._products(b, call(b, "llvm.x86.avx512.packssdw.512", I16x32, first, second), factors)
+        words = ir.VectorType(I16, 32 // self.n_parts)
+        pairs = apart(b, self.n_parts, partial(call, b, self.pack, words), first, second)
+        return self._products(b, pairs, factors)
 
     def _products(self, b: ir.IRBuilder, pairs: Value, factors: Value) -> Value:
-        return call(b, "llvm.x86.avx512.pmaddw.d.512", I32x16, pairs, b.bitcast(factors, I16x32))
+        sums = ir.VectorType(I32, 16 // self.n_parts)
+        return apart(b, self.n_parts, partial(call, b, self.pairs, sums), pairs, b.bitcast(factors, I16x32))
 
 
-class Vnni256(Vnni512):
+class Vnni512Zen(_Joining):
+    """AVX-512 VNNI on AMD. With one group in a tile, every product reads its activations as it goes: a load and a
+    product are one instruction."""
+
+    needs = (frozenset({"avx512vnni", "avx512bw", AMD}),)
+    groups = 1  # 12 sums of halves and 6 accumulators, and weights of the next block can be under way
+    asks_for_records = True
+    pack = "llvm.x86.avx512.packssdw.512"
+    pairs = "llvm.x86.avx512.pmaddw.d.512"
+
+    def _together(self, b: ir.IRBuilder, low: Value, high: Value) -> Value:
+        operands = [low, high, repeat(I32x16, 0xFFFF)]  # LLVM would permute words
+        return assembler(b, I32x16, "vpternlogd $$0xe4, $3, $2, $0", "=v,0,v,v", operands)
+
+
+class Vnni256(_Joining):
     """The same on 32 bytes: AVX-VNNI, or AVX-512 VNNI on 256 bits."""
 
     needs = (frozenset({"avxvnni", "fma"}), frozenset({"avx512vnni", "avx512vl"}))
     direct, direct_groups, direct_most = (2, 1), 1, 2
-    tokens, groups = (4, 2, 1), 1
+    tokens, groups, magic = (2, 1), 1, True  # 8 sums of halves and 4 accumulators: with more it spills
     float_tokens, float_groups = (4, 2, 1), 1
-    n_parts, kept = 2, 4  # reading again costs nothing: an instruction takes one operand from memory
+    n_parts, kept, ordered = 2, 4, True  # reading again costs nothing: an instruction takes one operand from memory
     shuffle = "llvm.x86.avx2.pshuf.b"
     dot = "llvm.x86.avx512.vpdpbusd.256"
+    pack = "llvm.x86.avx2.packssdw"
+    pairs = "llvm.x86.avx2.pmadd.wd"
 
 
 class _Maddubs(Narrow, _Bytes):

@@ -106,7 +106,8 @@ def _write_blocks(
     """Writes 64 bytes of a record for each two of `halves`, of 16 float32. inverses: one for each half."""
     isa = isas.select(context)
     products = [b.fmul(x, spread(b, inverse, F32x16)) for x, inverse in zip(halves, inverses, strict=True)]
-    write = _write_floats if not isa.whole_scales else _write_scaled if isa.scales_sums else _write_whole
+    vectors = isa.n_parts == 1 and not isa.scales_sums  # AVX-512
+    write = _write_floats if not isa.whole_scales else _write_vectors if vectors else _write_whole
     total, third, fourth, low, high = write(b, isa, products, scales, target)
     fields = [
         b.bitcast(scales, _integers(scales)), _in_turn(b, b.bitcast(total, low.type), third), _in_turn(b, fourth, low),
@@ -144,18 +145,21 @@ def _write_quants(b: ir.IRBuilder, isa: Isa, products: list[Value], target: Valu
     return across(b, quants, b.add)
 
 
-def _write_scaled(b: ir.IRBuilder, isa: Isa, products: list[Value], scales: Value, target: Value) -> Fields:
-    """The same for whole scales, where `Isa.scales_sums`."""
+def _write_whole(b: ir.IRBuilder, isa: Isa, products: list[Value], scales: Value, target: Value) -> Fields:
+    """The same for whole scales."""
     factors = b.fptosi(scales, _integers(scales))
-    both = _low_and_high(b, b.mul(_write_quants(b, isa, products, target), factors))
+    sums = _write_quants(b, isa, products, target)
+    both = _low_and_high(b, b.mul(sums, factors))
     total, (low, high) = b.add(*both), _low_and_high(b, factors)
     pairs = b.or_(low, b.shl(high, repeat(high.type, 16)))
-    zero, offsets = b.mul(total, repeat(total.type, -8)), (b.mul(own, repeat(own.type, -32)) for own in both)
+    zero, offsets = b.mul(total, repeat(total.type, -8)), [b.mul(own, repeat(own.type, -32)) for own in both]
+    if not isa.scales_sums:
+        offsets = _offsets(b, isa, sums)
     return b.sitofp(total, _halved(scales.type)), pairs, zero, *offsets
 
 
-def _write_whole(b: ir.IRBuilder, isa: Isa, products: list[Value], scales: Value, target: Value) -> Fields:
-    """The same where they are not, with what AVX-512 has for it.
+def _write_vectors(b: ir.IRBuilder, isa: Isa, products: list[Value], scales: Value, target: Value) -> Fields:
+    """The same with what AVX-512 has for it.
 
     Packing two blocks puts four q of each half of either side by side, so a product with ones adds up one half's.
     """

@@ -30,6 +30,8 @@ TARGETS = {
     "avx2": ("haswell", AVX2, "Avx2", "avx2"),
     "zen3": ("znver3", f"{AVX2},+sse4a", "Avx2", "avx2"),  # weights are read in another order: `tiles.in_order`
     "avxvnni": ("alderlake", f"{AVX2},+avxvnni", "Vnni256", "avxvnni"),
+    # what AVX-VNNI has, on 32 of the bytes of AVX-512: for machines without it
+    "vnni256": ("cascadelake", f"{AVX2},+avx512f,+avx512vl,+avx512vnni", "Vnni256", "avx512vnni"),
     "avx512": ("skylake-avx512", AVX512, "Avx512", "avx512bw"),
     "avx512vnni": ("cascadelake", f"{AVX512},+avx512vnni", "Vnni512", "avx512vnni"),
     "zen4": ("znver4", f"{AVX512},+avx512vnni,+sse4a", "Vnni512Zen", "avx512vnni"),
