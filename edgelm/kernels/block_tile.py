@@ -71,7 +71,7 @@ class Tile:
         places = [(g, t) for t in range(len(records)) for g in range(len(weights))]
         if self.scaled:
             self._add_times_d(weights, scales, records)
-        for halves in () if self.scaled else ((0, 1),) if isa.joins_halves else ((0,), (1,)):
+        for halves in () if self.scaled else ((0, 1),) if self.whole or isa.joins_halves else ((0,), (1,)):
             sums = self._sums(weights, records, words, halves)
             for g, t in places:
                 if self.whole or (isa.joins_halves and fmt.halves == 1):
@@ -101,7 +101,7 @@ class Tile:
         self, sums: Sums, half: int, chunk: int, weights: list[Any], records: list[Value], words: Any = None
     ) -> None:
         """Adds the products of a chunk to sums[half, group, token]."""
-        b, isa, place = self.b, self.isa, chunk_at(chunk, self.isa.whole_scales) // 4
+        b, isa, place = self.b, self.isa, chunk_at(chunk, self.isa.in_turn) // 4
         w = [group(chunk) for group in weights]
         for t, record in enumerate(records):
             if words is not None:
@@ -175,8 +175,8 @@ class Tile:
     def _whole(self, low: Value, high: Value, record: Value) -> Value:
         """The same by integers."""
         join = self.isa.join_neighbours if self.neighbours else self.isa.join
-        total = join(self.b, low, high, self._integer(record, FACTORS))
-        if self.fmt.zero and not self.less_zero:
+        total = join(self.b, low, high, self.factors(record))
+        if self.fmt.zero and not self.less_zero and self.form is Form.LOW:
             total = self.b.add(total, self._zero(record, ZERO, 4))
         return self.b.sitofp(total, F32x16)
 
@@ -190,6 +190,10 @@ class Tile:
     def factor(self, record: Value, half: int) -> Value:
         """d of half a block, in all lanes."""
         return self._float(record, HALVES[half][1])
+
+    def factors(self, record: Value) -> Value:
+        """The whole d of both halves, two int16 in each lane."""
+        return self._integer(record, FACTORS)
 
     def minimum_factors(self, record: Value) -> list[Value]:
         """What minima are multiplied with, in all lanes."""

@@ -109,7 +109,7 @@ class Blocks(Unit):
             return isa.lookup(b, [entry + shift for entry in self.table] * (16 // len(self.table)), value)
         if self.bits == 8:
             return b.xor(value, repeat(I8x64, 128)) if form is Form.TOP else value
-        if self.zero and form is Form.SIGNED:
+        if self.has_zero(isa) and form is Form.SIGNED:
             return b.sub(value, repeat(I8x64, 1 << (self.bits - 1)))
         return value
 

@@ -90,6 +90,7 @@ class Isa:
     # conversion; only where there is a fused multiply-add
     joins_halves: ClassVar[bool] = False  # whether both halves of a block are added before a scale that they share
     factor_bits: ClassVar[int] = 0  # of the whole numbers that d are in records: `records.FACTORS`; 0: they are any
+    in_turn: ClassVar[bool] = False  # whether halves of a block take turns in records, four inputs at a time
     scales_sums: ClassVar[bool] = False  # whether sums can come multiplied with these: `times`
     side_by_side: ClassVar[bool] = False  # whether tiles have both halves in neighbouring lanes: `join_neighbours`
     asks_for_records: ClassVar[bool] = False  # whether a tile does, for those of the next one

@@ -38,7 +38,6 @@ class NeonDot(_Neon):
 
     needs = (frozenset({"dotprod"}),)
     tokens = (2, 1)  # of 32 registers, 16 hold sums and products; more tokens spill
-
     def step(self, b: ir.IRBuilder, sums: Any, w: Value, x: Value, form: Form, bits: int) -> Any:
         done = []
         for acc, u, s in zip(*(parts(b, v, 4) for v in (sums, w, b.bitcast(x, w.type))), strict=True):
@@ -50,7 +49,12 @@ class NeonI8mm(NeonDot):
     """ARMv8.6 matrix products: `smmla` adds 32 products of signed bytes, of two rows with two tokens, to 4 lanes."""
 
     needs = (frozenset({"dotprod", "i8mm"}),)
-    two_by_two = True
+    two_by_two, factor_bits = True, 15
+
+    def join(self, b: ir.IRBuilder, low: Value, high: Value, factors: Value) -> Value:
+        upper = repeat(I32x16, 16)
+        first, second = b.ashr(b.shl(factors, upper), upper), b.ashr(factors, upper)
+        return b.add(b.mul(low, first), b.mul(high, second))
 
     def step_pair(self, b: ir.IRBuilder, sums: Value, w: Value, x: Value) -> Value:
         name, done = "llvm.aarch64.neon.smmla.v4i32.v16i8", []

@@ -63,7 +63,7 @@ class _Joining(Vnni512):
     instruction makes pairs of int16 of all of them; where few tokens meet packed weights they are not: it takes two.
     """
 
-    magic, joins_halves, factor_bits, side_by_side = False, True, 15, True
+    magic, joins_halves, factor_bits, side_by_side, in_turn = False, True, 15, True, True
     pack: ClassVar[str]  # int32 of two registers to int16, within each 16 bytes
     pairs: ClassVar[str]  # int16 to sums of products of pairs, in int32
 
@@ -129,7 +129,7 @@ class _Maddubs(Narrow, _Bytes):
     multiplications for three.
     """
 
-    factor_bits, scales_sums = 15, True
+    factor_bits, scales_sums, in_turn = 15, True, True
     pairs: ClassVar[str]  # bytes to sums of pairs in int16
     quads: ClassVar[str]  # int16 to sums of pairs in int32
 

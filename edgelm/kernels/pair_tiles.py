@@ -59,24 +59,45 @@ class PairTile:
 
     def add_block(self, weights: list[Any], scales: list[Any], minima: list[Any], records: list[Value]) -> None:
         """As `Tile.add_block`, from `paired` weights and `doubled` scales and minima."""
-        b, tile = self.b, self.tile
+        tile = self.tile
         for place in range(0, len(records), 2):
             pair = records[place : place + 2]
-            for half in range(2):
-                inputs = [load_at(b, at(b, record, 16 * half), I64x2, 16) for record in pair]
-                inputs = [b.bitcast(shuffle(b, *inputs, [i, 2 + i]), I8x16) for i in range(2)]
-                factor = self._of_tokens([tile.factor(record, half) for record in pair])
-                for g, group in enumerate(weights):
-                    for odd in range(2):
-                        total = ir.Constant(I32x16, None)
-                        for i, x in enumerate(inputs):
-                            total = tile.isa.step_pair(b, total, group(half * CHUNKS // 2 + 2 * i + odd), x)
-                        scaled = b.fmul(b.sitofp(total, F32x16), factor)
-                        tile.add(g, place + odd, scaled, scales[g]((2 * half + odd) % (2 * tile.fmt.halves)))
+            add = self._add_joined if tile.whole else self._add_halves
+            add(place, weights, scales, pair)
             factors = map(self._of_tokens, zip(*(tile.minimum_factors(record) for record in pair), strict=True))
             for i, factor in enumerate(factors):
                 for g, odd in itertools.product(range(len(weights)), range(2)):
                     tile.add(g, place + odd, minima[g](2 * i + odd), factor)
+
+    def _add_joined(self, place: int, weights: list[Any], scales: list[Any], pair: list[Value]) -> None:
+        """Products of both halves, joined by integers."""
+        inputs = [self._inputs(pair, half) for half in range(2)]
+        factors = self._of_tokens([self.tile.factors(record) for record in pair])
+        for g, odd in itertools.product(range(len(weights)), range(2)):
+            totals = (self._total(weights[g], inputs[half], half, odd) for half in range(2))
+            joined = self.tile.isa.join(self.b, *totals, factors)
+            self.tile.add(g, place + odd, self.b.sitofp(joined, F32x16), scales[g](odd))
+
+    def _add_halves(self, place: int, weights: list[Any], scales: list[Any], pair: list[Value]) -> None:
+        for half in range(2):
+            inputs, n_scales = self._inputs(pair, half), 2 * self.tile.fmt.halves
+            factor = self._of_tokens([self.tile.factor(record, half) for record in pair])
+            for g, odd in itertools.product(range(len(weights)), range(2)):
+                total = self._total(weights[g], inputs, half, odd)
+                scaled = self.b.fmul(self.b.sitofp(total, F32x16), factor)
+                self.tile.add(g, place + odd, scaled, scales[g]((2 * half + odd) % n_scales))
+
+    def _inputs(self, pair: list[Value], half: int) -> list[Value]:
+        """Those of half a block, eight of either token at a time."""
+        inputs = [load_at(self.b, at(self.b, record, 16 * half), I64x2, 16) for record in pair]
+        return [self.b.bitcast(shuffle(self.b, *inputs, [i, 2 + i]), I8x16) for i in range(2)]
+
+    def _total(self, group: Any, inputs: list[Value], half: int, odd: int) -> Value:
+        """The sum of products of half a block with the first two of each four rows, or with the others."""
+        total = ir.Constant(I32x16, None)
+        for i, x in enumerate(inputs):
+            total = self.tile.isa.step_pair(self.b, total, group(half * CHUNKS // 2 + 2 * i + odd), x)
+        return total
 
     def _of_tokens(self, values: list[Value]) -> Value:
         """Two vectors that each have one value in all lanes, as the lanes of an accumulator."""

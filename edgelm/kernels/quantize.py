@@ -141,7 +141,7 @@ def _write_quants(b: ir.IRBuilder, isa: Isa, products: list[Value], target: Valu
         quants.append(b.sub(b.bitcast(b.fadd(x, magic), I32x16), b.bitcast(magic, I32x16)))
     for i in range(0, len(quants), 2):
         bytes_ = [b.trunc(half, I8x16) for half in quants[i : i + 2]]
-        store_at(b, shuffle(b, *bytes_, _order(isa.whole_scales)), b.add(target, I64(RECORD * (i // 2))), 32)
+        store_at(b, shuffle(b, *bytes_, _order(isa.in_turn)), b.add(target, I64(RECORD * (i // 2))), 32)
     return across(b, quants, b.add)
 
 
@@ -185,9 +185,9 @@ def _write_vectors(b: ir.IRBuilder, isa: Isa, products: list[Value], scales: Val
     return b.sitofp(total, _halved(scales.type)), b.bitcast(factors, total.type), zero, *_offsets(b, isa, sums)
 
 
-def _order(whole: bool) -> list[int]:
+def _order(in_turn: bool) -> list[int]:
     """Which input of a block each byte of its record is."""
-    places = {chunk_at(chunk, whole) + i: 4 * chunk + i for chunk in range(BLOCK // 4) for i in range(4)}
+    places = {chunk_at(chunk, in_turn) + i: 4 * chunk + i for chunk in range(BLOCK // 4) for i in range(4)}
     return [places[place] for place in range(BLOCK)]
 
 
@@ -256,7 +256,7 @@ def _quantize_blocks(n_blocks: int) -> Any:
 
 def _quantize_rest(context: Any, b: ir.IRBuilder, source: Value, target: Value, rest: Value, unit: Value) -> None:
     halves, inverse = [], load_at(b, b.add(unit, I64(4)), F32, 4)
-    order, stored = _order(isas.select(context).whole_scales), load_at(b, target, ir.VectorType(I8, BLOCK), 32)
+    order, stored = _order(isas.select(context).in_turn), load_at(b, target, ir.VectorType(I8, BLOCK), 32)
     inputs = [order.index(i) for i in range(BLOCK)]  # where each is
     for i, x in enumerate(_halves(b, source, 1)):
         scale = b.fmul(load_at(b, b.add(target, I64(SCALE_LOW + 4 * i)), F32, 4), load_at(b, unit, F32, 4))

@@ -21,7 +21,7 @@ whole numbers of `Isa.factor_bits` bits, none of them 0; 0 if no d is a normal n
     52  int32        where `Isa.scales_sums`, -32 * d * sum of q of inputs 0-15, for weights of 6 bits less 32; at 56
                      of inputs 16-31
 
-and the q of both halves take turns, four at a time.
+Where `Isa.in_turn`, the q of both halves take turns, four at a time.
 
 The number of blocks is rounded up to even; a block that pads is zero. Half way to the next record is a place for as
 many remainders: what q * d is short of, for a block of which q * d would be too inexact, in the same form; else zeros.

@@ -324,7 +324,7 @@ def test_records() -> None:
 def check_lines(lines: np.ndarray, q: np.ndarray, scale: np.ndarray, flags: np.ndarray | int = 0) -> None:
     """Cache lines of blocks, of any shape, hold these numbers."""
     shape = lines.shape[:-1]
-    stored = q.reshape(*shape, 2, 4, 4).swapaxes(-3, -2) if ISA.whole_scales else q  # halves in turn, four at a time
+    stored = q.reshape(*shape, 2, 4, 4).swapaxes(-3, -2) if ISA.in_turn else q  # halves in turn, four at a time
     assert np.array_equal(lines[..., :32].view(np.int8), stored.reshape(*shape, 32))
     floats, ints = (np.ascontiguousarray(lines[..., 32:]).view(t) for t in (np.float32, np.int32))
     sums, scale = q.reshape(*shape, 2, 16).astype(np.int32).sum(axis=-1), scale.reshape(*shape, 2)
