@@ -88,9 +88,9 @@ class Tile:
     def _sums(self, weights: list[Any], records: list[Value], words: Any, halves: tuple[int, ...]) -> Sums:
         """Exact sums of products by (half, group, token)."""
         b, isa, sums = self.b, self.isa, Sums()
-        starts = {(half, t): self._start(record, half) for t, record in enumerate(records) for half in halves}
-        for half, t, g in itertools.product(halves, range(len(records)), range(len(weights))):
-            sums[half, g, t] = starts[0 if self.neighbours else half, t]
+        for half, (t, record) in itertools.product(halves, enumerate(records)):
+            start = sums[0, 0, t] if self.neighbours and half else self._start(record, half)
+            sums |= {(half, g, t): start for g in range(len(weights))}
         for i, half in itertools.product(range(CHUNKS // 2), halves):
             self._add_chunk(sums, half, half * CHUNKS // 2 + i, weights, records, words)
             if isa.ordered and self.neighbours and half == halves[-1]:  # both have used the same activations
@@ -136,9 +136,7 @@ class Tile:
         if self.neighbours and self.less_zero:  # the same in each part
             offset = parts(b, isa.inputs_of_halves(b, at(b, record, OFFSET_LOW), 0), isa.n_parts)[0]
             offset = opaque(b, offset)  # else LLVM shifts before it spreads: one more
-            offset = b.ashr(offset, repeat(offset.type, 8 - bits))
-            offset = b.sub(offset, repeat(offset.type, isa.first >> 8 - bits)) if isa.first else offset
-            return joined(b, [offset] * isa.n_parts)
+            return joined(b, [isa.offset(b, offset, 8 - bits, first)] * isa.n_parts)
         zero = self.less_zero or (self.fmt.zero and not self.whole)
         return isa.start(b, record, HALVES[half][0], self.form, bits, zero, first)
 

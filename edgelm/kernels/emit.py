@@ -64,6 +64,11 @@ def shuffle(b: ir.IRBuilder, low: ir.Value, high: ir.Value, lanes: list[int]) ->
     return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
 
+def larger(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    """The larger of each two unsigned integers."""
+    return b.select(b.icmp_unsigned(">", x, y), x, y)
+
+
 def across(b: ir.IRBuilder, vectors: list[ir.Value], combine: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
     """The 16 lanes of each vector combined: as many lanes as there are vectors, a power of two."""
     def halves(one: ir.Value, other: ir.Value, piece: int) -> list[ir.Value]:

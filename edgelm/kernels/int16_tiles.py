@@ -44,6 +44,7 @@ from edgelm.kernels.emit import (
     emit_fma,
     fence,
     here,
+    larger,
     load_at,
     opaque,
     prefetch_at,
@@ -57,7 +58,7 @@ from edgelm.kernels.emit import (
 from edgelm.kernels.float_tiles import NUMBERS, Number
 from edgelm.kernels.functions import Code, address_of, code_address, function_address, tile_fields
 from edgelm.kernels.int16 import BLOCK, PIECE, RECORD, SCALES, UNIT, VALUES, W_MAX, X_MAX
-from edgelm.kernels.isa import joined, parts
+from edgelm.kernels.isa import apart
 from edgelm.kernels.lanes import Int, Place, Rows
 from edgelm.kernels.records import MAGIC
 from edgelm.kernels.slab_tiles import PAIR, ROW
@@ -90,14 +91,13 @@ class Machine:
 
     def step(self, b: ir.IRBuilder, total: Value, w: Value, x: Value) -> Value:
         """total + w * x: I32x16 of both products of a pair; w as I16x32, x as I32x16."""
-        done = []
-        for acc, *pair in zip(*(parts(b, v, self.n_parts) for v in (total, w, b.bitcast(x, I16x32))), strict=True):
+        def add(own: Value, *pair: Value) -> Value:
             if self.product.startswith("llvm."):
-                done.append(here(b, b.add(acc, call(b, self.product, acc.type, *pair))))
-            else:
-                places = "=v,0,v,v" if self.n_parts == 1 else "=x,0,x,x"
-                done.append(assembler(b, acc.type, self.product, places, [acc, *pair]))
-        return joined(b, done)
+                return here(b, b.add(own, call(b, self.product, own.type, *pair)))
+            places = "=v,0,v,v" if self.n_parts == 1 else "=x,0,x,x"
+            return assembler(b, own.type, self.product, places, [own, *pair])
+
+        return apart(b, self.n_parts, add, total, w, b.bitcast(x, I16x32))
 
 
 # Source: Intel intrinsics guide (vpdpwssd, pmaddwd).
@@ -301,17 +301,24 @@ def _rounded(b: ir.IRBuilder, value: Value, factor: Value) -> Value:
 
 
 def _copy(b: ir.IRBuilder, source: Value, left: Value, memory: Value, size: int) -> None:
-    """A block of `size` bytes to `memory`: if only `left` of them are there, an even number, then zeros."""
-    with b.if_else(b.icmp_signed(">=", left, I64(size)), likely=True) as (whole, part):
-        with whole:
-            for i in range(0, size, 64):
-                store_at(b, load_at(b, at(b, source, i), I16x32), at(b, memory, i), 64)
-        with part:
-            for i in range(0, size, 64):
-                store_at(b, ir.Constant(I16x32, None), at(b, memory, i), 64)
-            with cgutils.for_range(b, b.lshr(left, I64(1)), intp=I64) as loop:
-                step = b.shl(loop.index, I64(1))
-                store_at(b, load_at(b, b.add(source, step), I16), b.add(memory, step), 2)
+    """A block of `size` bytes to `memory`; see `_whole`."""
+    source = _whole(b, source, left, memory, size)
+    for i in range(0, size, 64):
+        store_at(b, load_at(b, at(b, source, i), I16x32), at(b, memory, i), 64)
+
+
+def _whole(b: ir.IRBuilder, source: Value, left: Value, memory: Value, size: int) -> Value:
+    """Address of a block of `size` bytes: `source`, or, if only `left` are there, an even number, `memory`, which gets
+    them and then zeros."""
+    address = cgutils.alloca_once_value(b, source)
+    with b.if_then(b.icmp_signed("<", left, I64(size)), likely=False):
+        for i in range(0, size, 64):
+            store_at(b, ir.Constant(I16x32, None), at(b, memory, i), 64)
+        with cgutils.for_range(b, b.lshr(left, I64(1)), intp=I64) as loop:
+            step = b.shl(loop.index, I64(1))
+            store_at(b, load_at(b, b.add(source, step), I16), b.add(memory, step), 2)
+        b.store(memory, address)
+    return b.load(address)
 
 
 def _scales(b: ir.IRBuilder, largest: Value, most: int) -> tuple[Value, Value]:
@@ -325,15 +332,14 @@ def _scales(b: ir.IRBuilder, largest: Value, most: int) -> tuple[Value, Value]:
 
 def _magnitudes(b: ir.IRBuilder, rows: list[Value]) -> Value:
     """The largest magnitude of 64 numbers of 16 bits at each of 16 places, of a NaN if there is one: bits, I16x16."""
-    def larger(one: Value, other: Value) -> Value:
-        one, other = b.bitcast(one, I16x32), b.bitcast(other, I16x32)
-        return b.bitcast(b.select(b.icmp_unsigned(">", one, other), one, other), I32x16)
+    def combine(one: Value, other: Value) -> Value:
+        return b.bitcast(larger(b, b.bitcast(one, I16x32), b.bitcast(other, I16x32)), I32x16)
 
     def signless(address: Value) -> Value:
         return b.and_(load_at(b, address, I16x32, 64), repeat(I16x32, 0x7FFF))
 
-    found = across(b, [larger(signless(row), signless(at(b, row, 64))) for row in rows], larger)
-    return b.trunc(larger(found, b.lshr(found, repeat(I32x16, 16))), I16x16)
+    found = across(b, [combine(signless(row), signless(at(b, row, 64))) for row in rows], combine)
+    return b.trunc(combine(found, b.lshr(found, repeat(I32x16, 16))), I16x16)
 
 
 def _int16_pack(context: Any, b: ir.IRBuilder, number: Number, args: list[Value]) -> None:
@@ -406,8 +412,7 @@ def _int16_embed(context: Any, b: ir.IRBuilder, number: Number, args: list[Value
 def _largest(b: ir.IRBuilder, values: list[Value]) -> Value:
     """The largest magnitude in float32 vectors; of a NaN, if there is one."""
     bits = [b.and_(b.bitcast(value, I32x16), repeat(I32x16, 0x7FFFFFFF)) for value in values]
-    total = reduce(lambda x, y: b.select(b.icmp_unsigned(">", y, x), y, x), bits)
-    return b.bitcast(call(b, "llvm.vector.reduce.umax.v16i32", I32, total), F32)
+    return b.bitcast(call(b, "llvm.vector.reduce.umax.v16i32", I32, reduce(partial(larger, b), bits)), F32)
 
 
 def _int16_record(context: Any, b: ir.IRBuilder, number: Number, args: list[Value]) -> None:
@@ -417,8 +422,8 @@ def _int16_record(context: Any, b: ir.IRBuilder, number: Number, args: list[Valu
     with cgutils.for_range(b, b.udiv(b.add(n_cols, I64(BLOCK - 1)), I64(BLOCK)), intp=I64) as loop:
         start, place = b.mul(loop.index, I64(4 * BLOCK)), b.add(record, b.mul(loop.index, I64(RECORD)))
         left = b.sub(b.mul(n_cols, I64(4)), start)
-        _copy(b, b.add(x, start), left, block, 4 * BLOCK)
-        values = [load_at(b, at(b, block, 4 * i), F32x16, 64) for i in range(0, BLOCK, ROWS)]
+        own = _whole(b, b.add(x, start), left, block, 4 * BLOCK)
+        values = [load_at(b, at(b, own, 4 * i), F32x16, 4) for i in range(0, BLOCK, ROWS)]
         factor, scale = _scales(b, _largest(b, values), X_MAX)
         store_at(b, scale, place, 4)
         for i, value in enumerate(values):

@@ -90,7 +90,6 @@ class Isa:
     # conversion; only where there is a fused multiply-add
     joins_halves: ClassVar[bool] = False  # whether both halves of a block are added before a scale that they share
     factor_bits: ClassVar[int] = 0  # of the whole numbers that d are in records: `records.FACTORS`; 0: they are any
-    in_turn: ClassVar[bool] = False  # whether halves of a block take turns in records, four inputs at a time
     scales_sums: ClassVar[bool] = False  # whether sums can come multiplied with these: `times`
     side_by_side: ClassVar[bool] = False  # whether tiles have both halves in neighbouring lanes: `join_neighbours`
     asks_for_records: ClassVar[bool] = False  # whether a tile does, for those of the next one
@@ -108,6 +107,11 @@ class Isa:
         return self.factor_bits > 0
 
     @property
+    def in_turn(self) -> bool:
+        """Whether halves of a block take turns in records, four inputs at a time; `step_pair` wants eight of one."""
+        return self.whole_scales and not self.two_by_two
+
+    @property
     def first(self) -> int:
         """What a sum of products starts at, but for those that are joined."""
         return MAGIC_BITS if self.magic else 0
@@ -120,12 +124,15 @@ class Isa:
         if not zero or form is Form.SIGNED:
             return self.empty(b, repeat(I32x16, first))
         offset = spread(b, load_at(b, b.add(record, record.type(field)), I32, 4), I32x16)
-        shift = 8 - bits if form is Form.LOW else 0
+        return self.empty(b, self.offset(b, offset, 8 - bits if form is Form.LOW else 0, first))
+
+    def offset(self, b: ir.IRBuilder, field: Value, shift: int, first: int) -> Value:
+        """`first` less what the zero point of weights takes that are `shift` bits less than TOP; field: as for it."""
         if shift:
-            offset = b.ashr(offset, repeat(I32x16, shift))
+            field = b.ashr(field, repeat(field.type, shift))
         if change := first - (self.first >> shift):
-            offset = b.add(offset, repeat(I32x16, change))
-        return self.empty(b, offset)
+            field = b.add(field, repeat(field.type, change))
+        return field
 
     def empty(self, b: ir.IRBuilder, first: Value) -> Any:
         return first

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
 
 from edgelm.kernels.emit import I8, I16, I32, I32x16, call, load_at, repeat, undefined
-from edgelm.kernels.isa import X_MAX, Form, Isa, Narrow, Partial, Value, joined, parts
+from edgelm.kernels.isa import X_MAX, Form, Isa, Narrow, Partial, Value, apart, parts
+
+I32x4 = ir.VectorType(I32, 4)
 
 
 class _Neon(Isa):
@@ -30,7 +33,7 @@ class _Neon(Isa):
     def lookup(self, b: ir.IRBuilder, table: list[int], index: Value) -> Value:
         entries = ir.Constant(ir.VectorType(I8, 16), table)
         name = "llvm.aarch64.neon.tbl1.v16i8"
-        return joined(b, [call(b, name, entries.type, entries, i) for i in parts(b, index, 4)])
+        return apart(b, 4, partial(call, b, name, entries.type, entries), index)
 
 
 class NeonDot(_Neon):
@@ -39,10 +42,8 @@ class NeonDot(_Neon):
     needs = (frozenset({"dotprod"}),)
     tokens = (2, 1)  # of 32 registers, 16 hold sums and products; more tokens spill
     def step(self, b: ir.IRBuilder, sums: Any, w: Value, x: Value, form: Form, bits: int) -> Any:
-        done = []
-        for acc, u, s in zip(*(parts(b, v, 4) for v in (sums, w, b.bitcast(x, w.type))), strict=True):
-            done.append(call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", acc.type, acc, u, s))
-        return joined(b, done)
+        add = partial(call, b, "llvm.aarch64.neon.sdot.v4i32.v16i8", I32x4)
+        return apart(b, 4, add, sums, w, b.bitcast(x, w.type))
 
 
 class NeonI8mm(NeonDot):
@@ -57,10 +58,8 @@ class NeonI8mm(NeonDot):
         return b.add(b.mul(low, first), b.mul(high, second))
 
     def step_pair(self, b: ir.IRBuilder, sums: Value, w: Value, x: Value) -> Value:
-        name, done = "llvm.aarch64.neon.smmla.v4i32.v16i8", []
-        for acc, u in zip(parts(b, sums, 4), parts(b, w, 4), strict=True):
-            done.append(call(b, name, acc.type, acc, u, x))
-        return joined(b, done)
+        name = "llvm.aarch64.neon.smmla.v4i32.v16i8"
+        return apart(b, 4, lambda own, u: call(b, name, I32x4, own, u, x), sums, w)
 
 
 class Neon(Narrow, _Neon):

@@ -13,7 +13,7 @@ from llvmlite import ir
 from llvmlite.binding import llvm_version_info
 
 from edgelm.kernels.emit import I8, I16, I32, I8x64, I16x32, I32x16, assembler, call, here, load_at, repeat, spread
-from edgelm.kernels.isa import X_MAX, Form, Isa, Narrow, Partial, Value, apart, joined, parts
+from edgelm.kernels.isa import X_MAX, Form, Isa, Narrow, Partial, Value, apart, parts
 from edgelm.kernels.records import FACTORS
 
 AMD = "sse4a"  # an extension that AMD's processors have, and nobody else's
@@ -29,7 +29,7 @@ class _Bytes(Isa):
         size = 64 // self.n_parts
         vector = ir.VectorType(I8, size)
         entries = ir.Constant(vector, table * (size // 16))
-        return joined(b, [call(b, self.shuffle, vector, entries, i) for i in parts(b, index, self.n_parts)])
+        return apart(b, self.n_parts, partial(call, b, self.shuffle, vector, entries), index)
 
 
 class Vnni512(_Bytes):
@@ -63,7 +63,7 @@ class _Joining(Vnni512):
     instruction makes pairs of int16 of all of them; where few tokens meet packed weights they are not: it takes two.
     """
 
-    magic, joins_halves, factor_bits, side_by_side, in_turn = False, True, 15, True, True
+    magic, joins_halves, factor_bits, side_by_side = False, True, 15, True
     pack: ClassVar[str]  # int32 of two registers to int16, within each 16 bytes
     pairs: ClassVar[str]  # int16 to sums of products of pairs, in int32
 
@@ -129,7 +129,7 @@ class _Maddubs(Narrow, _Bytes):
     multiplications for three.
     """
 
-    factor_bits, scales_sums, in_turn = 15, True, True
+    factor_bits, scales_sums = 15, True
     pairs: ClassVar[str]  # bytes to sums of pairs in int16
     quads: ClassVar[str]  # int16 to sums of pairs in int32
 

@@ -27,6 +27,7 @@ from edgelm.kernels.emit import (
     across,
     call,
     emit_fma,
+    larger,
     load_at,
     repeat,
     shuffle,
@@ -89,14 +90,10 @@ def _whole_scales(b: ir.IRBuilder, isa: Isa, peaks: Value, inverse_unit: Value) 
     return scales, b.fdiv(units, scales)
 
 
-def _largest(b: ir.IRBuilder, x: Value, y: Value) -> Value:
-    return b.select(b.icmp_unsigned(">", x, y), x, y)
-
-
 def _peaks(b: ir.IRBuilder, halves: list[Value]) -> Value:
     """The largest magnitudes. Found as bits: so NaN is larger than infinity."""
     bits = [b.and_(b.bitcast(x, I32x16), repeat(I32x16, 0x7FFFFFFF)) for x in halves]
-    peaks = across(b, bits, partial(_largest, b))
+    peaks = across(b, bits, partial(larger, b))
     return b.bitcast(peaks, ir.VectorType(F32, peaks.type.count))
 
 
@@ -152,9 +149,8 @@ def _write_whole(b: ir.IRBuilder, isa: Isa, products: list[Value], scales: Value
     both = _low_and_high(b, b.mul(sums, factors))
     total, (low, high) = b.add(*both), _low_and_high(b, factors)
     pairs = b.or_(low, b.shl(high, repeat(high.type, 16)))
-    zero, offsets = b.mul(total, repeat(total.type, -8)), [b.mul(own, repeat(own.type, -32)) for own in both]
-    if not isa.scales_sums:
-        offsets = _offsets(b, isa, sums)
+    zero = b.mul(total, repeat(total.type, -8))
+    offsets = [b.mul(own, repeat(own.type, -32)) for own in both] if isa.scales_sums else _offsets(b, isa, sums)
     return b.sitofp(total, _halved(scales.type)), pairs, zero, *offsets
 
 
@@ -223,7 +219,7 @@ def _write_unit(context: Any, b: ir.IRBuilder, peaks: Value, n_bytes: Value, pla
         largest = cgutils.alloca_once_value(b, repeat(I32x16, 0))
         with cgutils.for_range(b, b.lshr(n_bytes, I64(6)), intp=I64) as loop:
             bits = load_at(b, b.add(peaks, b.shl(loop.index, I64(6))), I32x16)
-            b.store(_largest(b, bits, b.load(largest)), largest)
+            b.store(larger(b, bits, b.load(largest)), largest)
         bits = call(b, "llvm.vector.reduce.umax.v16i32", I32, b.load(largest))
         bits = b.bitcast(b.fmul(b.bitcast(bits, F32), ir.Constant(F32, 1 / 127)), I32)
         most = isas.select(context).factor_bits
