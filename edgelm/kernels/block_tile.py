@@ -88,9 +88,10 @@ class Tile:
     def _sums(self, weights: list[Any], records: list[Value], words: Any, halves: tuple[int, ...]) -> Sums:
         """Exact sums of products by (half, group, token)."""
         b, isa, sums = self.b, self.isa, Sums()
-        for half, (t, record) in itertools.product(halves, enumerate(records)):
-            start = sums[0, 0, t] if self.neighbours and half else self._start(record, half)
-            sums |= {(half, g, t): start for g in range(len(weights))}
+        own = halves[:1] if self.neighbours else halves  # neighbours start alike
+        starts = {(half, t): self._start(record, half) for t, record in enumerate(records) for half in own}
+        for half, t, g in itertools.product(halves, range(len(records)), range(len(weights))):
+            sums[half, g, t] = starts[half if half in own else own[0], t]
         for i, half in itertools.product(range(CHUNKS // 2), halves):
             self._add_chunk(sums, half, half * CHUNKS // 2 + i, weights, records, words)
             if isa.ordered and self.neighbours and half == halves[-1]:  # both have used the same activations
